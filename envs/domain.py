@@ -1,0 +1,75 @@
+"""What every domain file in this folder offers: its tasks, their environments, an expert, a scale for scores.
+
+A new domain is one new file that defines a subclass of `Domain` and a module-level `DOMAIN = ThatClass()`; nothing else
+is touched. The simulator is imported inside the methods, never at the top of the file, so that listing tasks stays
+instant and a missing package is met only where it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+
+from eva_rl.errors import MissingExtra
+
+Policy = Callable[[np.ndarray], np.ndarray]
+"""Maps one observation (obs_dim,) to one action (act_dim,)."""
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Mean undiscounted episode returns of a uniformly random policy and of the domain's expert on one task."""
+
+    random: float
+    expert: float
+
+
+class Domain(ABC):
+    """A family of tasks that share a simulator and one observation and action interface.
+
+    Environments of a domain follow Gymnasium's API; `reset(seed=s)` decides everything random in the episode, and every
+    step's `info["success"]` says whether the task is solved in the state reached.
+    """
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    """The optional dependency group that installs the simulator: `pip install eva_rl[extra]`."""
+    tasks: ClassVar[tuple[str, ...]]
+    splits: ClassVar[dict[str, tuple[str, ...]]]
+    episode_length: ClassVar[int]
+    """Steps after which an episode is truncated."""
+
+    @abstractmethod
+    def make(self, name: str, render_mode: str | None = None) -> gym.Env:
+        """The environment of task `name`, truncated at `episode_length`; its `spec` recreates it."""
+
+    @abstractmethod
+    def expert(self, name: str) -> Policy:
+        """A scripted policy that solves task `name`. It may be stateful within an episode: ask for a new one each."""
+
+    def reference_scores(self, name: str) -> ReferenceScores | None:
+        """The score scale of task `name`, from `<domain>_scores.json` beside the domain's file; None if not measured."""
+        path = Path(__file__).with_name(f"{self.name}_scores.json")
+        table: dict[str, dict[str, Any]] = json.loads(path.read_text())["tasks"] if path.is_file() else {}
+        row = table.get(name)
+        return ReferenceScores(row["random"], row["expert"]) if row else None
+
+    def require(self, module: str) -> ModuleType:
+        """Import an optional package of this domain.
+
+        Raises:
+            MissingExtra: if it is not installed, naming the extra that installs it.
+        """
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(self.name, self.extra, error.name) from error

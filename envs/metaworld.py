@@ -1,0 +1,105 @@
+"""Meta-World (Yu et al. 2019, https://meta-world.github.io): fifty manipulation tasks of one simulated robot arm.
+
+Observations: 39 numbers (hand, gripper, two objects, now and one step ago; the goal). Actions: 4 numbers in [-1, 1]
+(hand displacement, gripper). Rewards: 0 to 10 a step. The goal is part of the observation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from eva_rl.envs.domain import Domain, Policy
+from gymnasium.envs.registration import EnvSpec
+
+EPISODE_LENGTH = 200
+
+CW10 = (  # the ten tasks of Continual World (Wołczyk et al. 2021), EVA's fine-tuning tasks
+    "hammer-v3", "push-wall-v3", "faucet-close-v3", "push-back-v3", "stick-pull-v3", "handle-press-side-v3", "push-v3",
+    "shelf-place-v3", "window-close-v3", "peg-unplug-side-v3",
+)  # fmt: skip
+MT40 = (  # the other forty
+    "assembly-v3", "basketball-v3", "bin-picking-v3", "box-close-v3", "button-press-topdown-v3",
+    "button-press-topdown-wall-v3", "button-press-v3", "button-press-wall-v3", "coffee-button-v3", "coffee-pull-v3",
+    "coffee-push-v3", "dial-turn-v3", "disassemble-v3", "door-close-v3", "door-lock-v3", "door-open-v3",
+    "door-unlock-v3", "drawer-close-v3", "drawer-open-v3", "faucet-open-v3", "hand-insert-v3", "handle-press-v3",
+    "handle-pull-side-v3", "handle-pull-v3", "lever-pull-v3", "peg-insert-side-v3", "pick-out-of-hole-v3",
+    "pick-place-v3", "pick-place-wall-v3", "plate-slide-back-side-v3", "plate-slide-back-v3", "plate-slide-side-v3",
+    "plate-slide-v3", "reach-v3", "reach-wall-v3", "soccer-v3", "stick-push-v3", "sweep-into-v3", "sweep-v3",
+    "window-open-v3",
+)  # fmt: skip
+
+
+class MetaWorld(Domain):
+    name = "metaworld"
+    extra = "metaworld"
+    tasks = tuple(sorted(MT40 + CW10))
+    splits = {"mt40": MT40, "cw10": CW10, "mt50": tuple(sorted(MT40 + CW10))}  # noqa: RUF012
+    episode_length = EPISODE_LENGTH
+
+    def make(self, name: str, render_mode: str | None = None) -> gym.Env:
+        self.require("metaworld")
+        spec = EnvSpec(
+            id=f"metaworld/{name}",
+            entry_point="eva_rl.envs.metaworld:SeededMetaWorld",
+            max_episode_steps=EPISODE_LENGTH,
+            disable_env_checker=True,
+            kwargs={"name": name},
+        )
+        return gym.make(spec, render_mode=render_mode)
+
+    def expert(self, name: str) -> Policy:
+        policy = self.require("metaworld.policies").ENV_POLICY_MAP[name]()
+
+        def act(observation: np.ndarray) -> np.ndarray:
+            with warnings.catch_warnings():  # the policies warn that they leave the clipping to the environment
+                warnings.filterwarnings("ignore", message="Constant")
+                return np.clip(policy.get_action(observation), -1.0, 1.0).astype(np.float32)
+
+        return act
+
+
+class SeededMetaWorld(gym.Env):
+    """A Meta-World task whose goal and object positions follow from `reset(seed=...)`.
+
+    Meta-World's own environments ignore that seed and draw from numpy's global state or from a list of fifty fixed
+    goals; here every seed is a goal of its own.
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 80}  # noqa: RUF012
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def __init__(self, name: str, render_mode: str | None = None):
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        self.render_mode = render_mode
+        self._env = ALL_V3_ENVIRONMENTS[name](render_mode=render_mode, camera_name="corner2")
+        self._env._partially_observable = False  # the goal is observed
+        # The observation space is cached and observations are clipped to it: one made before would zero the goal.
+        vars(self._env).pop("sawyer_observation_space", None)
+        self._env._set_task_called = True
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        # Always re-seeded, so that an episode depends on its own seed and not on the episodes before it.
+        self._env.seed(int(self.np_random.integers(2**31)) if seed is None else seed)
+        observation, _ = self._env.reset()
+        return observation, {"success": 0.0}
+
+    def step(self, action: np.ndarray):
+        observation, reward, terminated, truncated, info = self._env.step(action)
+        return observation, float(reward), terminated, truncated, {"success": float(info["success"])}
+
+    def render(self):
+        return self._env.render()
+
+    def close(self):
+        self._env.close()
+
+
+DOMAIN = MetaWorld()

@@ -1,0 +1,13 @@
+"""Adapt a pretrained Decision Transformer to a new task from a handful of trajectories.
+
+In a checkout `envs/` and `configs/` stand beside this package; in a wheel they are inside it. Both are imported as
+`eva_rl.envs` and `eva_rl.configs`.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))

@@ -1,0 +1,253 @@
+"""Hydra's YAML -> typed, frozen dataclasses; mistakes on the command line -> one sentence.
+
+This file and the entry points are the only ones that know Hydra. It is imported before anything heavy, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eva_rl.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TaskListConfig:
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    task: str
+    episodes: int
+    noise: tuple[float, ...]
+    seed: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The fields of `eva_rl.model.ModelConfig`."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    dropout: float
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The fields of `eva_rl.training.TrainingConfig`; a learning rate of None is the adapter's own."""
+
+    batch_size: int
+    learning_rate: float | None
+    final_learning_rate: float
+    warmup: int
+    weight_decay: float
+    gradient_clip: float
+    precision: str
+    checkpoint_every: int
+    evaluate_every: int
+    log_every: int
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    task: str
+    demonstrations: int
+    model: ModelSettings
+    training: TrainingSettings
+    steps: int
+    seed: int
+    device: str
+    run_dir: str | None
+    resume: bool
+    output: str | None
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """One method of `configs/adapter/`."""
+
+    name: str
+    trainable: str
+    learning_rate: float
+    config: dict[str, Any] | None
+    eva: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    task: str
+    dataset: str | None
+    demonstrations: int | None
+    base: str
+    adapter: AdapterSettings
+    training: TrainingSettings
+    steps: int
+    seed: int
+    episodes: int
+    target_return: float | None
+    device: str
+    run_dir: str | None
+    resume: bool
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    checkpoint: str
+    task: str
+    adapter: str | None
+    episodes: int
+    seed: int
+    target_return: float | None
+    device: str
+    run_dir: str | None
+
+
+def entry_point(schema: type, name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Make `main(config: schema)` a command that reads `configs/<name>.yaml` and the command line.
+
+    A `UserError`, a misspelt key or a wrong value ends the process with one sentence on stderr and status 1; Ctrl-C with
+    130. Anything else is a bug and keeps its traceback.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        def task(config: DictConfig) -> None:
+            main(parse(config, schema))
+
+        def run() -> None:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
+            try:
+                hydra.main(version_base="1.3", config_path="pkg://eva_rl.configs", config_name=name)(task)()
+            except UserError as error:
+                sys.exit(f"error: {error}")
+            except (HydraException, OmegaConfBaseException) as error:
+                sys.exit(f"error: {explain(error, schema)}")
+            except KeyboardInterrupt:
+                print("\nInterrupted. The same command continues where its work was last saved.", file=sys.stderr)
+                sys.exit(130)
+
+        return run
+
+    return decorate
+
+
+def parse(config: DictConfig, schema: type) -> Any:
+    """The dataclass `schema` filled from a composed config, its values converted to the declared types.
+
+    Raises:
+        UserError: if a value is missing, unknown or of the wrong type.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"'{missing[0]}' is not set: add {missing[0]}=... to the command line.")
+    return _build(schema, OmegaConf.to_container(config, resolve=True), "")
+
+
+def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(schema)
+    names = [f.name for f in fields(schema)]
+    unknown = sorted(values.keys() - set(names))
+    if unknown:
+        raise UserError(f"There is no setting '{prefix}{unknown[0]}'. {did_you_mean(unknown[0], names)}".rstrip())
+    for f in fields(schema):
+        if f.name not in values and f.default is MISSING:
+            raise UserError(f"'{prefix}{f.name}' is not set: add {prefix}{f.name}=... to the command line.")
+    return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    options = get_args(hint) if get_origin(hint) not in (tuple, dict) else ()
+    if type(None) in options:
+        if value is None:
+            return None
+        hint = next(option for option in options if option is not type(None))
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, key + ".")
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_convert(item, get_args(hint)[0], key) for item in value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
+            return float(value)
+    if get_origin(hint) is dict and isinstance(value, dict):
+        return value
+    plain = hint if isinstance(hint, type) else None
+    if plain in (int, str, bool) and type(value) is plain:
+        return value
+    if plain is str and isinstance(value, int | float):
+        return str(value)
+    kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        plain, "a list or section"
+    )
+    raise UserError(f"{key}={value} was given where {kind} was expected.")
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One sentence for what Hydra or OmegaConf found wrong with the command line."""
+    message = " ".join(str(error).split())
+    key = getattr(error, "key", None) or (getattr(error.__cause__, "key", None) if error.__cause__ else None)
+    if "is not in struct" in message or "Could not override" in message:
+        given = str(key or message.split("'")[1])
+        return f"There is no setting '{given}'. {did_you_mean(given.split('.')[-1], setting_names(schema))}".rstrip()
+    if "Could not find" in message or "In '" in message:
+        return message.replace("Available options", "; the options are")
+    return message.removesuffix(".") + "."
+
+
+def setting_names(schema: type, prefix: str = "") -> list[str]:
+    """All settings of an entry point, nested ones with dots."""
+    names: list[str] = []
+    for name, hint in get_type_hints(schema).items():
+        names.append(prefix + name)
+        if is_dataclass(hint):
+            names += setting_names(hint, f"{prefix}{name}.")
+    return names
+
+
+def run_folder(run_dir: str | None) -> Path:
+    """Where a run writes: `run_dir`, or a dated folder under `runs/` (in a multirun one for each job)."""
+    if run_dir is not None:
+        return Path(run_dir)
+    dated = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    job = HydraConfig.get().job.get("num") if HydraConfig.initialized() else None
+    return dated if job is None else dated / str(job)
+
+
+def to_yaml(config: Any) -> str:
+    """A config dataclass as YAML that the entry point reads again with `--config-dir` and `--config-name`."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def instantiate(config: dict[str, Any]) -> Any:
+    """The object a config with a `_target_` describes, such as a peft config."""
+    try:
+        return hydra.utils.instantiate(config)
+    except HydraException as error:
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{config.get('_target_')} can't be made of the given settings ({' '.join(str(cause).split())})."
+        ) from error

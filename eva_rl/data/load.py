@@ -1,0 +1,115 @@
+"""A task's name -> its trajectories: from Minari's local root, from its servers, or from the task's expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gymnasium as gym
+import minari
+import numpy as np
+from minari.storage.datasets_root_dir import get_dataset_path
+
+from eva_rl.data.trajectories import Trajectories, pack
+from eva_rl.errors import UserError, did_you_mean
+
+MINARI = "minari/"
+
+
+def load_dataset(dataset_id: str, task: str) -> Trajectories:
+    """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
+
+    Raises:
+        UserError: if it is neither here nor to be had, is damaged, or has spaces other than flat observations (a Box)
+            and continuous (Box) or discrete actions.
+    """
+    dataset = _open(dataset_id)
+    observation_space, action_space = dataset.observation_space, dataset.action_space
+    if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
+        raise UserError(
+            f"The dataset '{dataset_id}' has observations of {observation_space}, where a one-dimensional Box was "
+            "expected: flatten them with minari.DataCollector's step_data_callback and write the dataset again."
+        )
+    if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete) or len(action_space.shape) > 1:
+        raise UserError(
+            f"The dataset '{dataset_id}' has actions of {action_space}, where a one-dimensional Box or Discrete was "
+            "expected."
+        )
+    try:
+        episodes = [
+            {
+                "observations": episode.observations,
+                "actions": episode.actions,
+                "rewards": episode.rewards,
+                "success": np.asarray(episode.infos["success"])
+                if episode.infos and "success" in episode.infos
+                else None,
+            }
+            for episode in dataset.iterate_episodes()
+        ]
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        raise _damaged(dataset_id, error) from error
+    return pack(task, episodes, observation_space, action_space)
+
+
+def environment_of(dataset_id: str) -> gym.Env:
+    """The environment that the dataset says it is to be evaluated in.
+
+    Raises:
+        UserError: if the dataset names none, or it can't be made here.
+    """
+    dataset = _open(dataset_id)
+    if dataset.spec.env_spec is None:
+        raise UserError(
+            f"The dataset '{dataset_id}' names no environment: set episodes=0 to fine-tune without rollouts."
+        )
+    try:
+        return dataset.recover_environment(eval_env=True)
+    except (gym.error.Error, ImportError) as error:
+        needed = dataset.storage.metadata.get("requirements") or ["what its page names"]
+        raise UserError(
+            f"The environment '{dataset.spec.env_spec.id}' of the dataset '{dataset_id}' can't be made ({error}): install "
+            f"{', '.join(needed)}, or set episodes=0 to fine-tune without rollouts."
+        ) from error
+
+
+def score_scale_of(dataset_id: str) -> tuple[float, float] | None:
+    """Minari's reference returns (random, expert) of the dataset's environment, if the dataset states them."""
+    metadata = _open(dataset_id).storage.metadata
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if low is None or high is None else (float(low), float(high))
+
+
+def _open(dataset_id: str) -> minari.MinariDataset:
+    path = get_dataset_path(dataset_id)
+    if not (path / "data").is_dir():
+        _download(dataset_id)
+    try:
+        return minari.load_dataset(dataset_id)
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        raise _damaged(dataset_id, error) from error
+
+
+def _damaged(dataset_id: str, error: Exception) -> UserError:
+    path = get_dataset_path(dataset_id)
+    return UserError(
+        f"The dataset '{dataset_id}' in {path} can't be read ({' '.join(str(error).split())}): delete that folder, and "
+        "it will be collected or downloaded again."
+    )
+
+
+def _download(dataset_id: str) -> None:
+    local = _local_datasets()
+    hint = did_you_mean(dataset_id, local) if local else "There are no local datasets."
+    try:
+        minari.download_dataset(dataset_id)
+    except ValueError as error:  # Minari's servers answered: there is no such dataset
+        raise UserError(f"The dataset '{dataset_id}' is neither local nor on Minari's servers. {hint}") from error
+    except Exception as error:
+        raise UserError(
+            f"The dataset '{dataset_id}' is not in {get_dataset_path()}, and Minari's servers can't be reached "
+            f"({type(error).__name__}): connect to the internet, or name a local dataset. {hint}"
+        ) from error
+
+
+def _local_datasets() -> Sequence[str]:
+    return list(minari.list_local_datasets())

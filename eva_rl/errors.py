@@ -1,0 +1,29 @@
+"""Mistakes a user can make and mend. Entry points print them as one sentence, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What was given, what was expected, and what to do, in one sentence."""
+
+
+class MissingExtra(UserError):
+    """A domain's optional packages are not installed."""
+
+    def __init__(self, domain: str, extra: str, missing: str | None):
+        super().__init__(
+            f"The domain '{domain}' needs the package '{missing}', which is not installed: "
+            f"run `pip install 'eva_rl[{extra}]'`."
+        )
+
+
+def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
+    """A sentence that offers the names nearest to `given`, or lists them all where there are few."""
+    known = sorted(known)
+    near = difflib.get_close_matches(given, known, n=count, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(repr(name) for name in near)}?"
+    if len(known) <= 12:
+        return f"Known are {', '.join(repr(name) for name in known)}."
+    return ""

@@ -1,0 +1,69 @@
+"""Files appear whole or not at all: everything is written under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eva_rl.errors import UserError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; what is written there, a file or a folder, becomes `target` on success."""
+    make_folder(target.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new = scratch / target.name
+    try:
+        yield new
+        if target.is_dir() and not target.is_symlink():
+            os.replace(target, scratch / "old")
+        os.replace(new, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` and check that files can be written there.
+
+    Raises:
+        UserError: if it can't be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"The folder '{path}' can't be written to ({error.strerror}): name another one.") from error
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: if it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"The file '{path}' does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"The file '{path}' can't be read as JSON ({error}): make it again.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)

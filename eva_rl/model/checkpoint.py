@@ -1,0 +1,120 @@
+"""A pretrained model as a folder: `model.safetensors`, `config.json`, and a model card for people."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import eva_rl
+from eva_rl.errors import UserError, did_you_mean
+from eva_rl.files import read_json, replacing, write_json
+from eva_rl.interface import Interface, TaskStatistics
+from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
+
+FORMAT = "eva_rl.decision_transformer.1"
+CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model, where it came from, and what it was trained on."""
+
+    model: DecisionTransformer
+    tasks: dict[str, TaskStatistics]
+    path: Path
+
+
+def save_base(folder: Path, model: DecisionTransformer, tasks: Mapping[str, TaskStatistics]) -> None:
+    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there."""
+    config = {
+        "format": FORMAT,
+        "architecture": asdict(model.config),
+        "interfaces": [asdict(interface) for interface in model.interfaces.values()],
+        "tasks": {task: asdict(statistics) for task, statistics in tasks.items()},
+    }
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", config)
+        if (folder / "README.md").is_file():
+            shutil.copy(folder / "README.md", temporary / "README.md")
+
+
+def find_base(name: str) -> Path:
+    """The folder of a base: of that path, of that name in the checkout's `checkpoints/`, or on the Hugging Face Hub.
+
+    Raises:
+        UserError: if there is none of that name, or the Hub can't be reached.
+    """
+    for folder in (Path(name), CHECKPOINTS / name):
+        if folder.is_dir():
+            return folder
+    shipped = [p.name for p in CHECKPOINTS.glob("*") if p.is_dir()] if CHECKPOINTS.is_dir() else []
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"There is no base '{name}': name a folder, a model of {CHECKPOINTS}, or a Hugging Face repository "
+            f"(owner/name). {did_you_mean(name, shipped) if shipped else ''}".rstrip()
+        )
+    from huggingface_hub import snapshot_download  # 0.5 s to import
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise UserError(
+            f"The base '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
+            f"check the name, or connect to the internet. {did_you_mean(name, shipped) if shipped else ''}".rstrip()
+        ) from error
+
+
+def load_base(name: str, device: torch.device | str = "cpu") -> Base:
+    """Load a base by name (see `find_base`), in evaluation mode.
+
+    Raises:
+        UserError: if it is missing, truncated, or not one of this project's models.
+    """
+    folder = find_base(name)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(
+            f"'{folder / 'config.json'}' does not describe a model of format '{FORMAT}': name another base."
+        )
+    try:
+        model = DecisionTransformer(
+            ModelConfig(**_tuples(config["architecture"])), [interface_from_json(i) for i in config["interfaces"]]
+        )
+        tasks = {task: TaskStatistics(**statistics) for task, statistics in config["tasks"].items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"'{folder / 'config.json'}' is incomplete or of another version ({error}).") from error
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{folder / 'model.safetensors'}' is missing or damaged ({error}): get it again.") from error
+    expected = model.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in expected.items()}:
+        differing = sorted(
+            {n for n in weights.keys() ^ expected.keys()}
+            or {n for n in weights if weights[n].shape != expected[n].shape}
+        )
+        raise UserError(
+            f"'{folder / 'model.safetensors'}' holds weights of another architecture than its config.json describes "
+            f"(first difference: {differing[0]}): get both from the same place."
+        )
+    model.load_state_dict(weights)
+    return Base(model.eval().to(device), tasks, folder)
+
+
+def interface_from_json(fields: Mapping[str, Any]) -> Interface:
+    """The inverse of `dataclasses.asdict` for an `Interface` that went through JSON."""
+    return Interface(**_tuples(fields))
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

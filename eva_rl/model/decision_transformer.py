@@ -1,0 +1,231 @@
+"""The Decision Transformer (Chen et al. 2021, arXiv 2106.01345): return, state, action tokens -> causal trunk -> actions.
+
+One trunk serves several observation and action spaces: each `Interface` has an embedder and a head of its own.
+Linear layers of the trunk are named q, k, v, o (attention) and up, down (feed-forward), for adapters to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from eva_rl.errors import UserError
+from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
+
+TOKENS = ("return", "state", "action", "reward")
+TRUNK_LAYERS = ("q", "k", "v", "o", "up", "down")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The trunk's size. `context` is in environment steps; each has one token of every kind in `tokens`, in order."""
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 256
+    context: int = 20
+    dropout: float = 0.1
+    tokens: tuple[str, ...] = ("return", "state", "action")
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.heads, self.width, self.context) < 1 or self.width % self.heads:
+            raise UserError(
+                f"A trunk of layers={self.layers}, heads={self.heads}, width={self.width}, context={self.context} was "
+                "asked for; all must be positive and the width a multiple of the heads."
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} was given where a number in [0, 1) was expected.")
+        unknown = set(self.tokens) - set(TOKENS)
+        if unknown or "state" not in self.tokens or len(set(self.tokens)) < len(self.tokens):
+            raise UserError(
+                f"tokens={list(self.tokens)} was given: name each of {list(TOKENS)} once at most, and 'state'."
+            )
+        after = [
+            t for t in ("action", "reward") if t in self.tokens and self.tokens.index(t) < self.tokens.index("state")
+        ]
+        if after:
+            raise UserError(
+                f"tokens={list(self.tokens)} shows the {after[0]} before the state: the head that predicts the action "
+                "would see it. Put 'state' first."
+            )
+
+
+class CausalSelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d_head), causal) V."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.width, config.width)
+        self.k = nn.Linear(config.width, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.o = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(rearrange(y, "b h n e -> b n (h e)"))
+
+
+class FeedForward(nn.Module):
+    """W_down GELU(W_up x), four times as wide inside."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block, as in GPT-2."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = CausalSelfAttention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Trunk(nn.Module):
+    """GPT-2's transformer without its vocabulary: tokens (B, N, width) -> features (B, N, width)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.positions = nn.Embedding(config.context * len(config.tokens), config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x + self.positions.weight[: x.shape[1]])  # (B, N, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Embedder(nn.Module):
+    """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
+
+    def __init__(self, config: ModelConfig, interface: Interface):
+        super().__init__()
+        self.tokens, self.interface = config.tokens, interface
+        width = config.width
+        self.state = nn.Linear(interface.observation_size, width)
+        if "return" in self.tokens:
+            self.return_to_go = nn.Linear(1, width)
+        if "action" in self.tokens:
+            discrete = interface.action_kind == "discrete"
+            self.action = (
+                nn.Embedding(interface.action_size, width) if discrete else nn.Linear(interface.action_size, width)
+            )
+        if "reward" in self.tokens:
+            self.reward = nn.Linear(1, width)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("observation_mean", torch.tensor(interface.observation_mean), persistent=False)
+        self.register_buffer("observation_std", torch.tensor(interface.observation_std), persistent=False)
+        self.register_buffer("action_mean", torch.tensor(interface.action_mean), persistent=False)
+        self.register_buffer("action_scale", torch.tensor(interface.action_scale), persistent=False)
+
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """Actions in the environment's units (..., act) -> the model's units; discrete actions as they are."""
+        return actions if self.interface.action_kind == "discrete" else (actions - self.action_mean) / self.action_scale
+
+    def denormalize_actions(self, actions: Tensor) -> Tensor:
+        return actions * self.action_scale + self.action_mean
+
+    def forward(self, batch: Batch) -> Tensor:
+        kinds = []
+        for kind in self.tokens:
+            if kind == "return":
+                token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
+            elif kind == "state":
+                observations = (batch.observations - self.observation_mean) / self.observation_std
+                token = self.state(observations.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP))
+            elif kind == "action":
+                token = self.action(self.normalize_actions(batch.actions))
+            else:
+                token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
+            kinds.append(token)
+        return self.norm(rearrange(torch.stack(kinds), "k b t d -> b (t k) d"))
+
+
+class DecisionTransformer(nn.Module):
+    """Predicts each step's action from the returns-to-go, states and actions before it (and its own return and state).
+
+    Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
+    Discrete actions: cross-entropy. (Chen et al. 2021, section 3 and algorithm 1)
+    """
+
+    def __init__(self, config: ModelConfig, interfaces: Sequence[Interface] = ()):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.embedders = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        for module in self.trunk.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for block in self.trunk.blocks:  # GPT-2: residual branches shrink with depth
+            nn.init.normal_(block.attention.o.weight, std=0.02 / (2 * config.layers) ** 0.5)
+            nn.init.normal_(block.feed_forward.down.weight, std=0.02 / (2 * config.layers) ** 0.5)
+        for interface in interfaces:
+            self.add_interface(interface)
+
+    @property
+    def interfaces(self) -> dict[str, Interface]:
+        return {name: embedder.interface for name, embedder in self.embedders.items()}
+
+    def add_interface(self, interface: Interface) -> None:
+        """Give the model a fresh embedder and head for another observation and action space."""
+        head = nn.Linear(self.config.width, interface.action_size)
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        device = self.trunk.positions.weight.device
+        self.embedders[interface.name] = Embedder(self.config, interface).to(device)
+        self.heads[interface.name] = head.to(device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""
+        features = self.trunk(self.embedders[batch.interface](batch))  # (B, T * kinds, d)
+        states = features[:, self.config.tokens.index("state") :: len(self.config.tokens)]  # (B, T, d)
+        return self.heads[batch.interface](states).float()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean over the real steps (and action dimensions); padding counts in neither sum nor divisor."""
+        predicted = self(batch)  # (B, T, act)
+        embedder = self.embedders[batch.interface]
+        if embedder.interface.action_kind == "discrete":
+            losses = F.cross_entropy(predicted.transpose(1, 2), batch.actions, reduction="none")  # (B, T)
+        else:
+            losses = (predicted - embedder.normalize_actions(batch.actions)).square().mean(-1)  # (B, T)
+        return (losses * batch.mask).sum() / batch.mask.sum()
+
+    def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
+        """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""
+        wanted = torch.tensor([kind in ("all", token) for token in self.config.tokens], device=batch.mask.device)
+        return rearrange(batch.mask[..., None] & wanted, "b t k -> b (t k)")
+
+    @torch.no_grad()
+    def act(self, history: Batch, step: Tensor) -> Tensor:
+        """The greedy action for step `step` (B,) of each history, in the environment's units: (B, act) or (B,) int64."""
+        predicted = self(history)[torch.arange(len(step), device=step.device), step]  # (B, act)
+        embedder = self.embedders[history.interface]
+        if embedder.interface.action_kind == "discrete":
+            return predicted.argmax(-1)
+        return embedder.denormalize_actions(predicted)

@@ -1,0 +1,55 @@
+"""Datasets of many tasks -> a pretrained Decision Transformer: `python -m eva_rl.pretrain task=metaworld/mt40`."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from eva_rl.config import PretrainConfig, entry_point, run_folder, to_yaml
+
+
+@entry_point(PretrainConfig, "pretrain")
+def main(config: PretrainConfig) -> None:
+    import torch
+
+    from eva_rl.data import Recipe, WindowSampler, collect, interface_of, load_dataset
+    from eva_rl.envs import expand_tasks
+    from eva_rl.files import make_folder, write_text
+    from eva_rl.model import DecisionTransformer, ModelConfig, save_base
+    from eva_rl.report import TensorBoard
+    from eva_rl.training import TrainingConfig, choose_device, train
+
+    tasks = expand_tasks(config.task)
+    model_config = ModelConfig(**asdict(config.model))
+    training_config = TrainingConfig(**asdict(config.training))
+    device = choose_device(config.device)
+    run_dir = make_folder(run_folder(config.run_dir))
+    output = Path(config.output) if config.output else run_dir / "model"
+    write_text(run_dir / "config.yaml", to_yaml(config))
+
+    recipes = [Recipe(task, config.demonstrations, seed=config.seed) for task in tasks]
+    trajectories = [load_dataset(id, task) for id, task in zip(collect(recipes), tasks, strict=True)]
+    interface = interface_of(config.task.partition("/")[0], trajectories)
+
+    torch.manual_seed(config.seed)
+    model = DecisionTransformer(model_config, [interface]).to(device)
+    sampler = WindowSampler(trajectories, interface.name, model_config.context, training_config.batch_size, config.seed)
+    print(
+        f"{len(tasks)} tasks, {len(sampler.rewards):,} transitions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
+    with TensorBoard(run_dir) as tensorboard:
+        result = train(
+            model,
+            sampler.batch,
+            model.loss,
+            config.steps,
+            training_config,
+            run_dir / "checkpoints",
+            config.resume,
+            tensorboard.log,
+        )
+    save_base(output, model, {t.task: t.statistics() for t in trajectories})
+    print(f"{output}: trained for {config.steps} steps in {result.seconds:.0f} s")
+    print(f"tensorboard --logdir {run_dir}")
+
+
+if __name__ == "__main__":
+    main()

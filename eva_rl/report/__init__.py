@@ -1,0 +1,5 @@
+"""Runs -> tables, confidence intervals, TensorBoard."""
+
+from eva_rl.report.tensorboard import TensorBoard
+
+__all__ = ["TensorBoard"]

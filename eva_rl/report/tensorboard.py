@@ -1,0 +1,25 @@
+"""TensorBoard: scalars by step, in the run's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard:
+    """Writes scalars of a run to `<run>/events.out.tfevents...`; use it as a context manager."""
+
+    def __init__(self, run_dir: Path):
+        self.writer = SummaryWriter(str(run_dir))
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()

@@ -1,0 +1,6 @@
+"""The one loop: optimiser, schedule, checkpoints, resume."""
+
+from eva_rl.training.loop import TrainingConfig, TrainingResult, learning_rate_at, train
+from eva_rl.training.precision import autocast, choose_device
+
+__all__ = ["TrainingConfig", "TrainingResult", "autocast", "choose_device", "learning_rate_at", "train"]

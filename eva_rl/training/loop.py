@@ -1,0 +1,156 @@
+"""The one loop, for pretraining and fine-tuning alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eva_rl.errors import UserError
+from eva_rl.interface import Batch
+from eva_rl.training.checkpoint import TrainingState, load_newest, save
+from eva_rl.training.precision import autocast
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimiser's settings: AdamW, linear warm-up, cosine decay, clipping by the global norm."""
+
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup: int = 50
+    """Optimiser steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """Applied to matrices; biases and norms are left alone."""
+    gradient_clip: float = 0.25
+    precision: str = "auto"
+    checkpoint_every: int = 500
+    """Optimiser steps between checkpoints; one more is written at the end."""
+    evaluate_every: int = 0
+    """Optimiser steps between evaluations while training; 0: none."""
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("warmup", 0),
+            ("checkpoint_every", 1),
+            ("evaluate_every", 0),
+            ("log_every", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "gradient_clip"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"training.{name}={getattr(self, name)} was given where at least 0 was expected.")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    losses: list[float]
+    """The training loss of every step."""
+    seconds: float
+    """Wall time of the steps made by this process; 0 where a finished run was resumed."""
+
+
+def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
+    """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    span = config.learning_rate - config.final_learning_rate
+    return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Batch],
+    loss: Callable[[Batch], Tensor],
+    steps: int,
+    config: TrainingConfig,
+    checkpoints: Path,
+    resume: bool = False,
+    log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+) -> TrainingResult:
+    """Make `steps` optimiser steps on the parameters of `model` that require gradients.
+
+    Args:
+        batches: batch number n, a pure function of n, so that a resumed run sees what an uninterrupted one sees.
+        loss: the scalar to minimise, a mean over the batch's real elements.
+        checkpoints: folder for the training state (trainable weights, optimiser, random state).
+        resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
+            an uninterrupted run, bit for bit. Dropout draws from torch's global generators, whose states are saved.
+        log: receives scalars by step.
+        evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
+
+    Raises:
+        UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
+    """
+    if steps < 0:
+        raise UserError(f"steps={steps} was given where at least 0 was expected.")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable or steps == 0:
+        return TrainingResult([], 0.0)
+    device = next(iter(trainable.values())).device
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trainable.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        fused=True,
+    )
+    settings = asdict(config) | {"steps": steps}
+    losses: list[float] = []
+    if resume:
+        losses = load_newest(checkpoints, TrainingState(trainable, optimizer, settings)).tolist()
+    elif checkpoints.is_dir() and any(checkpoints.glob("step-*")):
+        raise UserError(
+            f"'{checkpoints}' holds the checkpoints of an earlier run: set resume=true, or another run_dir."
+        )
+    started = time.perf_counter()
+    model.train()
+    with tqdm(total=steps, initial=len(losses), desc="train", unit="step") as bar:
+        for step in range(len(losses), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps, config)
+            batch = batches(step).to(device)
+            with autocast(config.precision, device):
+                value = loss(batch)
+            value.backward()
+            gradient_norm = nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
+            losses.append(value.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"The loss became {losses[-1]} at step {step}: lower training.learning_rate "
+                    f"(it is {config.learning_rate:g}) or look for extreme values in the dataset."
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            bar.update()
+            if done % config.log_every == 0 or done == steps:
+                recent = losses[-config.log_every :]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+                scalars = {"loss": sum(recent) / len(recent), "gradient_norm": gradient_norm.item()}
+                log(done, {f"train/{k}": v for k, v in scalars.items()} | {"train/learning_rate": group["lr"]})
+            if done % config.checkpoint_every == 0 or done == steps:
+                save(
+                    checkpoints,
+                    TrainingState(trainable, optimizer, settings),
+                    torch.tensor(losses, dtype=torch.float64),
+                )
+            if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
+                model.eval()
+                log(done, evaluate(done))
+                model.train()
+    model.eval()
+    return TrainingResult(losses, time.perf_counter() - started)

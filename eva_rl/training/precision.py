@@ -1,0 +1,48 @@
+"""Which device and which arithmetic a run uses."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from eva_rl.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`cpu`, `cuda` (also `cuda:1`), or `auto`: CUDA where there is one.
+
+    Raises:
+        UserError: if the device is unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name} was given where cpu, cuda or auto was expected.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} was given where cpu, cuda or auto was expected.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name} was given, but this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context the forward pass runs in: `float32`, `bfloat16`, or `auto`.
+
+    `auto` takes bfloat16 where the processor multiplies it in hardware (CUDA from Ampere on; CPUs with AMX or AVX-512
+    BF16) and float32 elsewhere, where emulated bfloat16 is several times slower.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
+    if precision == "bfloat16" or (precision == "auto" and _has_bfloat16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
