@@ -7,7 +7,6 @@ import pkgutil
 from functools import cache
 
 from eva_rl.envs.domain import Domain
-
 from eva_rl.errors import UserError, did_you_mean
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from eva_rl.envs.domain import Domain, Policy
 from gymnasium.envs.registration import EnvSpec
+
+from eva_rl.envs.domain import Domain, Policy
 
 EPISODE_LENGTH = 200
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +71,7 @@ class TrainingSettings:
 class PretrainConfig:
     task: str
     demonstrations: int
+    std_floor: float
     model: ModelSettings
     training: TrainingSettings
     steps: int
@@ -86,7 +88,9 @@ class AdapterSettings:
 
     name: str
     trainable: str
+    """`adapter`, `all` weights or `none`."""
     learning_rate: float
+    rank: int | None
     config: dict[str, Any] | None
     eva: dict[str, Any] | None
 
@@ -111,8 +115,8 @@ class FinetuneConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     checkpoint: str
-    task: str
     adapter: str | None
+    task: str
     episodes: int
     seed: int
     target_return: float | None
@@ -120,7 +124,20 @@ class EvaluateConfig:
     run_dir: str | None
 
 
-def entry_point(schema: type, name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+# Hydra parses the command line and leaves files, folders and logging to us.
+ConfigStore.instance().store(
+    name="entry",
+    package="_global_",
+    node={
+        "defaults": [{"override /hydra/job_logging": "none"}, {"override /hydra/hydra_logging": "none"}],
+        "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
+    },
+)
+
+
+def entry_point(
+    schema: type, name: str, folder: str = "eva_rl.configs"
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make `main(config: schema)` a command that reads `configs/<name>.yaml` and the command line.
 
     A `UserError`, a misspelt key or a wrong value ends the process with one sentence on stderr and status 1; Ctrl-C with
@@ -128,19 +145,33 @@ def entry_point(schema: type, name: str) -> Callable[[Callable[[Any], None]], Ca
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        composed = False
+
         def task(config: DictConfig) -> None:
-            main(parse(config, schema))
+            nonlocal composed
+            composed = True
+            try:  # here, because Hydra prints a line of its own for an exception that leaves the job
+                main(parse(config, schema))
+            except UserError as error:
+                sys.exit(f"error: {error}")
+            except OmegaConfBaseException as error:
+                sys.exit(f"error: {explain(error, schema)}")
 
         def run() -> None:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
             try:
-                hydra.main(version_base="1.3", config_path="pkg://eva_rl.configs", config_name=name)(task)()
-            except UserError as error:
-                sys.exit(f"error: {error}")
+                hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
+            except ValueError as error:  # Hydra's answer to `model=3`
+                if composed:
+                    raise
+                sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
             except KeyboardInterrupt:
-                print("\nInterrupted. The same command continues where its work was last saved.", file=sys.stderr)
+                print(
+                    "\nInterrupted. Collected episodes are kept; a run continues with resume=true and its run_dir.",
+                    file=sys.stderr,
+                )
                 sys.exit(130)
 
         return run
@@ -201,7 +232,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 def explain(error: Exception, schema: type) -> str:
     """One sentence for what Hydra or OmegaConf found wrong with the command line."""
     message = " ".join(str(error).split())
-    key = getattr(error, "key", None) or (getattr(error.__cause__, "key", None) if error.__cause__ else None)
+    key = getattr(error.__cause__ or error, "full_key", None)
     if "is not in struct" in message or "Could not override" in message:
         given = str(key or message.split("'")[1])
         return f"There is no setting '{given}'. {did_you_mean(given.split('.')[-1], setting_names(schema))}".rstrip()

@@ -12,10 +12,14 @@ class MissingExtra(UserError):
     """A domain's optional packages are not installed."""
 
     def __init__(self, domain: str, extra: str, missing: str | None):
+        self.given = (domain, extra, missing)
         super().__init__(
             f"The domain '{domain}' needs the package '{missing}', which is not installed: "
             f"run `pip install 'eva_rl[{extra}]'`."
         )
+
+    def __reduce__(self):  # so that one raised in a worker process reaches its parent
+        return type(self), self.given
 
 
 def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:

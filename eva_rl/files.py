@@ -22,9 +22,17 @@ def replacing(target: Path) -> Iterator[Path]:
     new = scratch / target.name
     try:
         yield new
-        if target.is_dir() and not target.is_symlink():
+        if not os.path.lexists(new):
+            raise FileNotFoundError(f"Nothing was written to become '{target}'.")
+        if target.is_dir() and not target.is_symlink():  # the system replaces a file in one step, a folder in two
             os.replace(target, scratch / "old")
         os.replace(new, target)
+    except BaseException as error:
+        if (scratch / "old").exists():
+            os.replace(scratch / "old", target)
+        if "No space left on device" in str(error):  # an OSError, or the words of a library that has its own kind
+            raise UserError(f"There is no space left for '{target}': free some, or write elsewhere.") from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

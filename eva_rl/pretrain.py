@@ -15,19 +15,21 @@ def main(config: PretrainConfig) -> None:
     from eva_rl.files import make_folder, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, save_base
     from eva_rl.report import TensorBoard
-    from eva_rl.training import TrainingConfig, choose_device, train
+    from eva_rl.training import TrainingConfig, check_run, choose_device, train
 
     tasks = expand_tasks(config.task)
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))
     device = choose_device(config.device)
-    run_dir = make_folder(run_folder(config.run_dir))
+    run_dir = run_folder(config.run_dir)
+    check_run(config.steps, run_dir / "checkpoints", config.resume)
+    make_folder(run_dir)
     output = Path(config.output) if config.output else run_dir / "model"
     write_text(run_dir / "config.yaml", to_yaml(config))
 
     recipes = [Recipe(task, config.demonstrations, seed=config.seed) for task in tasks]
     trajectories = [load_dataset(id, task) for id, task in zip(collect(recipes), tasks, strict=True)]
-    interface = interface_of(config.task.partition("/")[0], trajectories)
+    interface = interface_of(config.task.partition("/")[0], trajectories, config.std_floor)
 
     torch.manual_seed(config.seed)
     model = DecisionTransformer(model_config, [interface]).to(device)
@@ -44,7 +46,8 @@ def main(config: PretrainConfig) -> None:
             training_config,
             run_dir / "checkpoints",
             config.resume,
-            tensorboard.log,
+            identity={"task": config.task, "demonstrations": config.demonstrations, "seed": config.seed},
+            log=tensorboard.log,
         )
     save_base(output, model, {t.task: t.statistics() for t in trajectories})
     print(f"{output}: trained for {config.steps} steps in {result.seconds:.0f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,7 +41,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise UserError(f"episodes={self.episodes} was given where at least 1 episode was expected.")
-        if not self.noise or min(self.noise) < 0:
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} was given where a whole number of at least 0 was expected.")
+        if not self.noise or not all(0 <= scale < np.inf for scale in self.noise):
             raise UserError(
                 f"noise={list(self.noise)} was given where one or more numbers of at least 0 were expected."
             )
@@ -64,9 +67,9 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     Finished episodes survive an interruption and are not collected again. A dataset appears under its id only when it
     is whole. Its content does not depend on `workers` (0: one process for each core).
     """
-    datasets_root = get_dataset_path()
-    make_folder(datasets_root)
-    missing = [recipe for recipe in recipes if not (datasets_root / recipe.dataset_id / "data").is_dir()]
+    root = datasets_root()
+    recipes = list(recipes)
+    missing = [recipe for recipe in dict.fromkeys(recipes) if not (root / recipe.dataset_id / "data").is_dir()]
     for recipe in missing:
         domain, name = find_task(recipe.task)
         domain.make(name).close()  # a missing extra is met here, before any process starts
@@ -80,13 +83,15 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     total = sum(recipe.episodes for recipe in missing)
     workers = min(workers or len(os.sched_getaffinity(0)), max(len(jobs), 1))
     with tqdm(total=total, initial=total - len(jobs), desc="collect", unit="episode", disable=not missing) as bar:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("forkserver"), initializer=_leave_ctrl_c_to_parent
+        )
         try:
             unfinished = {recipe: sum(r == recipe for r, _ in jobs) for recipe in missing}
             for recipe in missing:
                 if not unfinished[recipe]:  # interrupted between its last episode and its assembly
                     _assemble(recipe)
-            futures = {pool.submit(_stage_episode, *job): job[0] for job in jobs}
+            futures = {pool.submit(_stage_episode, *job, _staged(*job)): job[0] for job in jobs}
             for future in as_completed(futures):
                 future.result()
                 bar.update()
@@ -94,9 +99,15 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
                 unfinished[recipe] -= 1
                 if not unfinished[recipe]:
                     _assemble(recipe)
+            for recipe in missing:  # only now: recipes that differ in length alone share their episodes
+                shutil.rmtree(recipe.staging, ignore_errors=True)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return [recipe.dataset_id for recipe in recipes]
+
+
+def _leave_ctrl_c_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _staged(recipe: Recipe, episode: int) -> Path:
@@ -109,8 +120,8 @@ def _environment(task: str) -> gym.Env:
     return domain.make(name)
 
 
-def _stage_episode(recipe: Recipe, episode: int) -> None:
-    """Roll out one episode of the noisy expert and write it to the staging folder (runs in a worker process)."""
+def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
+    """Roll out one episode of the noisy expert and write it to `path` (runs in a worker process)."""
     domain, name = find_task(recipe.task)
     env, expert = _environment(recipe.task), domain.expert(name)
     rng = episode_rng(recipe.task, recipe.seed, episode)
@@ -127,7 +138,7 @@ def _stage_episode(recipe: Recipe, episode: int) -> None:
         terminations.append(bool(terminated))
         truncations.append(bool(truncated))
         successes.append(float(info.get("success", 0.0)))
-    with replacing(_staged(recipe, episode)) as path, path.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             observations=np.stack(observations),  # (T + 1, obs_dim)
@@ -141,7 +152,9 @@ def _stage_episode(recipe: Recipe, episode: int) -> None:
 
 def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.random.Generator) -> np.ndarray:
     """`action` with Gaussian noise (continuous), or replaced by a random one with probability `noise` (discrete)."""
-    if isinstance(space, gym.spaces.Box):
+    if noise == 0:
+        return np.asarray(action, space.dtype)
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
         half_range = (space.high - space.low) / 2
         noisy = action + noise * half_range * rng.standard_normal(space.shape)
         return np.clip(noisy, space.low, space.high).astype(space.dtype)
@@ -151,7 +164,7 @@ def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.rando
 
 
 def _assemble(recipe: Recipe) -> None:
-    """Turn the staged episodes into the Minari dataset, and remove them."""
+    """Turn the staged episodes into the Minari dataset."""
     domain, name = find_task(recipe.task)
     env = _environment(recipe.task)
     buffers = []
@@ -169,7 +182,7 @@ def _assemble(recipe: Recipe) -> None:
     scores = domain.reference_scores(name)
     with replacing(get_dataset_path(recipe.dataset_id)) as folder:
         folder.mkdir()
-        with _datasets_root(folder / "root"), warnings.catch_warnings():
+        with _root(folder / "root"), warnings.catch_warnings():
             # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
             warnings.filterwarnings("ignore", message=".*is set to None")
             dataset = minari.create_dataset_from_buffers(
@@ -181,7 +194,7 @@ def _assemble(recipe: Recipe) -> None:
                 action_space=env.action_space,
                 algorithm_name="scripted expert with action noise",
                 description=f"{recipe.episodes} episodes of {recipe.task} by the scripted expert of its domain; the "
-                f"actions carry Gaussian noise of standard deviation {list(recipe.noise)}, in turn.",
+                f"actions carry noise of scale {list(recipe.noise)}, in turn.",
                 requirements=[f"eva_rl[{domain.extra}]"],
                 ref_min_score=scores.random if scores else None,
                 ref_max_score=scores.expert if scores else None,
@@ -197,10 +210,23 @@ def _assemble(recipe: Recipe) -> None:
             )
         os.replace(folder / "root" / recipe.dataset_id / "data", folder / "data")
         shutil.rmtree(folder / "root")
-    shutil.rmtree(recipe.staging)
 
 
-class _datasets_root:
+def datasets_root() -> Path:
+    """Minari's folder of datasets.
+
+    Raises:
+        UserError: if it can't be written to.
+    """
+    try:
+        return make_folder(get_dataset_path())
+    except OSError as error:
+        raise UserError(
+            f"Minari's folder of datasets can't be made ({error.strerror}: '{error.filename}'): set MINARI_DATASETS_PATH."
+        ) from error
+
+
+class _root:
     """Point Minari at another root folder for the length of a `with` block."""
 
     def __init__(self, path: Path):

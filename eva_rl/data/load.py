@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import gymnasium as gym
@@ -9,14 +10,18 @@ import minari
 import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
+from eva_rl.data.collection import datasets_root
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError, did_you_mean
 
-MINARI = "minari/"
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
+"""What h5py and Minari raise for damaged files."""
 
 
-def load_dataset(dataset_id: str, task: str) -> Trajectories:
+def load_dataset(dataset_id: str, task: str, demonstrations: int | None = None) -> Trajectories:
     """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
+
+    Only the first `demonstrations` of them, where that is given.
 
     Raises:
         UserError: if it is neither here nor to be had, is damaged, or has spaces other than flat observations (a Box)
@@ -34,6 +39,11 @@ def load_dataset(dataset_id: str, task: str) -> Trajectories:
             f"The dataset '{dataset_id}' has actions of {action_space}, where a one-dimensional Box or Discrete was "
             "expected."
         )
+    count = dataset.total_episodes if demonstrations is None else demonstrations
+    if not 1 <= count <= dataset.total_episodes:
+        raise UserError(
+            f"demonstrations={count} was given, but the dataset '{dataset_id}' holds {dataset.total_episodes} episodes."
+        )
     try:
         episodes = [
             {
@@ -44,9 +54,9 @@ def load_dataset(dataset_id: str, task: str) -> Trajectories:
                 if episode.infos and "success" in episode.infos
                 else None,
             }
-            for episode in dataset.iterate_episodes()
+            for episode in dataset.iterate_episodes(range(count))
         ]
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except UNREADABLE as error:
         raise _damaged(dataset_id, error) from error
     return pack(task, episodes, observation_space, action_space)
 
@@ -58,7 +68,8 @@ def environment_of(dataset_id: str) -> gym.Env:
         UserError: if the dataset names none, or it can't be made here.
     """
     dataset = _open(dataset_id)
-    if dataset.spec.env_spec is None:
+    specs = [dataset.storage.metadata.get(kind) for kind in ("eval_env_spec", "env_spec")]
+    if not any(specs):
         raise UserError(
             f"The dataset '{dataset_id}' names no environment: set episodes=0 to fine-tune without rollouts."
         )
@@ -67,7 +78,7 @@ def environment_of(dataset_id: str) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         needed = dataset.storage.metadata.get("requirements") or ["what its page names"]
         raise UserError(
-            f"The environment '{dataset.spec.env_spec.id}' of the dataset '{dataset_id}' can't be made ({error}): install "
+            f"The environment '{json.loads(specs[0] or specs[1])['id']}' of the dataset '{dataset_id}' can't be made ({error}): install "
             f"{', '.join(needed)}, or set episodes=0 to fine-tune without rollouts."
         ) from error
 
@@ -80,12 +91,12 @@ def score_scale_of(dataset_id: str) -> tuple[float, float] | None:
 
 
 def _open(dataset_id: str) -> minari.MinariDataset:
-    path = get_dataset_path(dataset_id)
+    path = datasets_root() / dataset_id
     if not (path / "data").is_dir():
         _download(dataset_id)
     try:
         return minari.load_dataset(dataset_id)
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except UNREADABLE as error:
         raise _damaged(dataset_id, error) from error
 
 
@@ -102,7 +113,7 @@ def _download(dataset_id: str) -> None:
     hint = did_you_mean(dataset_id, local) if local else "There are no local datasets."
     try:
         minari.download_dataset(dataset_id)
-    except ValueError as error:  # Minari's servers answered: there is no such dataset
+    except (ValueError, TypeError) as error:  # Minari's servers answered: there is no such dataset
         raise UserError(f"The dataset '{dataset_id}' is neither local nor on Minari's servers. {hint}") from error
     except Exception as error:
         raise UserError(
@@ -112,4 +123,7 @@ def _download(dataset_id: str) -> None:
 
 
 def _local_datasets() -> Sequence[str]:
-    return list(minari.list_local_datasets())
+    try:
+        return list(minari.list_local_datasets())
+    except (ValueError, TypeError):  # a folder of another kind among the datasets
+        return []

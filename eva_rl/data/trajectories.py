@@ -13,9 +13,6 @@ from torch import Tensor
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
 
-STD_FLOOR = 1.5
-"""In units of the median standard deviation; on Meta-World's forty pretraining tasks that is 0.18."""
-
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -82,14 +79,17 @@ def pack(
                 f"and {len(episode['observations'])} observations, where T, T and T + 1 were expected."
             )
         observations = np.asarray(episode["observations"][:length], np.float32)
-        actions = np.asarray(episode["actions"])
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused below
+            actions = np.asarray(episode["actions"], None if discrete else np.float32)
         expected = () if discrete else action_space.shape
-        if observations.shape[1:] != observation_space.shape or actions.shape[1:] != expected:
+        shapes = observations.shape[1:], actions.shape[1:], rewards.shape[1:]
+        if shapes != (observation_space.shape, expected, ()):
             raise UserError(
-                f"Episode {number} of the dataset of '{task}' has observations of shape {observations.shape[1:]} and "
-                f"actions of shape {actions.shape[1:]}, but the dataset's spaces say {observation_space.shape} and "
-                f"{expected}."
+                f"Episode {number} of the dataset of '{task}' has observations, actions and rewards of the shapes "
+                f"{shapes}, where the dataset's spaces ask for {(observation_space.shape, expected, ())}."
             )
+        if discrete and not all(action_space.contains(action) for action in np.unique(actions)):
+            raise UserError(f"Episode {number} of the dataset of '{task}' has actions outside {action_space}.")
         if not (np.isfinite(observations).all() and np.isfinite(rewards).all() and np.isfinite(actions).all()):
             raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
         columns["observations"].append(observations.reshape(length, observation_size))
@@ -112,11 +112,12 @@ def pack(
     )
 
 
-def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: float = STD_FLOOR) -> Interface:
+def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: float = 0.01) -> Interface:
     """The interface of training trajectories that share their spaces, every task weighing the same.
 
     No observation dimension's standard deviation is taken to be less than `std_floor` times the median over the
-    dimensions that move at all. Without that floor a dimension that rests during pretraining would be divided by nearly
+    dimensions that move at all. A base for unseen tasks wants a high floor (pretraining takes 1.5), a single task's own
+    statistics only need one against division by zero. Without that floor a dimension that rests during pretraining would be divided by nearly
     zero, and a target task in which it moves would drown every other input.
 
     Actions of a bounded space are scaled to [-1, 1] by its bounds, others by their mean and standard deviation.
@@ -129,7 +130,7 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         if (
             other.observations.shape[1:] != first.observations.shape[1:]
             or other.actions.shape[1:] != first.actions.shape[1:]
-            or type(other.action_space) is not type(first.action_space)
+            or other.action_space != first.action_space
         ):
             raise UserError(
                 f"The tasks '{first.task}' and '{other.task}' differ in their spaces "
@@ -164,6 +165,7 @@ def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ..
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     actions = torch.cat([t.actions for t in trajectories]).double()
     bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
-    mean = np.where(bounded, np.where(bounded, low + high, 0) / 2, actions.mean(0).numpy())
-    scale = np.where(bounded, np.where(bounded, high - low, 0) / 2, actions.std(0, correction=0).numpy().clip(1e-3))
+    low, high = np.where(bounded, low, 0), np.where(bounded, high, 0)
+    mean = np.where(bounded, (low + high) / 2, actions.mean(0).numpy())
+    scale = np.where(bounded, (high - low) / 2, actions.std(0, correction=0).numpy().clip(1e-3))
     return tuple(mean.tolist()), tuple(scale.tolist())

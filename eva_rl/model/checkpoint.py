@@ -91,7 +91,7 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
             ModelConfig(**_tuples(config["architecture"])), [interface_from_json(i) for i in config["interfaces"]]
         )
         tasks = {task: TaskStatistics(**statistics) for task, statistics in config["tasks"].items()}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / 'config.json'}' is incomplete or of another version ({error}).") from error
     try:
         weights = load_file(folder / "model.safetensors")
@@ -109,6 +109,42 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
         )
     model.load_state_dict(weights)
     return Base(model.eval().to(device), tasks, folder)
+
+
+@dataclass(frozen=True)
+class AdapterNotes:
+    """What an adapter folder must say, beyond peft's files, for its model to act in its task again."""
+
+    base: str
+    task: str
+    interface: Interface
+    statistics: TaskStatistics
+
+
+NOTES = "eva_rl.json"
+
+
+def save_notes(folder: Path, notes: AdapterNotes) -> None:
+    """Write the notes into an adapter's folder."""
+    write_json(folder / NOTES, asdict(notes))
+
+
+def load_notes(folder: Path) -> AdapterNotes:
+    """The notes of an adapter's folder.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    fields = read_json(folder / NOTES)
+    try:
+        return AdapterNotes(
+            fields["base"],
+            fields["task"],
+            interface_from_json(fields["interface"]),
+            TaskStatistics(**fields["statistics"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{folder / NOTES}' is incomplete ({error}): make the adapter again.") from error
 
 
 def interface_from_json(fields: Mapping[str, Any]) -> Interface:

@@ -200,6 +200,20 @@ class DecisionTransformer(nn.Module):
         self.embedders[interface.name] = Embedder(self.config, interface).to(device)
         self.heads[interface.name] = head.to(device)
 
+    def connect(self, interface: Interface, what: str) -> tuple[str, ...]:
+        """Make the model ready for `interface`; return the names of the modules it had to make for it.
+
+        There are none where the model has an interface of that name: its own statistics stay in force.
+
+        Raises:
+            UserError: if that interface has other sizes; the sentence names `what`.
+        """
+        if interface.name in self.embedders:
+            self.interfaces[interface.name].require(interface, what)
+            return ()
+        self.add_interface(interface)
+        return (f"embedders.{interface.name}", f"heads.{interface.name}")
+
     def forward(self, batch: Batch) -> Tensor:
         """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""
         features = self.trunk(self.embedders[batch.interface](batch))  # (B, T * kinds, d)

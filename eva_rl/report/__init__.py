@@ -1,5 +1,23 @@
 """Runs -> tables, confidence intervals, TensorBoard."""
 
+from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
+from eva_rl.report.statistics import Estimate, mean, proportion
+from eva_rl.report.stopwatch import Stopwatch
+from eva_rl.report.table import markdown
 from eva_rl.report.tensorboard import TensorBoard
+from eva_rl.report.versions import versions
 
-__all__ = ["TensorBoard"]
+__all__ = [
+    "SCORES",
+    "Estimate",
+    "Scores",
+    "Stopwatch",
+    "TensorBoard",
+    "markdown",
+    "mean",
+    "proportion",
+    "scores",
+    "to_json",
+    "to_scalars",
+    "versions",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,8 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Actor(Protocol):
@@ -43,8 +44,8 @@ def rollout(
     seeds: Sequence[int],
     target_return: float,
     device: torch.device | str = "cpu",
+    label: str = "roll out",
     parallel: int = 50,
-    autocast: AbstractContextManager | None = None,
 ) -> Episodes:
     """Run one episode for each seed, `parallel` at a time, with greedy actions.
 
@@ -59,7 +60,7 @@ def rollout(
         raise UserError("episodes=0 was given where at least 1 episode was expected.")
     check_spaces(make_env, model.interfaces[interface])
     chunks = [seeds[i : i + parallel] for i in range(0, len(seeds), parallel)]
-    with tqdm(total=len(seeds), desc="roll out", unit="episode") as bar, autocast or nullcontext():
+    with tqdm(total=len(seeds), desc=label, unit="episode", bar_format=BAR) as bar:
         parts = []
         for chunk in chunks:
             envs = SyncVectorEnv([make_env] * len(chunk))
@@ -67,11 +68,12 @@ def rollout(
                 parts.append(_episodes(model, envs, interface, context, chunk, target_return, device, bar))
             finally:
                 envs.close()
-    successes = [part.successes for part in parts if part.successes is not None]
+    says_success = any(part.successes is not None for part in parts)
+    successes = [np.zeros(len(part.lengths), bool) if part.successes is None else part.successes for part in parts]
     return Episodes(
         returns=np.concatenate([part.returns for part in parts]),
         lengths=np.concatenate([part.lengths for part in parts]),
-        successes=np.concatenate(successes) if len(successes) == len(parts) else None,
+        successes=np.concatenate(successes) if says_success else None,
     )
 
 
@@ -118,6 +120,8 @@ def _episodes(
     says_success = "success" in infos
     successes = np.zeros(count, bool)
     wanted = np.full(count, target_return)
+    finished = bar.n
+    limit = envs.spec.max_episode_steps if envs.spec and envs.spec.max_episode_steps else 1000
     step = 0
     while running.any():
         if not np.isfinite(observations[running]).all():
@@ -129,6 +133,7 @@ def _episodes(
         history.observations[:, position] = torch.as_tensor(observations.reshape(count, -1), dtype=torch.float32)
         history.returns_to_go[:, position] = torch.as_tensor(wanted, dtype=torch.float32)
         history.actions[:, position] = 0
+        history.rewards[:, position] = 0
         seen = Batch(**{k: v if k == "interface" else v[:, : position + 1] for k, v in vars(history).items()})
         chosen = model.act(seen, torch.full((count,), position, device=device))  # (n, act) or (n,)
         history.actions[:, position] = chosen
@@ -149,7 +154,9 @@ def _episodes(
             says_success = True
             successes |= running & (np.asarray(infos["success"], float) > 0)
         ended = running & (terminations | truncations)
-        bar.update(int(ended.sum()))
+        # A running episode counts for its share of the time limit.
         running &= ~ended
         step += 1
+        bar.n = finished + int((~running).sum()) + min(step / limit, 1.0) * int(running.sum())
+        bar.update(0)
     return Episodes(returns, lengths, successes if says_success else None)

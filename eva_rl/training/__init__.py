@@ -1,6 +1,15 @@
 """The one loop: optimiser, schedule, checkpoints, resume."""
 
+from eva_rl.training.checkpoint import check_run
 from eva_rl.training.loop import TrainingConfig, TrainingResult, learning_rate_at, train
 from eva_rl.training.precision import autocast, choose_device
 
-__all__ = ["TrainingConfig", "TrainingResult", "autocast", "choose_device", "learning_rate_at", "train"]
+__all__ = [
+    "TrainingConfig",
+    "TrainingResult",
+    "autocast",
+    "check_run",
+    "choose_device",
+    "learning_rate_at",
+    "train",
+]

@@ -30,6 +30,17 @@ class TrainingState:
     settings: Mapping[str, Any]
 
 
+def check_run(steps: int, folder: Path, resume: bool) -> None:
+    """Raise a `UserError` for negative steps, or a folder whose checkpoints a run without `resume` would overwrite.
+
+    Entry points call it before they write or compute anything; `train` calls it again.
+    """
+    if steps < 0:
+        raise UserError(f"steps={steps} was given where at least 0 was expected.")
+    if not resume and any(folder.glob("step-*")):
+        raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")
+
+
 def save(folder: Path, state: TrainingState, losses: Tensor) -> Path:
     """Write `folder/step-N.safetensors`, N being the number of losses; drop all but the newest checkpoints."""
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
@@ -61,8 +72,9 @@ def load_newest(folder: Path, state: TrainingState) -> Tensor:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 settings = json.loads(file.metadata()["settings"])
-        except (SafetensorError, OSError) as error:
-            warnings.warn(f"The checkpoint '{path}' is damaged ({error}); the one before it is used.", stacklevel=2)
+                losses = tensors["losses"]
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
         changed = [k for k in state.settings if settings.get(k) != state.settings[k]]
         if changed:
@@ -71,7 +83,7 @@ def load_newest(folder: Path, state: TrainingState) -> Tensor:
                 f"'{folder}' was trained with {was}: resume with the same settings, or set another run_dir."
             )
         restore(tensors, state, path)
-        return tensors["losses"]
+        return losses
     return torch.zeros(0)
 
 

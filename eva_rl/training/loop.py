@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch
-from eva_rl.training.checkpoint import TrainingState, load_newest, save
+from eva_rl.training.checkpoint import TrainingState, check_run, load_newest, save
 from eva_rl.training.precision import autocast
 
 
@@ -77,6 +78,7 @@ def train(
     config: TrainingConfig,
     checkpoints: Path,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
     log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainingResult:
@@ -88,16 +90,17 @@ def train(
         checkpoints: folder for the training state (trainable weights, optimiser, random state).
         resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
             an uninterrupted run, bit for bit. Dropout draws from torch's global generators, whose states are saved.
+        identity: what else must be the same for a resumed run to continue this one, such as its task and seed.
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
-    if steps < 0:
-        raise UserError(f"steps={steps} was given where at least 0 was expected.")
+    check_run(steps, checkpoints, resume)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or steps == 0:
+        model.eval()
         return TrainingResult([], 0.0)
     device = next(iter(trainable.values())).device
     optimizer = torch.optim.AdamW(
@@ -108,14 +111,11 @@ def train(
         lr=config.learning_rate,
         fused=True,
     )
-    settings = asdict(config) | {"steps": steps}
+    settings = {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
+    settings |= {"steps": steps, **(identity or {})}
     losses: list[float] = []
     if resume:
         losses = load_newest(checkpoints, TrainingState(trainable, optimizer, settings)).tolist()
-    elif checkpoints.is_dir() and any(checkpoints.glob("step-*")):
-        raise UserError(
-            f"'{checkpoints}' holds the checkpoints of an earlier run: set resume=true, or another run_dir."
-        )
     started = time.perf_counter()
     model.train()
     with tqdm(total=steps, initial=len(losses), desc="train", unit="step") as bar:
@@ -128,10 +128,10 @@ def train(
             value.backward()
             gradient_norm = nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
             losses.append(value.item())
-            if not math.isfinite(losses[-1]):
+            if not (math.isfinite(losses[-1]) and gradient_norm.isfinite()):
                 raise UserError(
-                    f"The loss became {losses[-1]} at step {step}: lower training.learning_rate "
-                    f"(it is {config.learning_rate:g}) or look for extreme values in the dataset."
+                    f"At step {step} the loss became {losses[-1]} and the norm of its gradient {gradient_norm.item()}: "
+                    f"lower training.learning_rate (it is {config.learning_rate:g}) or look for extreme values in the dataset."
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -142,15 +142,15 @@ def train(
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
                 scalars = {"loss": sum(recent) / len(recent), "gradient_norm": gradient_norm.item()}
                 log(done, {f"train/{k}": v for k, v in scalars.items()} | {"train/learning_rate": group["lr"]})
+            if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
+                model.eval()
+                log(done, evaluate(done))
+                model.train()
             if done % config.checkpoint_every == 0 or done == steps:
                 save(
                     checkpoints,
                     TrainingState(trainable, optimizer, settings),
                     torch.tensor(losses, dtype=torch.float64),
                 )
-            if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
-                model.eval()
-                log(done, evaluate(done))
-                model.train()
     model.eval()
     return TrainingResult(losses, time.perf_counter() - started)

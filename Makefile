@@ -1,0 +1,60 @@
+# Every target uses one environment, .venv/, which is made on first use and kept.
+#
+#   PYTHON=python3.12    the interpreter the environment is made with
+#   TORCH=...            arguments of `pip install` that choose another build of torch than the package index's default,
+#                        such as TORCH='torch --index-url <index of the CPU builds>'
+
+PYTHON ?= python3
+TORCH ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+MADE := $(VENV)/.made
+INSTALLED := $(VENV)/.installed
+BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## make the environment in .venv/
+	@echo "$(VENV)/ is ready: \`. $(VENV)/bin/activate\`"
+
+demo: $(INSTALLED) ## fine-tune and evaluate the shipped base on a Meta-World task
+	$(RUN) -m eva_rl.finetune task=metaworld/peg-unplug-side-v3 adapter=eva
+
+test: $(INSTALLED) ## run the tests
+	$(RUN) -m pytest
+
+lint: $(INSTALLED) ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: ## list the benchmarks and the command that runs each
+	@$(if $(BENCHMARKS),,echo "There are no benchmarks yet.")
+	@for file in $(BENCHMARKS); do \
+		echo "$(RUN) -m benchmarks.$$(basename "$$file" .py)"; \
+		sed -n '1s/^"""\([^"]*\).*/    \1/p' "$$file"; \
+	done
+
+clean: ## remove the environment and everything built; runs, checkpoints and datasets stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find eva_rl envs configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(MADE):
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "error: there is no '$(PYTHON)': install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "error: Python 3.11 or newer \
+	is needed, but $(PYTHON) is %d.%d: name a newer one with PYTHON=..." % v[:2])'
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# A torch chosen with TORCH=... stays: its pin is left out of the constraints.
+$(INSTALLED): $(MADE) pyproject.toml constraints.txt
+	@echo "Installing into $(VENV)/; the first time this takes a few minutes."
+	@grep -v $(if $(TORCH),'^torch==','^#') constraints.txt > $(VENV)/constraints.txt
+	@$(if $(TORCH),$(RUN) -m pip install -qq --disable-pip-version-check $(TORCH))
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[metaworld,dev]'
+	@touch $@

@@ -1,0 +1,66 @@
+"""What a task's name stands for: a domain's task, or a Minari dataset of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import gymnasium as gym
+
+from eva_rl.data.collection import Recipe, collect
+from eva_rl.data.load import environment_of, score_scale_of
+from eva_rl.envs import find_task
+
+MINARI = "minari/"
+DEMONSTRATIONS = 40
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task's environment, trajectories and score scale come from."""
+
+    task: str
+    interface: str
+    """The name of the interface its observations and actions go through."""
+    dataset_id: str | None
+    """The Minari dataset of its trajectories; None where the task's expert collects one."""
+    make_env: Callable[[], gym.Env]
+    score_scale: tuple[float, float] | None
+    """Episode returns of a random policy and of the expert, the 0 and the 1 of normalised scores."""
+
+    def dataset(self, demonstrations: int | None, seed: int) -> str:
+        """The Minari id of this task's trajectories; a domain's task collects them first if they are not there."""
+        if self.dataset_id is not None:
+            return self.dataset_id
+        return collect([Recipe(self.task, DEMONSTRATIONS if demonstrations is None else demonstrations, seed=seed)])[0]
+
+
+def find_source(task: str, dataset: str | None = None) -> TaskSource:
+    """The source of a task such as `metaworld/hammer-v3` or `minari/<any dataset id>`.
+
+    `dataset` names the trajectories of a domain's task where they are not to be collected.
+
+    Raises:
+        UserError: if there is no such task or dataset.
+    """
+    if task.startswith(MINARI):
+        dataset_id = dataset or task.removeprefix(MINARI)
+        scale = score_scale_of(dataset_id)
+        return TaskSource(task, interface_name(dataset_id), dataset_id, partial(environment_of, dataset_id), scale)
+    domain, name = find_task(task)
+    scores = domain.reference_scores(name)
+    if dataset is not None:
+        score_scale_of(dataset)  # met here, before anything is written, if it is not there
+    return TaskSource(
+        task=task,
+        interface=domain.name,
+        dataset_id=dataset,
+        make_env=partial(domain.make, name),
+        score_scale=(scores.random, scores.expert) if scores else None,
+    )
+
+
+def interface_name(dataset_id: str) -> str:
+    """A dataset id as the name of a module: PyTorch forbids dots in those."""
+    return dataset_id.replace("/", "_").replace(".", "_")

@@ -1,0 +1,90 @@
+"""A checkpoint, with or without an adapter, in a task or a split: `python -m eva_rl.evaluate checkpoint=... task=...`."""
+
+from pathlib import Path
+
+from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
+
+
+@entry_point(EvaluateConfig, "evaluate", "eva_rl.configs.evaluate")
+def main(config: EvaluateConfig) -> None:
+    from eva_rl.adapter import load_adapter
+    from eva_rl.data import find_source
+    from eva_rl.envs import expand_tasks
+    from eva_rl.errors import UserError
+    from eva_rl.files import make_folder, write_json, write_text
+    from eva_rl.model import load_base, load_notes
+    from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
+    from eva_rl.rollout import rollout
+    from eva_rl.seeding import episode_seed
+    from eva_rl.training import autocast, choose_device
+
+    if config.episodes < 1:
+        raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
+    tasks = (config.task,) if config.task.startswith("minari/") else expand_tasks(config.task)
+    sources = [find_source(task) for task in tasks]
+    device, clock = choose_device(config.device), Stopwatch("load", "rollout")
+
+    with clock("load"):
+        base = load_base(config.checkpoint, device)
+        model, known = base.model, dict(base.tasks)
+        if config.adapter is not None:
+            folder = Path(config.adapter)
+            folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+            notes = load_notes(folder)
+            model.connect(notes.interface, f"The adapter in '{folder}'")
+            model = load_adapter(model, folder)
+            known[notes.task] = notes.statistics
+    for source in sources:
+        if source.interface not in model.interfaces:
+            raise UserError(
+                f"The checkpoint '{config.checkpoint}' knows no interface '{source.interface}': fine-tune it first."
+            )
+        if config.target_return is None and source.task not in known:
+            raise UserError(
+                f"The checkpoint '{config.checkpoint}' has not seen '{source.task}' and can't know what return to ask for: "
+                "set target_return=..., or name an adapter of that task."
+            )
+
+    run_dir = make_folder(run_folder(config.run_dir))
+    write_text(run_dir / "config.yaml", to_yaml(config))
+    results, rows = {}, []
+    with TensorBoard(run_dir) as tensorboard:
+        for number, source in enumerate(sources):
+            target = known[source.task].return_max if config.target_return is None else config.target_return
+            seeds = [episode_seed("evaluate", source.task, config.seed, n) for n in range(config.episodes)]
+            with clock("rollout"), autocast("auto", device):
+                episodes = rollout(
+                    model, source.make_env, source.interface, model.config.context, seeds, target, device, source.task
+                )
+            found = scores(episodes, source.score_scale)
+            tensorboard.log(number, to_scalars(found))
+            results[source.task] = {"target_return": target, **to_json(found)}
+            rows.append((source.task, *(found[name] for name in SCORES)))
+            write_json(
+                run_dir / "result.json", _result(config, results, clock, len(results) == len(sources), versions())
+            )
+    print("\n" + markdown(["mean [95 % interval]", *(name.replace("_", " ") for name in SCORES)], rows))
+    if len(sources) > 1:
+        for name in SCORES:
+            means = [result[name]["mean"] for result in results.values() if result[name] is not None]
+            if len(means) == len(sources):
+                print(f"mean {name.replace('_', ' ')} over {len(means)} tasks: {sum(means) / len(means):.3f}")
+    print(f"seconds: {clock}\n{run_dir / 'result.json'}")
+
+
+def _result(config: EvaluateConfig, results: dict, clock: object, complete: bool, versions: dict) -> dict:
+    return {
+        "checkpoint": config.checkpoint,
+        "adapter": config.adapter,
+        "task": config.task,
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "tasks": results,
+        "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "status": "complete" if complete else "partial",
+        "versions": versions,
+    }
+
+
+if __name__ == "__main__":
+    main()

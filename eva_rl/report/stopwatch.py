@@ -1,0 +1,30 @@
+"""Seconds by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Adds up the wall time spent in named phases; a phase within another does not count for the outer one."""
+
+    def __init__(self, *phases: str):
+        self._open: list[str] = []
+        self.seconds = dict.fromkeys(phases, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[self._open.pop()] += elapsed
+            if self._open:
+                self.seconds[self._open[-1]] -= elapsed
+
+    def __str__(self) -> str:
+        return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())

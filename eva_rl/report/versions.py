@@ -1,0 +1,17 @@
+"""Which software made a result."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("eva_rl", "torch", "peft", "minari", "gymnasium", "numpy", "metaworld", "mujoco")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a score, and Python's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

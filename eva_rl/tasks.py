@@ -1,0 +1,31 @@
+"""The tasks that `task=` takes: `python -m eva_rl.tasks [domain=metaworld]`."""
+
+from eva_rl.config import TaskListConfig, entry_point
+
+
+@entry_point(TaskListConfig, "tasks")
+def main(config: TaskListConfig) -> None:
+    from eva_rl.envs import domains
+    from eva_rl.errors import UserError, did_you_mean
+
+    if config.domain is not None and config.domain not in domains():
+        raise UserError(f"There is no domain '{config.domain}'. {did_you_mean(config.domain, domains())}")
+    for name, domain in domains().items():
+        if config.domain not in (None, name):
+            continue
+        print(
+            f"{name}: {len(domain.tasks)} tasks of {domain.episode_length} steps (pip install 'eva_rl[{domain.extra}]')"
+        )
+        for split, members in domain.splits.items():
+            print(f"  {name}/{split} ({len(members)} tasks)")
+        for task in domain.tasks:
+            member_of = [split for split, members in domain.splits.items() if task in members]
+            print(f"  {name}/{task:<32}{', '.join(member_of)}".rstrip())
+    if config.domain is None:
+        print(
+            "minari/<dataset id>: any Minari dataset with flat observations (`minari list local`, `minari list remote`)"
+        )
+
+
+if __name__ == "__main__":
+    main()

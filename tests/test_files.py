@@ -1,0 +1,118 @@
+"""Files and folders appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eva_rl.errors import UserError
+from eva_rl.files import make_folder, read_json, replacing, write_json, write_text
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_appears_with_its_content_and_nothing_else_beside_it(tmp_path):
+    with replacing(tmp_path / "a" / "b" / "result.txt") as path:
+        path.write_text("done")
+        assert not (tmp_path / "a" / "b" / "result.txt").exists()
+    assert (tmp_path / "a" / "b" / "result.txt").read_text() == "done"
+    assert names(tmp_path / "a" / "b") == {"result.txt"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_target_is_untouched_and_nothing_left_over_when_the_body_raises(tmp_path, folder, error):
+    target = tmp_path / "target"
+    inside = target / "content" if folder else target
+    make_folder(inside.parent)
+    inside.write_text("before")
+
+    def write_half() -> None:
+        with replacing(target) as path:
+            if folder:
+                path.mkdir()
+            (path / "content" if folder else path).write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert inside.read_text() == "before"
+    assert names(tmp_path) == {"target"}
+
+
+def test_nothing_appears_where_nothing_was_when_the_body_raises(tmp_path):
+    def write_half() -> None:
+        with replacing(tmp_path / "target") as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = make_folder(tmp_path / "target")
+    (target / "old").write_text("old")
+    with replacing(target) as path:
+        path.mkdir()
+        (path / "new").write_text("new")
+    assert names(target) == {"new"}
+    assert names(tmp_path) == {"target"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_target_survives_a_body_that_writes_nothing(tmp_path, folder):
+    target = tmp_path / "target"
+    inside = target / "content" if folder else target
+    make_folder(inside.parent)
+    inside.write_text("before")
+    with pytest.raises(OSError, match="target"), replacing(target):
+        pass
+    assert inside.read_text() == "before"
+    assert names(tmp_path) == {"target"}
+
+
+def test_a_link_is_replaced_and_what_it_points_to_is_kept(tmp_path):
+    (make_folder(tmp_path / "elsewhere") / "old").write_text("old")
+    target = tmp_path / "target"
+    target.symlink_to(tmp_path / "elsewhere")
+    with replacing(target) as path:
+        path.write_text("new")
+    assert target.read_text() == "new"
+    assert names(tmp_path / "elsewhere") == {"old"}
+
+
+def write_below(path: Path) -> None:
+    write_text(path / "file.txt", "text")
+
+
+@pytest.mark.parametrize("write", [make_folder, write_below])
+def test_a_folder_that_cannot_be_written_to_is_a_user_error_that_names_it(tmp_path, write):
+    (tmp_path / "file").write_text("a regular file")
+    with pytest.raises(UserError, match=r"file/folder' can't be written to"):
+        write(tmp_path / "file" / "folder")
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    content = {"name": "η", "scores": [0.5, None, True]}
+    write_json(tmp_path / "content.json", content)
+    assert read_json(tmp_path / "content.json") == content
+    assert json.loads((tmp_path / "content.json").read_text()) == content
+
+
+def test_content_that_is_not_json_leaves_the_file_as_it_was(tmp_path):
+    write_json(tmp_path / "content.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "content.json", {"a": object()})
+    assert read_json(tmp_path / "content.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\xff\xfe\x00"])
+def test_a_missing_or_damaged_json_file_is_a_user_error_that_names_it(tmp_path, content):
+    if content is not None:
+        (tmp_path / "content.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"content\.json"):
+        read_json(tmp_path / "content.json")

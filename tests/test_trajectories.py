@@ -1,0 +1,304 @@
+"""Packing episodes, returns-to-go, and the statistics a model normalises with."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from eva_rl.data import Trajectories, interface_of, pack, returns_to_go
+from eva_rl.errors import UserError
+from eva_rl.interface import Batch, Interface
+
+OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+BOUNDED = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32))
+UNBOUNDED = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+DISCRETE = gym.spaces.Discrete(3, start=5)
+PRETRAINING_FLOOR = 1.5
+
+REWARDS = arrays.arrays(
+    np.float32, st.integers(1, 40), elements=st.floats(-1e3, 1e3, width=32, allow_nan=False, allow_infinity=False)
+)
+
+
+def an_episode(length: int = 4, seed: int = 0, action_space: gym.Space = BOUNDED) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    if isinstance(action_space, gym.spaces.Discrete):
+        actions = action_space.start + rng.integers(action_space.n, size=length)
+    else:
+        actions = rng.uniform(0, 1, (length, 2)).astype(np.float32)
+    return {
+        "observations": rng.normal(size=(length + 1, 3)),
+        "actions": actions,
+        "rewards": rng.uniform(size=length),
+        "success": np.linspace(0, 1, length + 1) == seed % 2,
+    }
+
+
+def packed(observations: np.ndarray, actions: np.ndarray | None = None, space: gym.Space = BOUNDED) -> Trajectories:
+    """One episode of these observations (T, obs)."""
+    length, size = observations.shape
+    episode = {
+        "observations": observations,
+        "actions": np.zeros((length, 2)) if actions is None else actions,
+        "rewards": np.ones(length),
+    }
+    return pack("dummy", [episode], gym.spaces.Box(-np.inf, np.inf, (size,), np.float64), space)
+
+
+@given(REWARDS)
+def test_returns_to_go_are_the_sums_of_the_rewards_to_come(rewards):
+    expected = [rewards[step:].astype(np.float64).sum() for step in range(len(rewards))]
+    result = returns_to_go(rewards)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@given(REWARDS)
+def test_returns_to_go_fall_by_each_steps_reward(rewards):
+    result = returns_to_go(rewards).astype(np.float64)
+    assert result[-1] == rewards[-1]
+    np.testing.assert_allclose(result[:-1] - result[1:], rewards[:-1], atol=1e-6 * np.abs(rewards).sum() + 1e-6)
+
+
+def test_small_rewards_are_not_lost_in_long_episodes():
+    assert returns_to_go(np.full(2**20, 0.1, np.float32))[0] == pytest.approx(2**20 * 0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("space", [BOUNDED, DISCRETE])
+def test_pack_joins_the_episodes_and_drops_each_last_observation(space):
+    episodes = [an_episode(length, seed, space) for seed, length in enumerate((4, 1, 6))]
+    trajectories = pack("dummy", episodes, OBSERVATIONS, space)
+    assert trajectories.lengths.tolist() == [4, 1, 6]
+    assert trajectories.starts.tolist() == [0, 4, 5, 11]
+    np.testing.assert_allclose(trajectories.observations, np.concatenate([e["observations"][:-1] for e in episodes]))
+    np.testing.assert_allclose(trajectories.rewards, np.concatenate([e["rewards"] for e in episodes]))
+    np.testing.assert_allclose(trajectories.episode_returns, [e["rewards"].sum() for e in episodes], rtol=1e-6)
+    assert {trajectories.observations.dtype, trajectories.rewards.dtype, trajectories.returns_to_go.dtype} == {
+        torch.float32
+    }
+
+
+def test_episodes_without_an_observation_after_the_last_action_are_packed_alike():
+    episode = an_episode()
+    with_last = pack("dummy", [episode], OBSERVATIONS, BOUNDED)
+    without = pack("dummy", [episode | {"observations": episode["observations"][:-1]}], OBSERVATIONS, BOUNDED)
+    assert torch.equal(with_last.observations, without.observations)
+
+
+def test_packing_leaves_the_callers_arrays_alone():
+    episode = an_episode()
+    before = {name: values.copy() for name, values in episode.items()}
+    trajectories = pack("dummy", [episode], OBSERVATIONS, BOUNDED)
+    trajectories.observations.add_(1)
+    trajectories.rewards.add_(1)
+    for name, values in before.items():
+        np.testing.assert_array_equal(values, episode[name])
+
+
+def test_discrete_actions_are_numbered_from_zero():
+    episode = an_episode() | {"actions": np.array([5, 7, 6, 5])}
+    trajectories = pack("dummy", [episode], OBSERVATIONS, DISCRETE)
+    assert trajectories.actions.tolist() == [0, 2, 1, 0]
+    assert trajectories.actions.dtype == torch.int64
+    assert interface_of("dummy", [trajectories]).sizes == (3, "discrete", 3)
+
+
+def test_statistics_say_what_the_episodes_achieved():
+    episodes = [an_episode(seed=seed) | {"rewards": np.full(4, seed)} for seed in range(4)]
+    for episode, solved in zip(episodes, (False, True, True, True), strict=True):
+        episode["success"] = np.array([0.0, 0.0, solved, 0.0, 0.0])
+    statistics = pack("dummy", episodes, OBSERVATIONS, BOUNDED).statistics()
+    assert (statistics.episodes, statistics.return_max, statistics.return_mean) == (4, 12.0, 6.0)
+    assert statistics.success_rate == 0.75
+
+
+def test_the_success_rate_is_unknown_where_an_episode_does_not_say():
+    episodes = [an_episode(), an_episode() | {"success": None}]
+    assert pack("dummy", episodes, OBSERVATIONS, BOUNDED).statistics().success_rate is None
+
+
+def nan_in(name: str, value: float = np.nan) -> dict[str, np.ndarray]:
+    values = an_episode()[name].copy()
+    values.flat[1] = value
+    return {name: values}
+
+
+EMPTY = {"observations": np.zeros((1, 3)), "actions": np.zeros((0, 2)), "rewards": np.zeros(0)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (nan_in("observations"), "NaN or infinite"),
+        (nan_in("actions"), "NaN or infinite"),
+        (nan_in("rewards", np.inf), "NaN or infinite"),
+        (EMPTY, "is empty"),
+        ({"actions": np.zeros((3, 2))}, "4 rewards, 3 actions and 5 observations"),
+        ({"observations": np.zeros((3, 3))}, "4 rewards, 4 actions and 3 observations"),
+        ({"observations": np.zeros((6, 3))}, "4 rewards, 4 actions and 6 observations"),
+        ({"observations": np.zeros((5, 2))}, r"\(2,\).*\(3,\)"),
+        ({"observations": np.zeros((5, 3, 1))}, r"\(3, 1\).*\(3,\)"),
+        ({"actions": np.zeros((4, 5))}, r"\(5,\).*\(2,\)"),
+        ({"actions": np.zeros(4)}, r"\(\).*\(2,\)"),
+        ({"rewards": np.zeros((4, 1))}, "rewards"),
+        ({"actions": np.full((4, 2), 1e300)}, "NaN or infinite"),
+    ],
+)
+def test_a_bad_episode_is_refused_by_its_number(change, says):
+    with pytest.raises(UserError, match=rf"Episode 2 of the dataset of 'dummy'.*{says}"):
+        pack("dummy", [an_episode(), an_episode(), an_episode() | change, an_episode()], OBSERVATIONS, BOUNDED)
+
+
+@pytest.mark.parametrize("actions", [[5, 6, 7, 8], [4, 5, 6, 7], [[5], [6], [7], [5]]])
+def test_discrete_actions_outside_their_space_are_refused_by_their_episode(actions):
+    episode = an_episode(action_space=DISCRETE)
+    with pytest.raises(UserError, match="Episode 1 of the dataset of 'dummy'"):
+        pack("dummy", [episode, episode | {"actions": np.array(actions)}], OBSERVATIONS, DISCRETE)
+
+
+def test_a_dataset_without_episodes_is_refused():
+    with pytest.raises(UserError, match="'dummy' holds no episode"):
+        pack("dummy", [], OBSERVATIONS, BOUNDED)
+
+
+def test_statistics_are_those_of_all_observations_when_every_dimension_moves_alike():
+    rng = np.random.default_rng(0)
+    observations = rng.normal(3.0, 2.0, (500, 4))
+    interface = interface_of("dummy", [packed(observations)], std_floor=0.0)
+    np.testing.assert_allclose(interface.observation_mean, observations.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(interface.observation_std, observations.std(0), rtol=1e-5)
+    assert (interface.observation_size, interface.action_kind, interface.action_size) == (4, "continuous", 2)
+
+
+def test_every_task_weighs_the_same_whatever_its_length():
+    rng = np.random.default_rng(0)
+    short, long = rng.normal(0.0, 1.0, (50, 4)), rng.normal(10.0, 1.0, (950, 4))
+    interface = interface_of("dummy", [packed(short), packed(long)], std_floor=0.0)
+    np.testing.assert_allclose(interface.observation_mean, (short.mean(0) + long.mean(0)) / 2, rtol=1e-5)
+
+
+@given(seed=st.integers(0, 100), sizes=st.lists(st.integers(2, 30), min_size=1, max_size=3))
+def test_a_dimension_that_rested_in_training_stays_bounded_when_the_target_moves_it(seed, sizes):
+    rng = np.random.default_rng(seed)
+    training = [rng.normal(size=(size, 6)) * [1.0, 0.5, 2.0, 1.0, 1e-9, 0.0] + [0, 0, 0, 0, 7, -1] for size in sizes]
+    interface = interface_of("dummy", [packed(observations) for observations in training], PRETRAINING_FLOOR)
+    moving = np.array(interface.observation_std)[:4]
+    resting = np.array(interface.observation_std)[4:]
+    assert resting.min() >= moving.min()
+    target = rng.uniform([6.0, -2.0], [8.0, 0.0], (100, 2))
+    normalised = (target - np.array(interface.observation_mean)[4:]) / resting
+    assert np.abs(normalised).max() < 1.05 / moving.min()
+
+
+@pytest.mark.parametrize("floor", [0.5, PRETRAINING_FLOOR])
+def test_the_floor_is_in_units_of_the_median_of_what_moves(floor):
+    signs = np.array([[1.0], [-1.0]] * 10)
+    interface = interface_of("dummy", [packed(signs * [1.0, 2.0, 3.0, 0.0, 0.0])], floor)
+    np.testing.assert_allclose(interface.observation_std, np.maximum([1.0, 2.0, 3.0, 0.0, 0.0], 2.0 * floor), rtol=1e-6)
+
+
+def test_observations_that_never_move_get_a_scale_of_one():
+    interface = interface_of("dummy", [packed(np.full((8, 2), 1e6 / 3))])
+    assert interface.observation_std == (1.0, 1.0)
+
+
+def test_statistics_come_from_the_given_trajectories_alone():
+    rng = np.random.default_rng(0)
+    training = packed(rng.normal(size=(20, 3)))
+    before = interface_of("dummy", [training])
+    packed(rng.normal(100.0, 50.0, (20, 3)))
+    assert interface_of("dummy", [training]) == before
+    assert interface_of("dummy", [training, packed(rng.normal(100.0, 50.0, (20, 3)))]) != before
+
+
+def test_bounded_actions_are_scaled_to_one_by_their_bounds():
+    interface = interface_of("dummy", [pack("dummy", [an_episode()], OBSERVATIONS, BOUNDED)])
+    for bound, scaled in ((BOUNDED.low, -1.0), (BOUNDED.high, 1.0)):
+        np.testing.assert_allclose((bound - interface.action_mean) / interface.action_scale, scaled)
+
+
+def test_unbounded_actions_are_scaled_by_their_data():
+    actions = np.random.default_rng(0).normal([3.0, -5.0], [2.0, 0.1], (200, 2))
+    interface = interface_of("dummy", [packed(np.zeros((200, 3)), actions, UNBOUNDED)])
+    np.testing.assert_allclose(interface.action_mean, actions.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(interface.action_scale, actions.std(0), rtol=1e-4)
+
+
+def test_only_the_dimensions_with_bounds_are_scaled_by_them():
+    space = gym.spaces.Box(np.array([-2.0, -np.inf], np.float32), np.array([2.0, 1.0], np.float32))
+    actions = np.array([[0.0, -3.0], [1.0, -1.0]])
+    interface = interface_of("dummy", [packed(np.zeros((2, 3)), actions, space)])
+    assert interface.action_mean == (0.0, -2.0)
+    assert interface.action_scale == (2.0, 1.0)
+
+
+def test_an_action_that_never_moves_has_a_scale_above_zero():
+    interface = interface_of("dummy", [packed(np.zeros((5, 3)), np.ones((5, 2)), UNBOUNDED)])
+    assert min(interface.action_scale) > 0
+
+
+@pytest.mark.parametrize("rewards", [np.zeros(4), np.array([0.0, -1.0, -2.0, 0.0]), np.full(4, 3.0)])
+def test_returns_and_rewards_are_scaled_to_at_most_one(rewards):
+    trajectories = pack("dummy", [an_episode() | {"rewards": rewards}], OBSERVATIONS, BOUNDED)
+    interface = interface_of("dummy", [trajectories])
+    assert interface.return_scale > 0
+    assert interface.reward_scale > 0
+    assert float(trajectories.returns_to_go.abs().max()) / interface.return_scale <= 1
+    assert float(trajectories.rewards.abs().max()) / interface.reward_scale <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "space"),
+    [
+        (4, BOUNDED),
+        (3, gym.spaces.Box(-1.0, 1.0, (3,))),
+        (3, DISCRETE),
+        (3, gym.spaces.Box(-5.0, 5.0, (2,))),
+    ],
+)
+def test_tasks_whose_spaces_differ_are_refused_by_name(size, space):
+    shape = () if isinstance(space, gym.spaces.Discrete) else space.shape
+    start = DISCRETE.start if isinstance(space, gym.spaces.Discrete) else 0
+    other = {"observations": np.zeros((4, size)), "actions": np.full((4, *shape), start), "rewards": np.ones(4)}
+    one = pack("one", [an_episode()], OBSERVATIONS, BOUNDED)
+    two = pack("two", [other], gym.spaces.Box(-np.inf, np.inf, (size,), np.float64), space)
+    with pytest.raises(UserError, match="'one' and 'two' differ"):
+        interface_of("dummy", [one, two])
+
+
+def test_tasks_with_other_numbers_of_choices_are_refused():
+    episode = an_episode(action_space=DISCRETE)
+    one = pack("one", [episode], OBSERVATIONS, DISCRETE)
+    two = pack("two", [episode], OBSERVATIONS, gym.spaces.Discrete(8, start=5))
+    with pytest.raises(UserError, match="'one' and 'two' differ"):
+        interface_of("dummy", [one, two])
+
+
+def test_an_interface_that_does_not_fit_names_both():
+    episode = an_episode()
+    continuous = interface_of("arm", [pack("dummy", [episode], OBSERVATIONS, BOUNDED)])
+    choices = an_episode(action_space=DISCRETE)
+    discrete = interface_of("game", [pack("dummy", [choices], OBSERVATIONS, DISCRETE)])
+    assert continuous.fits(continuous.renamed("other"))
+    continuous.require(continuous.renamed("other"), "The dataset")
+    assert not continuous.fits(discrete)
+    with pytest.raises(UserError, match=r"The dataset has .*discrete actions of size 3.*'arm' expects .*continuous"):
+        continuous.require(discrete, "The dataset")
+
+
+def test_an_interface_holds_plain_numbers_that_json_can_write():
+    interface = interface_of("arm", [pack("dummy", [an_episode()], OBSERVATIONS, BOUNDED)])
+    assert isinstance(interface, Interface)
+    for value in vars(interface).values():
+        assert type(value) in (str, int, float, tuple)
+        assert not isinstance(value, tuple) or {type(number) for number in value} <= {float}
+
+
+def test_a_batch_moves_all_its_tensors_and_keeps_its_interface():
+    tensors = {name: torch.zeros(2, 3) for name in ("observations", "actions", "returns_to_go", "rewards", "mask")}
+    moved = Batch(**tensors, interface="arm").to("meta")
+    assert moved.interface == "arm"
+    assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
