@@ -276,7 +276,7 @@ def _plain(value: Any) -> Any:
 def instantiate(config: dict[str, Any]) -> Any:
     """The object a config with a `_target_` describes, such as a peft config."""
     try:
-        return hydra.utils.instantiate(config)
+        return hydra.utils.instantiate(config, _convert_="all")  # plain lists: peft writes its config as JSON
     except HydraException as error:
         cause = error.__cause__ or error
         raise UserError(

@@ -15,7 +15,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.model import load_base, load_notes
     from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
     from eva_rl.rollout import rollout
-    from eva_rl.seeding import episode_seed
+    from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, choose_device
 
     if config.episodes < 1:
@@ -51,7 +51,7 @@ def main(config: EvaluateConfig) -> None:
     with TensorBoard(run_dir) as tensorboard:
         for number, source in enumerate(sources):
             target = known[source.task].return_max if config.target_return is None else config.target_return
-            seeds = [episode_seed("evaluate", source.task, config.seed, n) for n in range(config.episodes)]
+            seeds = evaluation_seeds(source.task, config.seed, config.episodes)
             with clock("rollout"), autocast("auto", device):
                 episodes = rollout(
                     model, source.make_env, source.interface, model.config.context, seeds, target, device, source.task

@@ -51,6 +51,12 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_writable(path: Path) -> None:
+    """Raise a `UserError` unless files could be written to the folder `path`, without making it."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    make_folder(existing)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with replacing(path) as temporary:

@@ -1,5 +1,6 @@
 """A pretrained base and a few trajectories -> an adapter and its score: `python -m eva_rl.finetune task=...`."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import count
 
@@ -10,41 +11,57 @@ from eva_rl.config import FinetuneConfig, entry_point, instantiate, run_folder, 
 def main(config: FinetuneConfig) -> None:
     import torch
 
-    from eva_rl.adapter import EvaSettings, attach, save_adapter, trainable_parameters
+    from eva_rl.adapter import EvaSettings, attach, base_parameters, save_adapter, trainable_parameters
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
-    from eva_rl.files import make_folder, write_json, write_text
+    from eva_rl.files import check_writable, make_folder, write_json, write_text
     from eva_rl.model import AdapterNotes, load_base, save_base, save_notes
     from eva_rl.report import Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
     from eva_rl.rollout import rollout
-    from eva_rl.seeding import episode_seed
+    from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
 
-    # What was asked for; mistakes show before anything is written.
+    # What was asked for. Mistakes show before anything is written.
     learning_rate = (
         config.adapter.learning_rate if config.training.learning_rate is None else config.training.learning_rate
     )
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=learning_rate)))
+    eva = EvaSettings(**config.adapter.eva) if config.adapter.eva else None
     device, run_dir = choose_device(config.device), run_folder(config.run_dir)
+    seeds = evaluation_seeds(config.task, config.seed, config.episodes)
+    check_run(config.steps, run_dir / "checkpoints", config.resume)
+    check_writable(run_dir)
     source = find_source(config.task, config.dataset)
     clock = Stopwatch("collect", "load", "init", "train", "rollout")
+
+    # Trajectories -> windows for the base.
     with clock("load"):
         base = load_base(config.base, device)
-    check_run(config.steps, run_dir / "checkpoints", config.resume)
-    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
-
-    # Trajectories -> windows.
     with clock("collect"):
         dataset_id = source.dataset(config.demonstrations, config.seed)
     with clock("load"):
         trajectories = load_dataset(dataset_id, config.task, config.demonstrations)
-    statistics = trajectories.statistics()
-    target_return = statistics.return_max if config.target_return is None else config.target_return
     torch.manual_seed(config.seed)
-    model = base.model
+    model, statistics = base.model, trajectories.statistics()
     interface = interface_of(source.interface, [trajectories])
     fresh_modules = model.connect(interface, f"The dataset '{dataset_id}'")
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
-    seeds = [episode_seed("evaluate", config.task, config.seed, n) for n in range(config.episodes)]
+
+    # Frozen base + batches -> adapter with initialised weights.
+    peft_model, found = None, {}
+    model.requires_grad_(config.adapter.trainable == "all")
+    if config.adapter.config is not None:
+        with clock("init"):
+            peft_model, found = attach(
+                model,
+                instantiate(config.adapter.config),
+                batches=(sampler.batch(n).to(device) for n in count()),
+                token_mask=model.token_mask,
+                fresh_modules=fresh_modules,
+                eva=eva,
+            )
+    trainable, total = trainable_parameters(model), base_parameters(model)
+
+    target_return = statistics.return_max if config.target_return is None else config.target_return
 
     def play():
         if not seeds:
@@ -55,26 +72,13 @@ def main(config: FinetuneConfig) -> None:
             )
         return scores(episodes, source.score_scale)
 
+    # Score, train, score again.
+    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     with TensorBoard(run_dir) as tensorboard:
-        zero_shot = play()
+        with peft_model.disable_adapter() if peft_model else nullcontext():
+            zero_shot = play()
+        tensorboard.log(0, {f"eva/rank/{name}": len(layer.components) for name, layer in found.items()})
         tensorboard.log(0, to_scalars(zero_shot))
-
-        # Frozen base + batches -> adapter with initialised weights.
-        peft_model = None
-        model.requires_grad_(config.adapter.trainable == "all")
-        if config.adapter.config is not None:
-            with clock("init"):
-                peft_model, found = attach(
-                    model,
-                    instantiate(config.adapter.config),
-                    batches=(sampler.batch(n).to(device) for n in count()),
-                    token_mask=model.token_mask,
-                    fresh_modules=fresh_modules,
-                    eva=EvaSettings(**config.adapter.eva) if config.adapter.eva else None,
-                )
-            tensorboard.log(0, {f"eva/rank/{name}": len(layer.components) for name, layer in found.items()})
-        trainable, total = trainable_parameters(model), sum(p.numel() for p in model.parameters())
-
         with clock("train"):
             train(
                 model,
@@ -94,10 +98,9 @@ def main(config: FinetuneConfig) -> None:
                 log=tensorboard.log,
                 evaluate=lambda step: to_scalars(play()),
             )
-
-        notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
         if peft_model is not None:
             save_adapter(peft_model, run_dir / "adapter", config.base)
+            notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
             save_notes(run_dir / "adapter", notes)
             peft_model.merge_adapter()
         elif trainable:

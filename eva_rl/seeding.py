@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from eva_rl.errors import UserError
+
 HALF = 2**30
 
 
@@ -18,6 +20,17 @@ def episode_seed(purpose: Literal["collect", "evaluate"], task: str, seed: int, 
     """
     drawn = int(_sequence(task, seed, episode).generate_state(1)[0]) % HALF
     return drawn + HALF if purpose == "evaluate" else drawn
+
+
+def evaluation_seeds(task: str, seed: int, episodes: int) -> list[int]:
+    """The environment seeds of an evaluation of so many episodes.
+
+    Raises:
+        UserError: if `episodes` is negative.
+    """
+    if episodes < 0:
+        raise UserError(f"episodes={episodes} was given where at least 0 was expected.")
+    return [episode_seed("evaluate", task, seed, episode) for episode in range(episodes)]
 
 
 def episode_rng(task: str, seed: int, episode: int) -> np.random.Generator:

@@ -64,7 +64,8 @@ def save_adapter(peft_model: PeftModel, folder: Path, base: str) -> None:
     """Write the adapter in peft's own format, atomically; `base` says which model it belongs to."""
     peft_model.peft_config["default"].base_model_name_or_path = base
     with replacing(folder) as temporary:
-        peft_model.save_pretrained(str(temporary))
+        # Else peft asks the Hugging Face Hub for the base's vocabulary.
+        peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template
 
 
@@ -86,6 +87,13 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({' '.join(str(error).split())[:200]})."
         ) from error
+
+
+def base_parameters(model: nn.Module) -> int:
+    """How many numbers the model has without its adapter."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if "lora_" not in name and "modules_to_save" not in name
+    )
 
 
 def trainable_parameters(model: nn.Module) -> int:

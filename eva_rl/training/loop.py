@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch
 from eva_rl.training.checkpoint import TrainingState, check_run, load_newest, save
-from eva_rl.training.precision import autocast
+from eva_rl.training.precision import autocast, check_precision
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         for name, least in (
             ("batch_size", 1),
             ("warmup", 0),

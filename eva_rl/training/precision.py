@@ -28,14 +28,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_precision(precision: str) -> None:
+    """Raise a `UserError` unless `autocast` knows this precision."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context the forward pass runs in: `float32`, `bfloat16`, or `auto`.
 
     `auto` takes bfloat16 where the processor multiplies it in hardware (CUDA from Ampere on; CPUs with AMX or AVX-512
     BF16) and float32 elsewhere, where emulated bfloat16 is several times slower.
     """
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
+    check_precision(precision)
     if precision == "bfloat16" or (precision == "auto" and _has_bfloat16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

@@ -1,0 +1,272 @@
+"""The commands from end to end, in this process, on the dummy environment and a tiny base."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from eva_rl.model import load_base, load_notes
+
+TASK = "dummy/Steps-v0"
+OWN = "minari/mine/random-v0"
+QUICK = ["steps=4", "episodes=3", "training.batch_size=4", "training.checkpoint_every=2", "training.warmup=1"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run an entry point with these arguments: its exit status, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        main = importlib.import_module(f"eva_rl.{name}").main
+        monkeypatch.setattr(sys, "argv", [f"eva_rl.{name}", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def base(run, dummy_domain, tmp_path) -> Path:
+    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=4", "training.batch_size=4"]
+    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
+    assert status == 0, err
+    return tmp_path / "pretrained" / "model"
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def sentence(err: str) -> str:
+    """The one line a mistake is answered with (progress bars and their carriage returns aside)."""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize("adapter", ["none", "full", "lora", "eva"])
+def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, tmp_path, adapter):
+    folder = tmp_path / adapter
+    status, out, err = run(
+        "finetune", f"task={TASK}", f"adapter={adapter}", f"base={base}", f"run_dir={folder}", *QUICK
+    )
+    assert status == 0, err
+    result = result_of(folder)
+    assert result["status"] == "complete"
+    assert {"task", "adapter", "base", "seed", "steps", "seconds", "versions"} <= result.keys()
+    assert set(result["seconds"]) == {"collect", "load", "init", "train", "rollout"}
+    assert result["success_rate"] == {"mean": 1.0, "low": pytest.approx(0.4385, abs=1e-3), "high": 1.0, "n": 3}
+    assert result["zero_shot"].keys() == {"success_rate", "episode_return", "normalized_score"}
+    assert (result["trainable_parameters"] == 0) == (adapter == "none")
+    assert (folder / "config.yaml").is_file()
+    assert list(folder.glob("events.out.tfevents*"))
+    assert "zero-shot" in out
+    assert f"tensorboard --logdir {folder}" in out
+
+    if adapter == "full":
+        status, _, err = run(
+            "evaluate", f"checkpoint={folder / 'model'}", f"task={TASK}", "episodes=3", "run_dir=again"
+        )
+    elif adapter == "none":
+        status, _, err = run("evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=3", "run_dir=again")
+    else:
+        arguments = [f"checkpoint={base}", f"adapter={folder}", f"task={TASK}", "episodes=3", "run_dir=again"]
+        status, _, err = run("evaluate", *arguments)
+    assert status == 0, err
+    again = result_of(Path("again"))["tasks"][TASK]
+    assert again["episode_return"]["mean"] == pytest.approx(result["episode_return"]["mean"])
+    assert again["target_return"] == result["target_return"]
+
+
+def test_the_adapter_loads_with_peft_alone(run, base, tmp_path):
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK)
+    assert status == 0, err
+    before = load_base(str(base)).model.trunk.blocks[0].attention.q.weight
+    loaded = PeftModel.from_pretrained(load_base(str(base)).model, "run/adapter")
+    layer = loaded.base_model.model.trunk.blocks[0].attention.q
+    assert torch.equal(layer.base_layer.weight, before)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["Continuous", "Discrete"])
+@pytest.mark.parametrize("adapter", ["eva", "full"])
+def test_a_dataset_of_ones_own_gets_an_interface_of_its_own(run, base, make_dataset, kind, adapter):
+    make_dataset("mine/random-v0", kind)
+    status, _, err = run("finetune", f"task={OWN}", f"adapter={adapter}", f"base={base}", "run_dir=run", *QUICK)
+    assert status == 0, err
+    result = result_of(Path("run"))
+    assert result["demonstrations"] == 4
+    if adapter == "eva":
+        weights = load_file("run/adapter/adapter_model.safetensors")
+        assert any("mine_random-v0" in name for name in weights)
+        assert load_notes(Path("run/adapter")).interface.name == "mine_random-v0"
+        arguments = [f"checkpoint={base}", "adapter=run/adapter"]
+    else:
+        arguments = ["checkpoint=run/model"]
+    status, _, err = run("evaluate", *arguments, f"task={OWN}", "episodes=3", "run_dir=again")
+    assert status == 0, err
+    again = result_of(Path("again"))["tasks"][OWN]
+    assert again["episode_return"]["mean"] == pytest.approx(result["episode_return"]["mean"])
+
+
+def test_without_episodes_nothing_is_rolled_out(run, base, make_dataset):
+    make_dataset("mine/random-v0", env=None, eval_env=None)
+    status, _, err = run("finetune", f"task={OWN}", f"base={base}", "run_dir=run", *QUICK, "episodes=0")
+    assert status == 0, err
+    assert result_of(Path("run"))["success_rate"] is None
+
+
+@pytest.mark.parametrize("adapter", ["full", "eva"])
+def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(run, base, monkeypatch, adapter):
+    arguments = [f"task={TASK}", f"base={base}", f"adapter={adapter}", *QUICK, "steps=6"]
+    assert run("finetune", *arguments, "run_dir=whole")[0] == 0
+    from eva_rl.data import WindowSampler
+
+    drawn, original = [], WindowSampler.batch
+
+    def stop_at_the_fifth(self, number):
+        drawn.append(number)
+        if number == 4 and 3 in drawn:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowSampler, "batch", stop_at_the_fifth)
+        if adapter == "eva":  # its initialisation draws batches too
+            patch.setattr(WindowSampler, "batch", original)
+            patch.setattr("eva_rl.training.loop.learning_rate_at", _interrupting(5))
+        status, _, err = run("finetune", *arguments, "run_dir=cut")
+    assert status == 130
+    assert "resume=true" in err
+    assert not Path("cut/result.json").exists()
+    status, _, err = run("finetune", *arguments, "run_dir=cut", "resume=true")
+    assert status == 0, err
+    file = "model/model.safetensors" if adapter == "full" else "adapter/adapter_model.safetensors"
+    whole, cut = load_file(f"whole/{file}"), load_file(f"cut/{file}")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def _interrupting(at: int):
+    from eva_rl.training import learning_rate_at
+
+    def rate(step, steps, config):
+        if step == at:
+            raise KeyboardInterrupt
+        return learning_rate_at(step, steps, config)
+
+    return rate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=dummy/Step-v0"], "Did you mean 'dummy/Steps-v0'"),
+        (["task=dummy/all"], "split of 2 tasks"),
+        ([], "'task' is not set"),
+        (["task=minari/not/there-v0"], "can't be reached"),
+        ([f"task={TASK}", "base=mt40-smal"], "no base 'mt40-smal'"),
+        ([f"task={TASK}", "steps=-1"], "steps=-1"),
+        ([f"task={TASK}", "stepz=1"], "'steps'"),
+        ([f"task={TASK}", "adapter.eva.rh=1"], "rh"),
+        ([f"task={TASK}", "device=tpu"], "device=tpu"),
+        ([f"task={TASK}", "adapter=evaa"], "evaa"),
+        ([f"task={TASK}", "training.precision=half"], "precision=half"),
+        ([f"task={TASK}", "adapter.rank=1000"], "1000"),
+        ([f"task={TASK}", "adapter.eva.rho=0"], "rho"),
+        ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
+        ([f"task={TASK}", "demonstrations=0"], "episodes=0|demonstrations=0"),
+        ([f"task={TASK}", "episodes=-1"], "episodes=-1"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence_and_leaves_nothing(run, base, make_dataset, arguments, message):
+    make_dataset("mine/discrete-v0", "Discrete")
+    given = arguments if any(a.startswith("base=") for a in arguments) else [*arguments, f"base={base}"]
+    quick = [a for a in QUICK if a.split("=")[0] not in {b.split("=")[0] for b in given}]
+    status, _, err = run("finetune", *given, *quick, "run_dir=run")
+    assert status == 1
+    assert any(part in sentence(err) for part in message.split("|"))
+    assert not Path("run").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused(run, base, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=file/run", *QUICK)
+    assert status == 1
+    assert "can't be written to" in sentence(err)
+
+
+def test_a_used_run_folder_is_not_overwritten(run, base):
+    assert run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    before = Path("run/result.json").read_bytes()
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK, "seed=1")
+    assert status == 1
+    assert "resume=true" in sentence(err)
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK, "seed=1", "resume=true")
+    assert status == 1
+    assert "seed=0" in sentence(err)
+    assert Path("run/result.json").read_bytes() == before
+
+
+def test_a_truncated_base_is_named(run, base):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK)
+    assert status == 1
+    assert "model.safetensors" in sentence(err)
+
+
+def test_evaluation_of_a_split_ends_in_one_table(run, base):
+    status, out, err = run("evaluate", f"checkpoint={base}", "task=dummy/all", "episodes=2", "run_dir=run")
+    assert status == 0, err
+    assert "dummy/Steps-v0" in out
+    assert "mean success rate over 2 tasks: 1.000" in out
+    assert result_of(Path("run"))["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=dummy/Steps-v0", "episodes=0"], "episodes=0"),
+        (["task=minari/mine/random-v0"], "knows no interface"),
+        (["task=dummy/Steps-v0", "adapter=nowhere"], "nowhere"),
+    ],
+)
+def test_evaluation_answers_mistakes_in_one_sentence(run, base, make_dataset, arguments, message):
+    make_dataset("mine/random-v0")
+    status, _, err = run("evaluate", f"checkpoint={base}", *arguments, "run_dir=run")
+    assert status == 1
+    assert message in sentence(err)
+    assert not Path("run").exists()
+
+
+def test_collecting_prints_the_dataset_and_its_success(run, dummy_domain):
+    status, out, err = run("collect", f"task={TASK}", "episodes=3")
+    assert status == 0, err
+    assert "dummy/Steps-v0/expert-3-seed0-v0" in out
+    assert "1.00" in out
+
+
+def test_tasks_are_listed_by_domain(run, dummy_domain):
+    status, out, _ = run("tasks")
+    assert status == 0
+    assert "dummy/all (2 tasks)" in out
+    assert "dummy/Steps-v0" in out
+    status, _, err = run("tasks", "domain=dumy")
+    assert status == 1
+    assert "'dummy'" in sentence(err)
