@@ -130,7 +130,12 @@ ConfigStore.instance().store(
     package="_global_",
     node={
         "defaults": [{"override /hydra/job_logging": "none"}, {"override /hydra/hydra_logging": "none"}],
-        "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
+        "hydra": {
+            "output_subdir": None,
+            "run": {"dir": "."},
+            "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"},
+            "job": {"chdir": False},
+        },
     },
 )
 
@@ -261,8 +266,8 @@ def run_folder(run_dir: str | None) -> Path:
 
 
 def to_yaml(config: Any) -> str:
-    """A config dataclass as YAML that the entry point reads again with `--config-dir` and `--config-name`."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    """A config dataclass as YAML that its entry point reads again: `--config-dir <run> --config-name config`."""
+    return OmegaConf.to_yaml(OmegaConf.create({"defaults": ["entry", "_self_"], **_plain(config)}))
 
 
 def _plain(value: Any) -> Any:

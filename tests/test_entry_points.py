@@ -124,6 +124,15 @@ def test_a_dataset_of_ones_own_gets_an_interface_of_its_own(run, base, make_data
     assert again["episode_return"]["mean"] == pytest.approx(result["episode_return"]["mean"])
 
 
+def test_a_fresh_embedder_and_head_are_trained(run, base, make_dataset):
+    make_dataset("mine/random-v0")
+    arguments = [f"task={OWN}", f"base={base}", *(a for a in QUICK if not a.startswith("steps"))]
+    for steps in (0, 4):
+        assert run("finetune", *arguments, f"steps={steps}", f"run_dir={steps}")[0] == 0
+    before, after = (load_file(f"{steps}/adapter/adapter_model.safetensors") for steps in (0, 4))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == before.keys()
+
+
 def test_without_episodes_nothing_is_rolled_out(run, base, make_dataset):
     make_dataset("mine/random-v0", env=None, eval_env=None)
     status, _, err = run("finetune", f"task={OWN}", f"base={base}", "run_dir=run", *QUICK, "episodes=0")
@@ -202,6 +211,15 @@ def test_a_mistake_is_answered_in_one_sentence_and_leaves_nothing(run, base, mak
     assert status == 1
     assert any(part in sentence(err) for part in message.split("|"))
     assert not Path("run").exists()
+
+
+def test_the_config_of_a_run_makes_the_same_run_again(run, base):
+    assert run("finetune", f"task={TASK}", f"base={base}", "run_dir=first", *QUICK)[0] == 0
+    status, _, err = run("finetune", "--config-dir", "first", "--config-name", "config", "run_dir=second")
+    assert status == 0, err
+    weights = [load_file(f"{folder}/adapter/adapter_model.safetensors") for folder in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not Path("outputs").exists()
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, base, tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Estimate:
 
 def proportion(successes: Sequence[bool] | np.ndarray) -> Estimate:
     """The share of successes with Wilson's score interval (Wilson 1927), which is right at 0 and 1 too."""
+    import scipy.stats  # half a second to import
+
     result = scipy.stats.binomtest(int(np.sum(successes)), len(successes))
     interval = result.proportion_ci(0.95, method="wilson")
     return Estimate(float(result.statistic), float(interval.low), float(interval.high), len(successes))
@@ -36,5 +37,7 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate:
     center, n = float(values.mean()), len(values)
     if n == 1:
         return Estimate(center, None, None, 1)
+    import scipy.stats
+
     half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return Estimate(center, center - half, center + half, n)

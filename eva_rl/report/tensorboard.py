@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 
 class TensorBoard:
     """Writes scalars of a run to `<run>/events.out.tfevents...`; use it as a context manager."""
 
     def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
         self.writer = SummaryWriter(str(run_dir))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -1,0 +1,65 @@
+"""Mean returns of random actions and of the expert on every task of a domain, written to envs/<domain>_scores.json.
+
+    python -m benchmarks.reference_scores metaworld
+
+They are the 0 and the 1 of normalised scores. Seeds are those of collection with seed 1000: neither the default training
+data's nor any evaluation's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eva_rl import envs
+from eva_rl.files import write_json
+from eva_rl.seeding import episode_rng, episode_seed
+
+SEED = 1000
+
+
+def measure(task: str, episodes: int) -> dict[str, float]:
+    """Mean episode return of both policies, and how often the expert succeeds."""
+    domain, name = envs.find_task(task)
+    env = domain.make(name)
+    returns: dict[str, list[float]] = {"random": [], "expert": []}
+    solved = []
+    for policy, totals in returns.items():
+        for episode in range(episodes):
+            rng, expert = episode_rng(task, SEED, episode), domain.expert(name)
+            env.action_space.seed(int(rng.integers(2**31)))
+            observation, _ = env.reset(seed=episode_seed("collect", task, SEED, episode))
+            total, ended, success = 0.0, False, False
+            while not ended:
+                action = env.action_space.sample() if policy == "random" else expert(observation)
+                observation, reward, terminated, truncated, info = env.step(action)
+                total, ended = total + float(reward), terminated or truncated
+                success = success or bool(info.get("success", 0.0))
+            totals.append(total)
+            if policy == "expert":
+                solved.append(success)
+    means = {policy: round(float(np.mean(totals)), 2) for policy, totals in returns.items()}
+    return means | {"expert_success_rate": round(float(np.mean(solved)), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("domain")
+    parser.add_argument("--episodes", type=int, default=20, help="of each policy and task")
+    arguments = parser.parse_args()
+    domain = envs.domains()[arguments.domain]
+    tasks = [f"{domain.name}/{name}" for name in domain.tasks]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
+        rows = list(tqdm(pool.map(measure, tasks, [arguments.episodes] * len(tasks)), total=len(tasks), unit="task"))
+    scores = {name: row for name, row in zip(domain.tasks, rows, strict=True)}
+    made_by = f"python -m benchmarks.reference_scores {domain.name} --episodes {arguments.episodes}"
+    write_json(Path(envs.__file__).parent / f"{domain.name}_scores.json", {"made_by": made_by, "tasks": scores})
+
+
+if __name__ == "__main__":
+    main()
