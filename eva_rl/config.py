@@ -19,6 +19,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,6 +84,17 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class EvaOptions:
+    """The fields of `eva_rl.adapter.EvaSettings`."""
+
+    rho: float
+    tau: float
+    max_batches: int
+    center: bool
+    ranking: str
+
+
+@dataclass(frozen=True)
 class AdapterSettings:
     """One method of `configs/adapter/`."""
 
@@ -92,7 +104,8 @@ class AdapterSettings:
     learning_rate: float
     rank: int | None
     config: dict[str, Any] | None
-    eva: dict[str, Any] | None
+    """The peft config and its `_target_`."""
+    eva: EvaOptions | None
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,13 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    checkpoint: str
+    checkpoint: str | None
     adapter: str | None
     task: str
     episodes: int
     seed: int
     target_return: float | None
+    precision: str
     device: str
     run_dir: str | None
 
@@ -173,10 +187,10 @@ def entry_point(
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
             except KeyboardInterrupt:
-                print(
-                    "\nInterrupted. Collected episodes are kept; a run continues with resume=true and its run_dir.",
-                    file=sys.stderr,
+                resume = (
+                    " A run continues with its run_dir and resume=true." if "resume" in get_type_hints(schema) else ""
                 )
+                print(f"\nInterrupted. Collected episodes are kept.{resume}", file=sys.stderr)
                 sys.exit(130)
 
         return run
@@ -193,7 +207,10 @@ def parse(config: DictConfig, schema: type) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"'{missing[0]}' is not set: add {missing[0]}=... to the command line.")
-    return _build(schema, OmegaConf.to_container(config, resolve=True), "")
+    built = _build(schema, OmegaConf.to_container(config, resolve=True), "")
+    if getattr(built, "seed", 0) < 0:
+        raise UserError(f"seed={built.seed} was given where a whole number of at least 0 was expected.")
+    return built
 
 
 def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
@@ -239,7 +256,9 @@ def explain(error: Exception, schema: type) -> str:
     message = " ".join(str(error).split())
     key = getattr(error.__cause__ or error, "full_key", None)
     if "is not in struct" in message or "Could not override" in message:
-        given = str(key or message.split("'")[1])
+        given = str(key or message.partition("'")[2].partition("'")[0])
+        if given in setting_names(schema):
+            return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
         return f"There is no setting '{given}'. {did_you_mean(given.split('.')[-1], setting_names(schema))}".rstrip()
     if "Could not find" in message or "In '" in message:
         return message.replace("Available options", "; the options are")
@@ -260,14 +279,22 @@ def run_folder(run_dir: str | None) -> Path:
     """Where a run writes: `run_dir`, or a dated folder under `runs/` (in a multirun one for each job)."""
     if run_dir is not None:
         return Path(run_dir)
-    dated = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    job = HydraConfig.get().job.get("num") if HydraConfig.initialized() else None
-    return dated if job is None else dated / str(job)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir) / str(HydraConfig.get().job.num)
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
 
 
 def to_yaml(config: Any) -> str:
     """A config dataclass as YAML that its entry point reads again: `--config-dir <run> --config-name config`."""
     return OmegaConf.to_yaml(OmegaConf.create({"defaults": ["entry", "_self_"], **_plain(config)}))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that must be the same for one run to continue another."""
+    free = ("run_dir", "output", "resume", "device", "episodes", "target_return")
+    settings = {name: value for name, value in _plain(config).items() if name not in free}
+    settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -11,12 +11,12 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_source
     from eva_rl.envs import expand_tasks
     from eva_rl.errors import UserError
-    from eva_rl.files import make_folder, write_json, write_text
+    from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import load_base, load_notes
     from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
-    from eva_rl.rollout import rollout
+    from eva_rl.rollout import check_spaces, rollout
     from eva_rl.seeding import evaluation_seeds
-    from eva_rl.training import autocast, choose_device
+    from eva_rl.training import autocast, check_precision, choose_device
 
     if config.episodes < 1:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
@@ -24,35 +24,46 @@ def main(config: EvaluateConfig) -> None:
     sources = [find_source(task) for task in tasks]
     device, clock = choose_device(config.device), Stopwatch("load", "rollout")
 
+    check_precision(config.precision)
+    run_dir = run_folder(config.run_dir)
+    check_run_folder(run_dir)
+
     with clock("load"):
-        base = load_base(config.checkpoint, device)
-        model, known = base.model, dict(base.tasks)
+        folder, notes = None, None
         if config.adapter is not None:
             folder = Path(config.adapter)
             folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
             notes = load_notes(folder)
+            if config.checkpoint not in (None, notes.base):
+                raise UserError(
+                    f"The adapter in '{folder}' belongs to the base '{notes.base}', not to '{config.checkpoint}'."
+                )
+        elif config.checkpoint is None:
+            raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
+        name = config.checkpoint or notes.base
+        base = load_base(name, device)
+        model, known = base.model, dict(base.tasks)
+        if notes is not None:
             model.connect(notes.interface, f"The adapter in '{folder}'")
             model = load_adapter(model, folder)
             known[notes.task] = notes.statistics
     for source in sources:
         if source.interface not in model.interfaces:
-            raise UserError(
-                f"The checkpoint '{config.checkpoint}' knows no interface '{source.interface}': fine-tune it first."
-            )
+            raise UserError(f"The checkpoint '{name}' knows no interface '{source.interface}': fine-tune it first.")
+        check_spaces(source.make_env, model.interfaces[source.interface])
         if config.target_return is None and source.task not in known:
             raise UserError(
-                f"The checkpoint '{config.checkpoint}' has not seen '{source.task}' and can't know what return to ask for: "
+                f"The checkpoint '{name}' has not seen '{source.task}' and can't know what return to ask for: "
                 "set target_return=..., or name an adapter of that task."
             )
 
-    run_dir = make_folder(run_folder(config.run_dir))
-    write_text(run_dir / "config.yaml", to_yaml(config))
+    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     results, rows = {}, []
     with TensorBoard(run_dir) as tensorboard:
         for number, source in enumerate(sources):
             target = known[source.task].return_max if config.target_return is None else config.target_return
             seeds = evaluation_seeds(source.task, config.seed, config.episodes)
-            with clock("rollout"), autocast("auto", device):
+            with clock("rollout"), autocast(config.precision, device):
                 episodes = rollout(
                     model, source.make_env, source.interface, model.config.context, seeds, target, device, source.task
                 )

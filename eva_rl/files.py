@@ -51,10 +51,15 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def check_writable(path: Path) -> None:
-    """Raise a `UserError` unless files could be written to the folder `path`, without making it."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    make_folder(existing)
+def check_run_folder(path: Path, resume: bool = False) -> None:
+    """Look, without making it, whether a run can write to this folder.
+
+    Raises:
+        UserError: if files can't be written there, or it holds the result of a run that this one does not resume.
+    """
+    make_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    if not resume and (path / "result.json").exists():
+        raise UserError(f"'{path}' holds the result of an earlier run: set another run_dir, or remove it.")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -114,7 +114,7 @@ def test_a_dataset_the_servers_do_not_have_is_said_to_be_nowhere(monkeypatch):
         raise ValueError(f"Couldn't find any version for dataset {dataset_id}")
 
     monkeypatch.setattr(minari, "download_dataset", unknown)
-    with pytest.raises(UserError, match="'mine/random-v0' is neither local nor on Minari's servers"):
+    with pytest.raises(UserError, match="'mine/random-v0' is not local, and Minari can't download it"):
         load_dataset("mine/random-v0", "mine")
 
 
@@ -142,7 +142,7 @@ def test_a_malformed_id_is_a_user_error(monkeypatch, dataset_id):
     from minari.dataset.minari_dataset import parse_dataset_id
 
     monkeypatch.setattr(minari, "download_dataset", parse_dataset_id)  # the first thing that the real one does
-    with pytest.raises(UserError, match=f"'{dataset_id}' is neither local nor on Minari's servers"):
+    with pytest.raises(UserError, match=f"'{dataset_id}' is not local, and Minari can't download it"):
         load_dataset(dataset_id, "mine")
 
 

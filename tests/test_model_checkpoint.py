@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -11,8 +12,9 @@ from safetensors import safe_open
 
 import eva_rl.model.checkpoint as checkpoint
 from eva_rl.errors import UserError
+from eva_rl.files import write_json
 from eva_rl.interface import Batch, Interface, TaskStatistics
-from eva_rl.model import AdapterNotes, DecisionTransformer, ModelConfig, load_base, load_notes, save_base, save_notes
+from eva_rl.model import AdapterNotes, DecisionTransformer, ModelConfig, load_base, load_notes, save_base
 from eva_rl.model.checkpoint import NOTES, find_base
 
 ARM = Interface("arm", 3, "continuous", 2, (1.0, 2.0, 0.1), (0.5, 1.5, 0.2), (0.1, 0.0), (2.0, 3.0), 50.0, 4.0)
@@ -232,7 +234,7 @@ def test_a_hub_name_loads_what_the_hub_gives(saved, monkeypatch):
 def test_the_notes_of_an_adapter_survive_a_round_trip(tmp_path):
     for interface in (ARM, GAME):
         notes = AdapterNotes("base", "toy/reach", interface, TASKS["toy/reach"])
-        save_notes(tmp_path, notes)
+        write_json(tmp_path / NOTES, asdict(notes))
         assert load_notes(tmp_path) == notes
 
 

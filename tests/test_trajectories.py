@@ -167,7 +167,7 @@ def test_a_dataset_without_episodes_is_refused():
 def test_statistics_are_those_of_all_observations_when_every_dimension_moves_alike():
     rng = np.random.default_rng(0)
     observations = rng.normal(3.0, 2.0, (500, 4))
-    interface = interface_of("dummy", [packed(observations)], std_floor=0.0)
+    interface = interface_of("dummy", [packed(observations)], std_floor=1e-9)
     np.testing.assert_allclose(interface.observation_mean, observations.mean(0), rtol=1e-5)
     np.testing.assert_allclose(interface.observation_std, observations.std(0), rtol=1e-5)
     assert (interface.observation_size, interface.action_kind, interface.action_size) == (4, "continuous", 2)
@@ -176,7 +176,7 @@ def test_statistics_are_those_of_all_observations_when_every_dimension_moves_ali
 def test_every_task_weighs_the_same_whatever_its_length():
     rng = np.random.default_rng(0)
     short, long = rng.normal(0.0, 1.0, (50, 4)), rng.normal(10.0, 1.0, (950, 4))
-    interface = interface_of("dummy", [packed(short), packed(long)], std_floor=0.0)
+    interface = interface_of("dummy", [packed(short), packed(long)], std_floor=1e-9)
     np.testing.assert_allclose(interface.observation_mean, (short.mean(0) + long.mean(0)) / 2, rtol=1e-5)
 
 

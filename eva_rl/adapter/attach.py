@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init
 from eva_rl.errors import UserError
-from eva_rl.files import replacing
+from eva_rl.files import replacing, write_json
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import PeftConfig, PeftModel
@@ -57,16 +57,24 @@ def attach(
     with peft_model.disable_adapter():
         found = eva_init(peft_model, batches, ranks, eva or EvaSettings(), token_mask)
     initialize_lora_eva_weights(peft_model, eva_state_dict={name: layer.components for name, layer in found.items()})
-    return peft_model, {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
+    found = {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
+    # peft abbreviates many targets to their common suffixes, which would give rank-0 layers an adapter again on loading.
+    config.target_modules = {name for name, layer in found.items() if len(layer.components)}
+    return peft_model, found
 
 
-def save_adapter(peft_model: PeftModel, folder: Path, base: str) -> None:
-    """Write the adapter in peft's own format, atomically; `base` says which model it belongs to."""
+def save_adapter(peft_model: PeftModel, folder: Path, base: str, notes: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter in peft's own format, atomically; `base` says which model it belongs to.
+
+    `notes`: JSON files by name, written beside peft's.
+    """
     peft_model.peft_config["default"].base_model_name_or_path = base
     with replacing(folder) as temporary:
         # Else peft asks the Hugging Face Hub for the base's vocabulary.
         peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template
+        for name, content in (notes or {}).items():
+            write_json(temporary / name, content)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -87,13 +95,6 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({' '.join(str(error).split())[:200]})."
         ) from error
-
-
-def base_parameters(model: nn.Module) -> int:
-    """How many numbers the model has without its adapter."""
-    return sum(
-        p.numel() for name, p in model.named_parameters() if "lora_" not in name and "modules_to_save" not in name
-    )
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -81,10 +81,13 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
         if not _staged(recipe, episode).is_file()
     ]
     total = sum(recipe.episodes for recipe in missing)
-    workers = min(workers or len(os.sched_getaffinity(0)), max(len(jobs), 1))
+    if workers < 0:
+        raise UserError(f"workers={workers} was given where at least 0 was expected.")
+    workers = min(workers or available_cores(), max(len(jobs), 1))
     with tqdm(total=total, initial=total - len(jobs), desc="collect", unit="episode", disable=not missing) as bar:
+        # Ctrl-C reaches every process of the terminal; the parent alone answers it.
         pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("forkserver"), initializer=_leave_ctrl_c_to_parent
+            workers, multiprocessing.get_context("forkserver"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
         )
         try:
             unfinished = {recipe: sum(r == recipe for r, _ in jobs) for recipe in missing}
@@ -106,8 +109,9 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     return [recipe.dataset_id for recipe in recipes]
 
 
-def _leave_ctrl_c_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _staged(recipe: Recipe, episode: int) -> Path:

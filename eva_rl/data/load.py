@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 
 import gymnasium as gym
@@ -111,11 +112,18 @@ def _damaged(dataset_id: str, error: Exception) -> UserError:
 def _download(dataset_id: str) -> None:
     local = _local_datasets()
     hint = did_you_mean(dataset_id, local) if local else "There are no local datasets."
+    path = get_dataset_path(dataset_id)
     try:
         minari.download_dataset(dataset_id)
-    except (ValueError, TypeError) as error:  # Minari's servers answered: there is no such dataset
-        raise UserError(f"The dataset '{dataset_id}' is neither local nor on Minari's servers. {hint}") from error
+    except KeyboardInterrupt:  # Minari writes into the datasets' root, and takes half a dataset for a whole one
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    except (ValueError, TypeError) as error:  # Minari's servers answered
+        raise UserError(
+            f"The dataset '{dataset_id}' is not local, and Minari can't download it ({' '.join(str(error).split())}). {hint}"
+        ) from error
     except Exception as error:
+        shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             f"The dataset '{dataset_id}' is not in {get_dataset_path()}, and Minari's servers can't be reached "
             f"({type(error).__name__}): connect to the internet, or name a local dataset. {hint}"

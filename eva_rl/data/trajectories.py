@@ -116,15 +116,17 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
     """The interface of training trajectories that share their spaces, every task weighing the same.
 
     No observation dimension's standard deviation is taken to be less than `std_floor` times the median over the
-    dimensions that move at all. A base for unseen tasks wants a high floor (pretraining takes 1.5), a single task's own
-    statistics only need one against division by zero. Without that floor a dimension that rests during pretraining would be divided by nearly
-    zero, and a target task in which it moves would drown every other input.
+    dimensions that move at all. Without a floor a dimension that rests during pretraining would be divided by nearly
+    zero, and a target task in which it moves would drown every other input: a base for unseen tasks wants a high one
+    (pretraining takes 1.5). A single task's own statistics need one only against division by zero.
 
     Actions of a bounded space are scaled to [-1, 1] by its bounds, others by their mean and standard deviation.
 
     Raises:
-        UserError: if the trajectories' sizes differ.
+        UserError: if the trajectories' spaces differ, or the floor is not above 0.
     """
+    if not std_floor > 0:
+        raise UserError(f"std_floor={std_floor} was given where a number above 0 was expected.")
     first = trajectories[0]
     for other in trajectories[1:]:
         if (

@@ -1,9 +1,10 @@
 """Windows -> tokens -> causal trunk -> actions."""
 
-from eva_rl.model.checkpoint import AdapterNotes, Base, load_base, load_notes, save_base, save_notes
+from eva_rl.model.checkpoint import NOTES, AdapterNotes, Base, load_base, load_notes, save_base
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 
 __all__ = [
+    "NOTES",
     "TRUNK_LAYERS",
     "AdapterNotes",
     "Base",
@@ -12,5 +13,4 @@ __all__ = [
     "load_base",
     "load_notes",
     "save_base",
-    "save_notes",
 ]

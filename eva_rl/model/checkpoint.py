@@ -122,11 +122,7 @@ class AdapterNotes:
 
 
 NOTES = "eva_rl.json"
-
-
-def save_notes(folder: Path, notes: AdapterNotes) -> None:
-    """Write the notes into an adapter's folder."""
-    write_json(folder / NOTES, asdict(notes))
+"""The file in an adapter's folder that holds its `AdapterNotes`."""
 
 
 def load_notes(folder: Path) -> AdapterNotes:

@@ -1,5 +1,6 @@
 """Runs -> tables, confidence intervals, TensorBoard."""
 
+from eva_rl.report.result import run_result, summary
 from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
 from eva_rl.report.stopwatch import Stopwatch
@@ -16,7 +17,9 @@ __all__ = [
     "markdown",
     "mean",
     "proportion",
+    "run_result",
     "scores",
+    "summary",
     "to_json",
     "to_scalars",
     "versions",

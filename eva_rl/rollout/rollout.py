@@ -16,6 +16,8 @@ from tqdm import tqdm
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 
+LONGEST = 10_000
+"""Steps after which an episode of an environment without a time limit is given up."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -121,9 +123,15 @@ def _episodes(
     successes = np.zeros(count, bool)
     wanted = np.full(count, target_return)
     finished = bar.n
-    limit = envs.spec.max_episode_steps if envs.spec and envs.spec.max_episode_steps else 1000
+    spec = envs.envs[0].spec
+    limit = (spec.max_episode_steps if spec else None) or LONGEST
     step = 0
     while running.any():
+        if step > max(limit, LONGEST):
+            raise UserError(
+                f"An episode did not end within {step} steps: make the environment with max_episode_steps, or wrap it in "
+                "gymnasium.wrappers.TimeLimit."
+            )
         if not np.isfinite(observations[running]).all():
             raise UserError(f"The environment returned observations that are NaN or infinite at step {step}.")
         position = min(step, context - 1)

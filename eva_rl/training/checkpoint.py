@@ -27,21 +27,44 @@ class TrainingState:
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    settings: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    """What must be the same for one run to continue another, such as its steps, task and seed."""
 
 
-def check_run(steps: int, folder: Path, resume: bool) -> None:
-    """Raise a `UserError` for negative steps, or a folder whose checkpoints a run without `resume` would overwrite.
+def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any] | None = None) -> None:
+    """Refuse what could not be trained; entry points call it before they write or compute anything.
 
-    Entry points call it before they write or compute anything; `train` calls it again.
+    Raises:
+        UserError: for negative steps, a folder whose checkpoints a run without `resume` would overwrite, or one whose
+            checkpoints were written by a run of another `identity`.
     """
     if steps < 0:
         raise UserError(f"steps={steps} was given where at least 0 was expected.")
-    if not resume and any(folder.glob("step-*")):
+    found = sorted(folder.glob("step-*.safetensors"))
+    if found and not resume:
         raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")
+    for path in found if identity is not None else ():
+        try:
+            with safe_open(path, "pt") as file:
+                before = json.loads((file.metadata() or {}).get("identity", "null"))
+        except (SafetensorError, OSError):
+            continue  # damaged: `load_newest` passes it over, with a warning
+        now = _as_json({"steps": steps, **identity})
+        changed = (
+            [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)] if before else []
+        )
+        if changed:
+            was = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed)
+            raise UserError(
+                f"'{folder}' was trained with {was}: resume with the same settings, or set another run_dir."
+            )
 
 
-def save(folder: Path, state: TrainingState, losses: Tensor) -> Path:
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
+
+
+def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> Path:
     """Write `folder/step-N.safetensors`, N being the number of losses; drop all but the newest checkpoints."""
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
     for name, p in state.parameters.items():
@@ -54,37 +77,30 @@ def save(folder: Path, state: TrainingState, losses: Tensor) -> Path:
         save_file(
             {name: value.cpu().contiguous() for name, value in tensors.items()},
             temporary,
-            metadata={"settings": json.dumps(state.settings)},
+            metadata={"identity": json.dumps(state.identity), "seconds": str(seconds)},
         )
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
     return path
 
 
-def load_newest(folder: Path, state: TrainingState) -> Tensor:
-    """Read the newest whole checkpoint into `state`, and return the losses so far (steps,); empty where there is none.
+def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
+    """Read the newest whole checkpoint into `state`; return the losses (steps,) and the seconds so far, else none and 0.
 
     Raises:
-        UserError: if the checkpoint was written by a run with other settings or another model.
+        UserError: if the checkpoint holds the weights of another model.
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-                settings = json.loads(file.metadata()["settings"])
-                losses = tensors["losses"]
+                losses, seconds = tensors["losses"], float(file.metadata()["seconds"])
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
-        changed = [k for k in state.settings if settings.get(k) != state.settings[k]]
-        if changed:
-            was = ", ".join(f"{k}={settings.get(k)}" for k in changed)
-            raise UserError(
-                f"'{folder}' was trained with {was}: resume with the same settings, or set another run_dir."
-            )
         restore(tensors, state, path)
-        return losses
-    return torch.zeros(0)
+        return losses, seconds
+    return torch.zeros(0), 0.0
 
 
 def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> None:

@@ -59,7 +59,7 @@ class TrainingResult:
     losses: list[float]
     """The training loss of every step."""
     seconds: float
-    """Wall time of the steps made by this process; 0 where a finished run was resumed."""
+    """Wall time of all steps, those before an interruption included; evaluations too."""
 
 
 def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
@@ -90,15 +90,16 @@ def train(
         loss: the scalar to minimise, a mean over the batch's real elements.
         checkpoints: folder for the training state (trainable weights, optimiser, random state).
         resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
-            an uninterrupted run, bit for bit. Dropout draws from torch's global generators, whose states are saved.
-        identity: what else must be the same for a resumed run to continue this one, such as its task and seed.
+            an uninterrupted run, bit for bit (on CPUs; some CUDA kernels are not deterministic). Dropout draws from torch's global generators, whose states are saved.
+        identity: what must be the same for a resumed run to continue this one, such as its task and seed; None: `config`.
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
-    check_run(steps, checkpoints, resume)
+    identity = identity or {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
+    check_run(steps, checkpoints, resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or steps == 0:
         model.eval()
@@ -112,12 +113,12 @@ def train(
         lr=config.learning_rate,
         fused=True,
     )
-    settings = {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
-    settings |= {"steps": steps, **(identity or {})}
+    state = TrainingState(trainable, optimizer, {"steps": steps, **identity})
     losses: list[float] = []
-    if resume:
-        losses = load_newest(checkpoints, TrainingState(trainable, optimizer, settings)).tolist()
     started = time.perf_counter()
+    if resume:
+        saved, seconds = load_newest(checkpoints, state)
+        losses, started = saved.tolist(), started - seconds
     model.train()
     with tqdm(total=steps, initial=len(losses), desc="train", unit="step") as bar:
         for step in range(len(losses), steps):
@@ -148,10 +149,6 @@ def train(
                 log(done, evaluate(done))
                 model.train()
             if done % config.checkpoint_every == 0 or done == steps:
-                save(
-                    checkpoints,
-                    TrainingState(trainable, optimizer, settings),
-                    torch.tensor(losses, dtype=torch.float64),
-                )
+                save(checkpoints, state, torch.tensor(losses, dtype=torch.float64), time.perf_counter() - started)
     model.eval()
     return TrainingResult(losses, time.perf_counter() - started)

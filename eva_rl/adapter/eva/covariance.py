@@ -50,9 +50,11 @@ def leading_components(moments: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _signed(vectors.flip(1)[:, :k].T), values.flip(0)[:k].clamp(min=0)
 
 
-def refine_components(moments: Tensor, start: Tensor) -> Tensor:
-    """One step of orthogonal iteration with Rayleigh-Ritz from `start` (k, d): approximate leading components (k, d)."""
-    basis = torch.linalg.qr(moments @ start.T).Q  # (d, k)
+def refine_components(moments: Tensor, start: Tensor, steps: int = 8) -> Tensor:
+    """Approximate leading components (k, d): orthogonal iteration from `start` (k, d), then Rayleigh-Ritz."""
+    basis = start.T
+    for _ in range(steps):
+        basis = torch.linalg.qr(moments @ basis).Q  # (d, k)
     _, rotation = torch.linalg.eigh(basis.T @ moments @ basis)  # (k, k)
     return _signed((basis @ rotation.flip(1)).T)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.adapter.eva.covariance import Covariance, leading_components, refine_components
-from eva_rl.adapter.eva.ranks import explained, redistribute
+from eva_rl.adapter.eva.ranks import RANKINGS, explained, redistribute
 from eva_rl.errors import UserError
 
 
@@ -28,11 +28,13 @@ class EvaSettings:
     rho: float = 2.0
     """A layer may get up to rho times its nominal rank; 1 keeps all ranks equal."""
     tau: float = 0.99
-    """A layer has converged when each component's cosine similarity to the one a batch ago is at least this."""
+    """A layer has converged when each component's cosine similarity to the one a batch ago is at least this. While the
+    stream runs, components are followed by orthogonal iteration; those returned are exact."""
     max_batches: int = 64
     center: bool = True
     """Components about the mean, as published; False: about zero, the `Sigma = E[x x^T]` of theorem 3.2."""
     ranking: str = "ratio"
+    """What components are worth when ranks are shared out: `ratio` or `paper`, see `explained`."""
 
     def __post_init__(self) -> None:
         if self.rho < 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
@@ -40,6 +42,8 @@ class EvaSettings:
                 f"EVA was given rho={self.rho}, tau={self.tau}, max_batches={self.max_batches}, where rho >= 1, "
                 "0 < tau <= 1 and max_batches >= 1 were expected."
             )
+        if self.ranking not in RANKINGS:
+            raise UserError(f"EVA was given ranking={self.ranking}, where one of {RANKINGS} was expected.")
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,12 @@ def eva_init(
             distinct = list({id(group): group for group in groups.values()}.values())
             for group in distinct:
                 _track(group, settings, seen)
-            if all(group.converged for group in distinct) or seen == settings.max_batches:
+            if all(group.converged for group in distinct) or seen >= settings.max_batches:
                 break
     if not seen:
         raise UserError("EVA was given no batch of data: the dataset is empty.")
     late = [f"{group.layers[0]} ({group.similarity:.3f})" for group in distinct if not group.converged]
-    if late and seen == settings.max_batches:
+    if late and seen >= settings.max_batches:
         warnings.warn(
             f"EVA stopped after {seen} batches with the components of {len(late)} layers still moving (least cosine "
             f"similarity in brackets, tau={settings.tau}): {', '.join(late)}.",

@@ -9,22 +9,20 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 
+RANKINGS = ("ratio", "paper")
+
 
 def explained(values: Tensor, rows: int, total: float, ranking: str) -> Tensor:
     """How much each component (k,) is worth, from eigenvalues `sigma^2` (k,) of M = `rows` centred rows.
 
     `ratio`: `sigma_i^2` as a share of the layer's total variance, as peft ranks them. `paper`: Eq. 6,
-    `sigma_i^2 / ((M - 1) ||sigma||_1)`.
-
-    Raises:
-        UserError: for another `ranking`.
+    `sigma_i^2 / ((M - 1) ||sigma||_1)`, which falls with the square root of M: a layer whose stream ended early is worth
+    more for it.
     """
     if ranking == "ratio":
         return values / total if total > 0 else torch.zeros_like(values)
-    if ranking == "paper":
-        norm = values.sqrt().sum()
-        return values / ((max(rows, 2) - 1) * norm) if norm > 0 else torch.zeros_like(values)
-    raise UserError(f"adapter.eva.ranking={ranking} was given where 'ratio' or 'paper' was expected.")
+    norm = values.sqrt().sum()
+    return values / ((max(rows, 2) - 1) * norm) if norm > 0 else torch.zeros_like(values)
 
 
 def redistribute(worth: Mapping[str, Tensor], budget: int) -> dict[str, int]:

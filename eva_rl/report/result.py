@@ -1,0 +1,39 @@
+"""What a fine-tuning run writes to result.json, and what it says at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eva_rl.report.scores import Scores, to_json
+from eva_rl.report.stopwatch import Stopwatch
+from eva_rl.report.table import markdown
+from eva_rl.report.versions import versions
+
+
+def run_result(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores | None) -> dict[str, Any]:
+    """The content of result.json; `tuned` is None while the run is under way."""
+    return {
+        **facts,
+        **(to_json(tuned) if tuned else {}),
+        "zero_shot": to_json(zero_shot),
+        "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "status": "complete" if tuned else "partial",
+        "versions": versions(),
+    }
+
+
+def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:
+    """The scores before and after as a table, and what they cost."""
+    rows = [(name.replace("_", " "), zero_shot[name], tuned[name]) for name in tuned]
+    trainable, total = facts["trainable_parameters"], facts["total_parameters"]
+    return "\n".join(
+        [
+            f"{facts['task']}: {facts['adapter']} on {facts['base']}, {facts['demonstrations']} episodes, {facts['steps']} steps",
+            "",
+            markdown(["mean [95 % interval]", "zero-shot", "fine-tuned"], rows),
+            "",
+            f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.1f} %)",
+            f"seconds: {clock}",
+        ]
+    )
