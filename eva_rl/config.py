@@ -259,7 +259,7 @@ def explain(error: Exception, schema: type) -> str:
         given = str(key or message.partition("'")[2].partition("'")[0])
         if given in setting_names(schema):
             return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
-        return f"There is no setting '{given}'. {did_you_mean(given.split('.')[-1], setting_names(schema))}".rstrip()
+        return f"There is no setting '{given}'. {did_you_mean(given, setting_names(schema))}".rstrip()
     if "Could not find" in message or "In '" in message:
         return message.replace("Available options", "; the options are")
     return message.removesuffix(".") + "."
@@ -270,8 +270,8 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, hint in get_type_hints(schema).items():
         names.append(prefix + name)
-        if is_dataclass(hint):
-            names += setting_names(hint, f"{prefix}{name}.")
+        for section in filter(is_dataclass, (hint, *get_args(hint))):
+            names += setting_names(section, f"{prefix}{name}.")
     return names
 
 

@@ -84,6 +84,7 @@ def main(config: FinetuneConfig) -> None:
     # Train, save, score again.
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None))
+    print(f"run folder: {run_dir}")
     with TensorBoard(run_dir) as tensorboard:
         tensorboard.log(0, {f"eva/rank/{name}": len(layer.components) for name, layer in found.items()})
         tensorboard.log(0, to_scalars(zero_shot))

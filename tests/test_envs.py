@@ -220,3 +220,11 @@ def test_action_noise_is_a_pure_function_independent_of_the_environments_seed():
     assert not np.array_equal(draws, episode_rng("metaworld/push-v3", 0, 4).standard_normal(4))
     environment = np.random.default_rng(episode_seed("collect", "metaworld/push-v3", 0, 3))
     assert not np.array_equal(draws, environment.standard_normal(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOMAIN.tasks)
+def test_an_episode_of_any_task_depends_on_its_seed_alone(name):
+    used = DOMAIN.make(name)
+    rollout(used, name, seed=1, steps=30)
+    assert_same(rollout(used, name, seed=2, steps=30), rollout(DOMAIN.make(name), name, seed=2, steps=30))
