@@ -29,7 +29,8 @@ def find_task(task: str) -> tuple[Domain, str]:
         return domain, name
     if domain is not None and name in domain.splits:
         raise UserError(f"'{task}' is a split of {len(domain.splits[name])} tasks where one task was expected.")
-    raise UserError(f"There is no task '{task}'. {_nearest(task)} `python -m eva_rl.tasks` lists all of them.")
+    hint = _nearest(task) or f"The domains are {', '.join(sorted(domains()))}, and minari for datasets."
+    raise UserError(f"There is no task '{task}'. {hint} `python -m eva_rl.tasks` lists all of them.")
 
 
 def expand_tasks(task: str) -> tuple[str, ...]:

@@ -260,8 +260,10 @@ def explain(error: Exception, schema: type) -> str:
         if given in setting_names(schema):
             return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
         return f"There is no setting '{given}'. {did_you_mean(given, setting_names(schema))}".rstrip()
-    if "Could not find" in message or "In '" in message:
-        return message.replace("Available options", "; the options are")
+    if "Could not find" in message:  # a choice of a group that there is not
+        found, _, options = message.partition(" Config search path:")[0].partition(" Available options in ")
+        choice = found.rpartition("Could not find ")[2].strip("'").removesuffix("'")
+        return f"There is no '{choice}'. The options are {', '.join(options.partition(':')[2].split())}."
     return message.removesuffix(".") + "."
 
 

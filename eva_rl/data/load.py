@@ -120,13 +120,13 @@ def _download(dataset_id: str) -> None:
         raise
     except (ValueError, TypeError) as error:  # Minari's servers answered
         raise UserError(
-            f"The dataset '{dataset_id}' is not local, and Minari can't download it ({' '.join(str(error).split())}). {hint}"
+            f"The dataset '{dataset_id}' is not local, and Minari can't download it ({' '.join(str(error).split())}). {hint}".rstrip()
         ) from error
     except Exception as error:
         shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             f"The dataset '{dataset_id}' is not in {get_dataset_path()}, and Minari's servers can't be reached "
-            f"({type(error).__name__}): connect to the internet, or name a local dataset. {hint}"
+            f"({type(error).__name__}): connect to the internet, or name a local dataset. {hint}".rstrip()
         ) from error
 
 
