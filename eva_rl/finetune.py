@@ -74,6 +74,7 @@ def main(config: FinetuneConfig) -> None:
         "base": config.base,
         "seed": config.seed,
         "steps": config.steps,
+        "learning_rate": rate,
         "dataset": dataset_id,
         "demonstrations": statistics.episodes,
         "target_return": target_return,

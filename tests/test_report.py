@@ -15,7 +15,10 @@ def write_run(folder: Path, **changes: object) -> Path:
     result = {
         "task": "dummy/Steps-v0",
         "adapter": "eva",
+        "base": "tiny",
+        "demonstrations": 4,
         "steps": 10,
+        "learning_rate": 1e-3,
         "seed": 0,
         "success_rate": rate,
         "normalized_score": None,
@@ -39,6 +42,13 @@ def test_the_table_has_a_row_a_run_and_the_mean(tmp_path):
     assert "0.50 [0.25, 0.75]" in lines[3]
     assert "mean of 2 runs" in lines[4]
     assert "0.750" in lines[4]
+
+
+def test_runs_of_other_settings_are_not_averaged_together(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", learning_rate=1e-2)
+    means = [line for line in table(read_results([tmp_path])[0]).splitlines() if "mean of" in line]
+    assert ["mean of 1 runs" in line for line in means] == [True, True]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "partial"}'])

@@ -25,7 +25,7 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
             path = config.with_name("result.json")
             try:
                 result = json.loads(path.read_text())
-                complete = result["status"] == "complete" and "adapter" in result and "zero_shot" in result
+                complete = result["status"] == "complete" and "zero_shot" in result and len(_alike(result)) > 0
             except (OSError, ValueError, KeyError, TypeError):
                 complete = False
             if complete:
@@ -36,21 +36,26 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Success rates before and after fine-tuning with their 95 % intervals, a row a run, and the means by adapter."""
+    """Success rates before and after fine-tuning with their 95 % intervals: a row a run, and means of runs made alike."""
     rows, groups = [], {}
-    for r in sorted(results, key=lambda r: (r["adapter"], r["steps"], r["task"], r["seed"])):
+    for r in sorted(results, key=lambda r: (*_alike(r), r["task"], r["seed"])):
         after, before = _rate(r["success_rate"]), _rate(r["zero_shot"]["success_rate"])
         score = None if r["normalized_score"] is None else f"{r['normalized_score']['mean']:.2f}"
         init, train = (f"{r['seconds'][phase]:.0f}" for phase in ("init", "train"))
-        rows.append((r["task"], r["adapter"], r["steps"], r["seed"], before, after, score, init, train))
+        rows.append((r["task"], *_alike(r), r["seed"], before, after, score, init, train))
         if r["success_rate"] is not None:
-            groups.setdefault((r["adapter"], r["steps"]), []).append(r)
-    for (adapter, steps), members in groups.items():
+            groups.setdefault(_alike(r), []).append(r)
+    for alike, members in groups.items():
         before = sum(m["zero_shot"]["success_rate"]["mean"] for m in members) / len(members)
         after = sum(m["success_rate"]["mean"] for m in members) / len(members)
-        rows.append((f"mean of {len(members)} runs", adapter, steps, "", f"{before:.3f}", f"{after:.3f}", "", "", ""))
-    header = ["task", "adapter", "steps", "seed", "zero-shot success", "success", "normalized", "init s", "train s"]
-    return markdown(header, rows)
+        rows.append((f"mean of {len(members)} runs", *alike, "", f"{before:.3f}", f"{after:.3f}", "", "", ""))
+    header = ["task", "adapter", "base", "episodes", "steps", "rate", "seed"]
+    return markdown([*header, "zero-shot success", "success", "normalized", "init s", "train s"], rows)
+
+
+def _alike(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What runs must have in common for their mean to mean something; the columns from adapter to rate."""
+    return tuple(result[name] for name in ("adapter", "base", "demonstrations", "steps", "learning_rate"))
 
 
 def _rate(estimate: Mapping[str, float] | None) -> str | None:
