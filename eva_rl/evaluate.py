@@ -33,6 +33,10 @@ def main(config: EvaluateConfig) -> None:
         if config.adapter is not None:
             folder = Path(config.adapter)
             folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+            if (folder / "model").is_dir():
+                raise UserError(
+                    f"'{folder}' holds a whole model, not an adapter: set checkpoint={folder / 'model'} instead."
+                )
             notes = load_notes(folder)
             if config.checkpoint not in (None, notes.base):
                 raise UserError(

@@ -366,3 +366,8 @@ def test_a_folder_without_an_adapter_and_one_of_another_model_are_refused(model,
     save_adapter(peft_model, tmp_path / "adapter", "other")
     with pytest.raises(UserError, match="another model"):
         load_adapter(model, tmp_path / "adapter")
+
+
+def test_rho_of_pefts_own_config_counts_where_no_settings_are_given(model):
+    _, found = attach(model, lora(rho=1.0), make_batches(8))
+    assert [len(layer.components) for layer in found.values()] == [3, 3, 3]

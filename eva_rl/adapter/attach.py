@@ -32,7 +32,8 @@ def attach(
         batches: the new task's data, each an argument of `model`; read by initialisations that need it.
         token_mask: see `eva_init`.
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
-        eva: settings of an EVA initialisation, for configs with `init_lora_weights="eva"`.
+        eva: settings of an EVA initialisation, for configs with `init_lora_weights="eva"`; None: rho and tau of the
+            config's `eva_config`, and our defaults for the rest.
 
     Returns:
         The peft model, and for EVA what it found for each layer (else empty).
@@ -55,7 +56,8 @@ def attach(
     layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
     ranks = {name: layer.r["default"] for name, layer in layers.items()}
     with peft_model.disable_adapter():
-        found = eva_init(peft_model, batches, ranks, eva or EvaSettings(), token_mask)
+        eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
+        found = eva_init(peft_model, batches, ranks, eva, token_mask)
     initialize_lora_eva_weights(peft_model, eva_state_dict={name: layer.components for name, layer in found.items()})
     found = {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
     # peft abbreviates many targets to their common suffixes, which would give rank-0 layers an adapter again on loading.
