@@ -171,6 +171,10 @@ def entry_point(
             composed = True
             try:  # here, because Hydra prints a line of its own for an exception that leaves the job
                 main(parse(config, schema))
+                sys.stdout.flush()
+            except BrokenPipeError:  # `... | head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             except UserError as error:
                 sys.exit(f"error: {error}")
             except OmegaConfBaseException as error:

@@ -193,6 +193,12 @@ def test_fine_tuning_settings_are_complete_for_every_adapter(adapter):
     assert config.adapter.name == adapter
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f"{sys.executable} -u -m eva_rl.tasks | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_a_config_written_as_yaml_reads_back_the_same():
     for config, schema in (
         (parse(compose("pretrain", "training.learning_rate=1e-5", "run_dir=a b"), PretrainConfig), PretrainConfig),
