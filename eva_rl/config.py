@@ -138,6 +138,14 @@ class EvaluateConfig:
     run_dir: str | None
 
 
+HELP = """Settings are given as key=value; the files in configs/ explain them.
+
+Choices of whole sections (key=choice):
+$APP_CONFIG_GROUPS
+Settings and their defaults:
+
+$CONFIG"""
+
 # Hydra parses the command line and leaves files, folders and logging to us.
 ConfigStore.instance().store(
     name="entry",
@@ -149,6 +157,7 @@ ConfigStore.instance().store(
             "run": {"dir": "."},
             "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"},
             "job": {"chdir": False},
+            "help": {"template": HELP},
         },
     },
 )
