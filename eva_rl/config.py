@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.errors import UserError, did_you_mean
+from eva_rl.errors import UserError, did_you_mean, in_one_line
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 def explain(error: Exception, schema: type) -> str:
     """One sentence for what Hydra or OmegaConf found wrong with the command line."""
-    message = " ".join(str(error).split())
+    message = in_one_line(error)
     key = getattr(error.__cause__ or error, "full_key", None)
     if "is not in struct" in message or "Could not override" in message:
         given = str(key or message.partition("'")[2].partition("'")[0])
@@ -327,5 +327,5 @@ def instantiate(config: dict[str, Any]) -> Any:
     except HydraException as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"{config.get('_target_')} can't be made of the given settings ({' '.join(str(cause).split())})."
+            f"{config.get('_target_')} can't be made of the given settings ({in_one_line(cause)})."
         ) from error

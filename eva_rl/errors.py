@@ -22,6 +22,11 @@ class MissingExtra(UserError):
         return type(self), self.given
 
 
+def in_one_line(error: BaseException | None) -> str:
+    """A library's message without its line breaks, to stand in a sentence of ours."""
+    return " ".join(str(error).split())
+
+
 def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence that offers the names nearest to `given`, or lists them all where there are few."""
     known = sorted(known)

@@ -8,8 +8,7 @@ from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
 @entry_point(EvaluateConfig, "evaluate", "eva_rl.configs.evaluate")
 def main(config: EvaluateConfig) -> None:
     from eva_rl.adapter import load_adapter
-    from eva_rl.data import find_source
-    from eva_rl.envs import expand_tasks
+    from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import load_base, load_notes
@@ -20,8 +19,7 @@ def main(config: EvaluateConfig) -> None:
 
     if config.episodes < 1:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
-    tasks = (config.task,) if config.task.startswith("minari/") else expand_tasks(config.task)
-    sources = [find_source(task) for task in tasks]
+    sources = find_sources(config.task)
     device, clock = choose_device(config.device), Stopwatch("load", "rollout")
 
     check_precision(config.precision)
@@ -95,7 +93,7 @@ def _result(config: EvaluateConfig, results: dict, clock: object, complete: bool
         "seed": config.seed,
         "episodes": config.episodes,
         "tasks": results,
-        "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "seconds": clock.rounded(),
         "status": "complete" if complete else "partial",
         "versions": versions,
     }

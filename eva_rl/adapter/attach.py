@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import replacing, write_json
 
 if TYPE_CHECKING:  # importing peft takes seconds
@@ -50,7 +50,7 @@ def attach(
             warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
             peft_model = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"The adapter does not fit the model: {' '.join(str(error).split())}") from error
+        raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
     if getattr(config, "init_lora_weights", None) != "eva":
         return peft_model, {}
     layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"The adapter in '{folder}' is damaged or belongs to another model ({' '.join(str(error).split())[:200]})."
+            f"The adapter in '{folder}' is damaged or belongs to another model ({in_one_line(error)[:200]})."
         ) from error
 
 

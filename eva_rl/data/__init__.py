@@ -2,7 +2,7 @@
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import load_dataset
-from eva_rl.data.tasks import TaskSource, find_source
+from eva_rl.data.tasks import TaskSource, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
 from eva_rl.data.windows import WindowSampler
 
@@ -13,6 +13,7 @@ __all__ = [
     "WindowSampler",
     "collect",
     "find_source",
+    "find_sources",
     "interface_of",
     "load_dataset",
     "pack",

@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -186,7 +187,7 @@ def _assemble(recipe: Recipe) -> None:
     scores = domain.reference_scores(name)
     with replacing(get_dataset_path(recipe.dataset_id)) as folder:
         folder.mkdir()
-        with _root(folder / "root"), warnings.catch_warnings():
+        with _datasets_root_at(folder / "root"), warnings.catch_warnings():
             # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
             warnings.filterwarnings("ignore", message=".*is set to None")
             dataset = minari.create_dataset_from_buffers(
@@ -230,18 +231,15 @@ def datasets_root() -> Path:
         ) from error
 
 
-class _root:
+@contextmanager
+def _datasets_root_at(path: Path) -> Iterator[None]:
     """Point Minari at another root folder for the length of a `with` block."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("MINARI_DATASETS_PATH")
-        os.environ["MINARI_DATASETS_PATH"] = str(self.path)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
             del os.environ["MINARI_DATASETS_PATH"]
         else:
-            os.environ["MINARI_DATASETS_PATH"] = self.before
+            os.environ["MINARI_DATASETS_PATH"] = before

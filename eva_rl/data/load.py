@@ -13,7 +13,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from eva_rl.data.collection import datasets_root
 from eva_rl.data.trajectories import Trajectories, pack
-from eva_rl.errors import UserError, did_you_mean
+from eva_rl.errors import UserError, did_you_mean, in_one_line
 
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
 """What h5py and Minari raise for damaged files."""
@@ -104,7 +104,7 @@ def _open(dataset_id: str) -> minari.MinariDataset:
 def _damaged(dataset_id: str, error: Exception) -> UserError:
     path = get_dataset_path(dataset_id)
     return UserError(
-        f"The dataset '{dataset_id}' in {path} can't be read ({' '.join(str(error).split())}): delete that folder, and "
+        f"The dataset '{dataset_id}' in {path} can't be read ({in_one_line(error)}): delete that folder, and "
         "it will be collected or downloaded again."
     )
 
@@ -120,7 +120,7 @@ def _download(dataset_id: str) -> None:
         raise
     except (ValueError, TypeError) as error:  # Minari's servers answered
         raise UserError(
-            f"The dataset '{dataset_id}' is not local, and Minari can't download it ({' '.join(str(error).split())}). {hint}".rstrip()
+            f"The dataset '{dataset_id}' is not local, and Minari can't download it ({in_one_line(error)}). {hint}".rstrip()
         ) from error
     except Exception as error:
         shutil.rmtree(path, ignore_errors=True)

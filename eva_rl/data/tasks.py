@@ -10,7 +10,7 @@ import gymnasium as gym
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import environment_of, score_scale_of
-from eva_rl.envs import find_task
+from eva_rl.envs import expand_tasks, find_task
 
 MINARI = "minari/"
 DEMONSTRATIONS = 40
@@ -59,6 +59,11 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
         make_env=partial(domain.make, name),
         score_scale=(scores.random, scores.expert) if scores else None,
     )
+
+
+def find_sources(task: str) -> list[TaskSource]:
+    """The sources of all tasks that `task` stands for, which may be a split."""
+    return [find_source(member) for member in ((task,) if task.startswith(MINARI) else expand_tasks(task))]
 
 
 def interface_name(dataset_id: str) -> str:

@@ -17,7 +17,7 @@ def run_result(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tu
         **facts,
         **(to_json(tuned) if tuned else {}),
         "zero_shot": to_json(zero_shot),
-        "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "seconds": clock.rounded(),
         "status": "complete" if tuned else "partial",
         "versions": versions(),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.errors import UserError
+from eva_rl.report.statistics import Estimate
 from eva_rl.report.table import markdown
 
 
@@ -39,7 +40,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     """Success rates before and after fine-tuning with their 95 % intervals: a row a run, and means of runs made alike."""
     rows, groups = [], {}
     for r in sorted(results, key=lambda r: (*_alike(r), r["task"], r["seed"])):
-        after, before = _rate(r["success_rate"]), _rate(r["zero_shot"]["success_rate"])
+        after, before = _estimate(r["success_rate"]), _estimate(r["zero_shot"]["success_rate"])
         score = None if r["normalized_score"] is None else f"{r['normalized_score']['mean']:.2f}"
         init, train = (f"{r['seconds'][phase]:.0f}" for phase in ("init", "train"))
         rows.append((r["task"], *_alike(r), r["seed"], before, after, score, init, train))
@@ -58,5 +59,5 @@ def _alike(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(result[name] for name in ("adapter", "base", "demonstrations", "steps", "learning_rate"))
 
 
-def _rate(estimate: Mapping[str, float] | None) -> str | None:
-    return None if estimate is None else f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+def _estimate(fields: Mapping[str, Any] | None) -> Estimate | None:
+    return None if fields is None else Estimate(**fields)

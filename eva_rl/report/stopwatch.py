@@ -26,5 +26,9 @@ class Stopwatch:
             if self._open:
                 self.seconds[self._open[-1]] -= elapsed
 
+    def rounded(self) -> dict[str, float]:
+        """Seconds by phase as result.json states them."""
+        return {phase: round(seconds, 2) for phase, seconds in self.seconds.items()}
+
     def __str__(self) -> str:
         return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())

@@ -43,25 +43,21 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
     found = sorted(folder.glob("step-*.safetensors"))
     if found and not resume:
         raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")
-    for path in found if identity is not None else ():
+    if identity is None:
+        return
+    now = json.loads(json.dumps({"steps": steps, **identity}))  # as it reads when it was written
+    for path in found:
         try:
             with safe_open(path, "pt") as file:
-                before = json.loads((file.metadata() or {}).get("identity", "null"))
+                before = json.loads((file.metadata() or {}).get("identity", "null")) or now
         except (SafetensorError, OSError):
             continue  # damaged: `load_newest` passes it over, with a warning
-        now = _as_json({"steps": steps, **identity})
-        changed = (
-            [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)] if before else []
-        )
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             was = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed)
             raise UserError(
                 f"'{folder}' was trained with {was}: resume with the same settings, or set another run_dir."
             )
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))
 
 
 def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> Path:

@@ -90,7 +90,8 @@ def train(
         loss: the scalar to minimise, a mean over the batch's real elements.
         checkpoints: folder for the training state (trainable weights, optimiser, random state).
         resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
-            an uninterrupted run, bit for bit (on CPUs; some CUDA kernels are not deterministic). Dropout draws from torch's global generators, whose states are saved.
+            an uninterrupted run, bit for bit (on CPUs; some CUDA kernels are not deterministic). Dropout draws from
+            torch's global generators, whose states are saved.
         identity: what must be the same for a resumed run to continue this one, such as its task and seed; None: `config`.
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.

@@ -25,6 +25,8 @@ from eva_rl.errors import UserError
 
 @dataclass(frozen=True)
 class EvaSettings:
+    """How long to look at activations, and how to choose among their components."""
+
     rho: float = 2.0
     """A layer may get up to rho times its nominal rank; 1 keeps all ranks equal."""
     tau: float = 0.99
@@ -136,7 +138,7 @@ def eva_init(
                 raise UserError(
                     f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter."
                 )
-            distinct = list({id(group): group for group in groups.values()}.values())
+            distinct = _distinct(groups)
             for group in distinct:
                 _track(group, settings, seen)
             if all(group.converged for group in distinct) or seen >= settings.max_batches:
@@ -151,6 +153,11 @@ def eva_init(
             stacklevel=2,
         )
     return _share_out(groups, ranks, settings)
+
+
+def _distinct(groups: Mapping[str, _Group]) -> list[_Group]:
+    """Each group once, in the order of the layers."""
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def _track(group: _Group, settings: EvaSettings, seen: int) -> None:
@@ -173,7 +180,7 @@ def _track(group: _Group, settings: EvaSettings, seen: int) -> None:
 
 def _share_out(groups: Mapping[str, _Group], ranks: Mapping[str, int], settings: EvaSettings) -> dict[str, LayerResult]:
     exact = {}
-    for group in {id(group): group for group in groups.values()}.values():
+    for group in _distinct(groups):
         moments = group.covariance.moments(settings.center)
         components, values = leading_components(moments, group.candidates)
         worth = explained(values, group.covariance.count, float(moments.trace()), settings.ranking)
