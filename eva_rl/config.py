@@ -85,13 +85,21 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class EvaOptions:
-    """The fields of `eva_rl.adapter.EvaSettings`."""
+    """The fields of `eva_rl.adapter.EvaSettings` but the seed, which is the run's; and `tokens`, those that count."""
 
     rho: float
     tau: float
+    convergence: str
     max_batches: int
+    method: str
+    tokens: str
     center: bool
+    weighting: str
     ranking: str
+    components: str
+    rotation: bool
+    permutation: bool
+    whiten: bool
 
 
 @dataclass(frozen=True)

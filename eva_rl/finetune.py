@@ -1,6 +1,7 @@
 """A pretrained base and a few trajectories -> an adapter and its score: `python -m eva_rl.finetune task=...`."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
 
 from eva_rl.config import FinetuneConfig, entry_point, identity, instantiate, run_folder, to_yaml
@@ -14,7 +15,7 @@ def main(config: FinetuneConfig) -> None:
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, load_base, save_base
-    from eva_rl.report import Stopwatch, TensorBoard, run_result, scores, summary, to_scalars
+    from eva_rl.report import Stopwatch, TensorBoard, eva_figures, run_result, scores, summary, to_scalars
     from eva_rl.rollout import check_spaces, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
@@ -22,7 +23,9 @@ def main(config: FinetuneConfig) -> None:
     # What was asked for. Mistakes show before anything is written.
     rate = config.adapter.learning_rate if config.training.learning_rate is None else config.training.learning_rate
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
-    eva = EvaSettings(**asdict(config.adapter.eva)) if config.adapter.eva else None
+    eva_options = asdict(config.adapter.eva) if config.adapter.eva else {}
+    tokens = eva_options.pop("tokens", "all")
+    eva = EvaSettings(**eva_options, seed=config.seed) if eva_options else None
     device, run_dir = choose_device(config.device), run_folder(config.run_dir)
     seeds = evaluation_seeds(config.task, config.seed, config.episodes)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
@@ -43,6 +46,7 @@ def main(config: FinetuneConfig) -> None:
     interface = interface_of(source.interface, [trajectories])
     fresh_modules = model.connect(interface, f"The dataset '{dataset_id}'")
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
+    token_mask = partial(model.token_mask, kind=model.config.check_token(tokens))
     total_parameters = sum(p.numel() for p in model.parameters())
 
     # The base as it is.
@@ -67,7 +71,9 @@ def main(config: FinetuneConfig) -> None:
     if peft_config is not None:
         with clock("init"):
             batches = (sampler.batch(n).to(device) for n in count())
-            peft_model, found = attach(model, peft_config, batches, model.token_mask, fresh_modules, eva)
+            peft_model, found = attach(
+                model, peft_config, batches, token_mask, fresh_modules, eva, model.loss, progress=True
+            )
     facts = {
         "task": config.task,
         "adapter": config.adapter.name,
@@ -87,7 +93,10 @@ def main(config: FinetuneConfig) -> None:
     write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None))
     print(f"run folder: {run_dir}")
     with TensorBoard(run_dir) as tensorboard:
-        tensorboard.log(0, {f"eva/rank/{name}": len(layer.components) for name, layer in found.items()})
+        if found:
+            layers = {name: layer.facts() for name, layer in found.items()}
+            write_json(run_dir / "eva.json", {"settings": asdict(config.adapter.eva), "layers": layers})
+            tensorboard.figures(0, eva_figures(layers))
         tensorboard.log(0, to_scalars(zero_shot))
         with clock("train"):
             train(

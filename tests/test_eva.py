@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +10,6 @@ from torch import nn
 
 from eva_rl.adapter import EvaSettings, attach, load_adapter, save_adapter, trainable_parameters
 from eva_rl.adapter.eva import eva_init
-from eva_rl.adapter.eva.covariance import Covariance, leading_components, refine_components
 from eva_rl.adapter.eva.ranks import explained, redistribute
 from eva_rl.errors import UserError
 
@@ -50,57 +48,6 @@ def captured(components: torch.Tensor, rows: torch.Tensor, center: bool) -> floa
     rows = rows.double() - (rows.double().mean(0) if center else 0)
     best = torch.linalg.svdvals(rows)[: len(components)].square().sum()
     return float((rows @ components.double().T).square().sum() / best)
-
-
-@given(
-    splits=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    seed=st.integers(0, 1000),
-    mean=st.sampled_from([0.0, 1.0, 1e3]),
-    center=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-)
-def test_any_split_and_order_of_the_rows_gives_the_moments_of_all_of_them(splits, seed, mean, center, dtype):
-    rows = decaying_rows(sum(splits), 6, seed, mean).to(dtype)
-    covariance = Covariance(6)
-    for index in np.random.default_rng(seed).permutation(len(splits)):
-        covariance.update(rows.split(splits)[index])
-    exact = rows.double() - (rows.double().mean(0) if center else 0)
-    moments = exact.T @ exact
-    scale = float((rows.double() - rows.double().mean(0)).square().sum()) if center else float(moments.trace())
-    torch.testing.assert_close(covariance.moments(center), moments, rtol=1e-5, atol=1e-5 * scale + 1e-12)
-    assert covariance.count == len(rows)
-
-
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("kind", ["decaying", "low rank", "duplicated", "constant", "badly scaled"])
-def test_components_capture_what_a_full_svd_captures(kind, center):
-    rows = decaying_rows(200, 10, 1, mean=2.0)
-    if kind == "low rank":
-        rows[:, 3:] = 0
-    elif kind == "duplicated":
-        rows = rows[:20].repeat(10, 1)
-    elif kind == "constant":
-        rows = torch.ones(50, 10)
-    elif kind == "badly scaled":
-        rows = rows * torch.logspace(-3, 3, 10)
-    covariance = Covariance(10)
-    for part in rows.split(30):
-        covariance.update(part)
-    components, values = leading_components(covariance.moments(center), 4)
-    torch.testing.assert_close(components @ components.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert (values.diff() <= 0).all()
-    if kind != "constant" or not center:
-        assert captured(components, rows, center) >= 0.999
-
-
-def test_refinement_from_a_random_start_converges_to_the_leading_components():
-    rows = decaying_rows(500, 16, 3)
-    moments = rows.double().T @ rows.double()
-    components = torch.linalg.qr(torch.randn(16, 4, dtype=torch.float64)).Q.T
-    for _ in range(8):
-        components = refine_components(moments, components)
-    exact, _ = leading_components(moments, 4)
-    assert (components * exact).sum(1).min() > 1 - 1e-6
 
 
 @given(

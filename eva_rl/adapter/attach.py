@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init
+from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init, initialize_lora_eva_weights
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import replacing, write_json
 
@@ -25,6 +26,8 @@ def attach(
     token_mask: Callable[[Any], Tensor] | None = None,
     fresh_modules: Sequence[str] = (),
     eva: EvaSettings | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
@@ -34,16 +37,18 @@ def attach(
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
         eva: settings of an EVA initialisation, for configs with `init_lora_weights="eva"`; None: rho and tau of the
             config's `eva_config`, and our defaults for the rest.
+        loss, progress: see `eva_init`.
 
     Returns:
         The peft model, and for EVA what it found for each layer (else empty).
 
     Raises:
-        UserError: if the config does not fit the model.
+        UserError: if the config does not fit the model, or its activations EVA; the model is then as it was.
     """
-    from peft import get_peft_model, initialize_lora_eva_weights
+    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
     try:
         with warnings.catch_warnings():
@@ -55,14 +60,21 @@ def attach(
         return peft_model, {}
     layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
     ranks = {name: layer.r["default"] for name, layer in layers.items()}
-    with peft_model.disable_adapter():
-        eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
-        found = eva_init(peft_model, batches, ranks, eva, token_mask)
+    eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
+    try:
+        with peft_model.disable_adapter():
+            found = eva_init(peft_model, batches, ranks, eva, token_mask, loss=loss, progress=progress)
+    except BaseException:
+        peft_model.unload()
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
     initialize_lora_eva_weights(peft_model, eva_state_dict={name: layer.components for name, layer in found.items()})
-    found = {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
-    # peft abbreviates many targets to their common suffixes, which would give rank-0 layers an adapter again on loading.
-    config.target_modules = {name for name, layer in found.items() if len(layer.components)}
-    return peft_model, found
+    return peft_model, {_in_base(name): replace(layer, group=_in_base(layer.group)) for name, layer in found.items()}
+
+
+def _in_base(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def save_adapter(peft_model: PeftModel, folder: Path, base: str, notes: Mapping[str, Any] | None = None) -> None:

@@ -54,6 +54,16 @@ class ModelConfig:
                 "would see it. Put 'state' first."
             )
 
+    def check_token(self, kind: str) -> str:
+        """`kind` itself, `all` or one of the model's tokens.
+
+        Raises:
+            UserError: if the model has no such token.
+        """
+        if kind not in ("all", *self.tokens):
+            raise UserError(f"tokens={kind} was given where one of {['all', *self.tokens]} was expected.")
+        return kind
+
 
 class CausalSelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(d_head), causal) V."""

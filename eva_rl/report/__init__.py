@@ -1,5 +1,6 @@
 """Runs -> tables, confidence intervals, TensorBoard."""
 
+from eva_rl.report.eva import eva_figures
 from eva_rl.report.result import run_result, summary
 from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
@@ -14,6 +15,7 @@ __all__ = [
     "Scores",
     "Stopwatch",
     "TensorBoard",
+    "eva_figures",
     "markdown",
     "mean",
     "proportion",

@@ -1,9 +1,13 @@
-"""TensorBoard: scalars by step, in the run's own folder."""
+"""TensorBoard: scalars by step and pictures, in the run's own folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class TensorBoard:
@@ -17,6 +21,10 @@ class TensorBoard:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+
+    def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
+        for name, figure in figures.items():
+            self.writer.add_figure(name, figure, step)
 
     def __enter__(self) -> TensorBoard:
         return self

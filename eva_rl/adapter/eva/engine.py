@@ -1,82 +1,112 @@
 """Explained Variance Adaptation (EVA, arXiv 2410.07170): activations of the new task -> LoRA's A matrices.
 
-    for each adapted weight W (k x d) with inputs X (n x d):   X - mean(X) = U S V^T
-    A <- the first r rows of V^T                               (theorem 3.1: the subspace that captures most variance)
-    r  by explained variance, the sum over all layers fixed    (Eq. 6)
-
-The covariance of every layer's input is accumulated exactly, so the components are those of a full SVD of all rows seen.
+for each adapted weight W (k x d) with inputs X (n x d):   X - mean(X) = U S V^T
+A <- the first r rows of V^T                               (theorem 3.1: the subspace that captures most variance)
+r  by explained variance, the sum over all layers fixed    (Eq. 6)
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from eva_rl.adapter.eva.covariance import Covariance, leading_components, refine_components
-from eva_rl.adapter.eva.ranks import RANKINGS, explained, redistribute
+from eva_rl.adapter.eva.covariance import Covariance
+from eva_rl.adapter.eva.directions import choose_rows
+from eva_rl.adapter.eva.moments import Moments
+from eva_rl.adapter.eva.observe import (
+    Group,
+    Rows,
+    as_it_was,
+    discover,
+    gradient_weights,
+    input_width,
+    masked_rows,
+    observe,
+)
+from eva_rl.adapter.eva.peers import Peers
+from eva_rl.adapter.eva.ranks import explained, redistribute
+from eva_rl.adapter.eva.settings import EvaSettings
+from eva_rl.adapter.eva.streaming import OVERSAMPLING, StreamingSvd
 from eva_rl.errors import UserError
-
-
-@dataclass(frozen=True)
-class EvaSettings:
-    """How long to look at activations, and how to choose among their components."""
-
-    rho: float = 2.0
-    """A layer may get up to rho times its nominal rank; 1 keeps all ranks equal."""
-    tau: float = 0.99
-    """A layer has converged when each component's cosine similarity to the one a batch ago is at least this. While the
-    stream runs, components are followed by orthogonal iteration; those returned are exact."""
-    max_batches: int = 64
-    center: bool = True
-    """Components about the mean, as published; False: about zero, the `Sigma = E[x x^T]` of theorem 3.2."""
-    ranking: str = "ratio"
-    """What components are worth when ranks are shared out: `ratio` or `paper`, see `explained`."""
-
-    def __post_init__(self) -> None:
-        if self.rho < 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
-            raise UserError(
-                f"EVA was given rho={self.rho}, tau={self.tau}, max_batches={self.max_batches}, where rho >= 1, "
-                "0 < tau <= 1 and max_batches >= 1 were expected."
-            )
-        if self.ranking not in RANKINGS:
-            raise UserError(f"EVA was given ranking={self.ranking}, where one of {RANKINGS} was expected.")
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """What EVA found for one layer."""
 
-    components: Tensor  # (rank, d) float32, orthonormal rows
+    components: Tensor  # (rank, d) float32: A's rows, orthonormal unless the settings say otherwise
     explained: Tensor  # (candidates,) what each candidate component is worth, as ranked
+    squared_singular_values: Tensor  # (candidates,) S^2 of the rows seen, about their mean if centred
+    total: float
+    """The sum of all S^2, candidates or not."""
+    rows: float
+    """How many rows were seen; with weights, their sum."""
     batches: int
-    """Batches until the components had converged."""
+    """Batches taken in."""
+    converged_after: int | None
+    """Batches until the components had converged, at the rank the layer has; None: they had not."""
+    captured: float
+    """The share of variance that the components are expected to capture of what the best would, see `EvaSettings`."""
+    angle: float
+    """The largest principal angle, in degrees, between the layer's subspace and that of a batch before."""
+    group: str
+    """The first of the layers that read the same tensor."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of `eva.json` wants to know, as plain numbers; the spectrum in shares of the total variance."""
+        spectrum = self.squared_singular_values / self.total if self.total > 0 else self.squared_singular_values * 0
+        return {
+            "rank": len(self.components),
+            "candidates": len(self.explained),
+            "spectrum": spectrum.tolist(),
+            "cumulative": spectrum.cumsum(0).tolist(),
+            "explained": self.explained.tolist(),
+            "captured": self.captured,
+            "angle_degrees": self.angle,
+            "batches": self.batches,
+            "converged_after": self.converged_after,
+            "rows": self.rows,
+            "reads_the_input_of": self.group,
+        }
 
 
 @dataclass
-class _Group:
-    """Layers that read the same tensor, and the statistics of it."""
+class _Stream:
+    """One group of layers: where its statistics are kept, and how far its components have come."""
 
-    layers: list[str]
+    group: Group
+    moments: Moments
+    index: int
     candidates: int
-    covariance: Covariance
-    components: Tensor | None = None
-    similarity: float = 0.0
     batches: int = 0
-    converged: bool = False
+    captured: Tensor = field(default_factory=lambda: torch.zeros(1))
+    cosines: Tensor = field(default_factory=lambda: torch.zeros(1))
+    rank: int = 0
+    measure: float = 0.0
+    converged_after: int | None = None
 
+    @property
+    def converged(self) -> bool:
+        return self.converged_after is not None
 
-@dataclass
-class _Pass:
-    """The tensors seen in one forward pass, and which group each belongs to."""
-
-    rows: Tensor | None = None
-    seen: list[tuple[Tensor, _Group]] = field(default_factory=list)
+    def worth(self, ranking: str) -> Tensor:
+        """(candidates,) what the components are worth at present."""
+        moments, index = self.moments, self.index
+        values, total = moments.values[index, : self.candidates], float(moments.variance[index])
+        if moments.constant()[index]:
+            values, total = torch.zeros_like(values), 0.0
+        return explained(values, float(moments.mass[index]), total, ranking).cpu()
 
 
 @torch.no_grad()
@@ -87,8 +117,16 @@ def eva_init(
     settings: EvaSettings,
     token_mask: Callable[[Any], Tensor] | None = None,
     forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
+    loss: Callable[[Any], Tensor] | None = None,
+    rows: Callable[[Any], Rows] | None = None,
+    share: bool = True,
+    together: bool = True,
+    progress: bool = False,
 ) -> dict[str, LayerResult]:
     """Run batches through `model` until every layer's components have converged, and share out the ranks.
+
+    Where `torch.distributed` is initialised, every process calls this with batches of its own and gets the result for
+    the rows of all.
 
     Args:
         model: any module; it runs in evaluation mode and is left as it was, also when something raises.
@@ -97,137 +135,279 @@ def eva_init(
         token_mask: boolean tensor for a batch whose shape is that of the layers' inputs without the last dimension;
             only rows where it is True count. None: all do.
         forward: runs the model on a batch.
+        loss: the loss of a batch, for `weighting="gradient"`.
+        rows: chooses a batch's rows in another way than by a mask, see `Rows`.
+        share: False: `rows` treats layers that read the same tensor differently.
+        together: False: leave other processes out of it.
+        progress: show a progress bar.
 
     Returns:
         For each layer A's rows, as many as the rank it was given, possibly 0.
 
     Raises:
-        UserError: if there are no batches, a layer never runs, its activations are not finite, or its candidates exceed
-            its width.
+        UserError: if there are no batches, a layer is not linear, never runs, or is narrower than its rank, or its
+            activations are not finite.
     """
-    groups: dict[str, _Group] = {}
-    for name, rank in ranks.items():
-        width = _input_width(model.get_submodule(name), name)
-        if not 1 <= rank <= width:
-            raise UserError(f"Rank {rank} was asked for layer '{name}', whose inputs have {width} dimensions.")
-    current = _Pass()
+    if settings.weighting == "gradient" and loss is None:
+        raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
+    widths = {name: _checked_width(model, name, rank) for name, rank in ranks.items()}
+    rows = rows or (lambda batch: masked_rows(None if token_mask is None else token_mask(batch)))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    peers, streams = Peers(together), []
 
-    def observe(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            same = next((group for tensor, group in current.seen if tensor is x), None)
-            if name not in groups:
-                candidates = min(round(ranks[name] * settings.rho), x.shape[-1])
-                groups[name] = same or _Group([], candidates, Covariance(x.shape[-1], x.device))
-                groups[name].layers.append(name)
-                groups[name].candidates = max(groups[name].candidates, candidates)
-            if same is None and not groups[name].converged:
-                groups[name].covariance.update(_rows(x, current.rows, name))
-            current.seen.append((x, groups[name]))
+    def take(batch: Any) -> Callable[[], None]:
+        """Run the model on a batch; return what there is to do with its activations."""
+        run, chosen = partial(forward, model, batch), rows(batch)
+        active, weights = _needed(streams), None
+        if not streams:
+            groups, seen = discover(model, widths, run, chosen, shared=share and settings.weighting == "none")
+            streams.extend(_make_streams(groups, seen, ranks, widths, settings))
+            active = list(streams)
+        elif settings.weighting == "none":
+            seen = observe(model, [stream.group for stream in active], run, chosen)
+        if settings.weighting == "gradient":
+            seen, weights = gradient_weights(model, [s.group for s in active], partial(loss, batch), chosen)
+        return partial(_update, active, seen, weights)
 
-        return hook
+    def step(update: Callable[[], None]) -> None:
+        update()
+        _judge(streams, ranks, settings, peers)
 
-    seen = 0
-    with _observed(model, {name: observe(name) for name in ranks}):
-        for batch in batches:
-            current = _Pass(rows=token_mask(batch) if token_mask else None)
-            forward(model, batch)
-            seen += 1
-            silent = [name for name in ranks if name not in groups]
-            if silent:
-                raise UserError(
-                    f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter."
-                )
-            distinct = _distinct(groups)
-            for group in distinct:
-                _track(group, settings, seen)
-            if all(group.converged for group in distinct) or seen >= settings.max_batches:
+    taken, bar = 0, tqdm(total=settings.max_batches, desc="EVA", unit="batch", leave=False, disable=not progress)
+    with as_it_was(model), bar, _Updates(device) as updates:
+        for batch in _limited(batches, settings.max_batches, peers, device, updates):
+            update = take(batch) if batch is not _ENDED else _nothing
+            updates.wait()
+            updates.start(partial(step, update))
+            taken += 1
+            bar.update()
+            bar.set_postfix_str(f"{sum(s.converged for s in streams)}/{len(streams)} inputs converged", refresh=False)
+            if all(stream.converged for stream in streams):
                 break
-    if not seen:
+    if not taken:
         raise UserError("EVA was given no batch of data: the dataset is empty.")
-    late = [f"{group.layers[0]} ({group.similarity:.3f})" for group in distinct if not group.converged]
-    if late and seen >= settings.max_batches:
-        warnings.warn(
-            f"EVA stopped after {seen} batches with the components of {len(late)} layers still moving (least cosine "
-            f"similarity in brackets, tau={settings.tau}): {', '.join(late)}.",
-            stacklevel=2,
-        )
-    return _share_out(groups, ranks, settings)
+    if not any(float(stream.moments.mass.sum()) for stream in streams):
+        raise UserError("EVA was given no rows: the mask leaves out every token of every batch.")
+    _warn(streams, settings, taken)
+    return _share_out(streams, ranks, settings, peers)
 
 
-def _distinct(groups: Mapping[str, _Group]) -> list[_Group]:
-    """Each group once, in the order of the layers."""
-    return list({id(group): group for group in groups.values()}.values())
-
-
-def _track(group: _Group, settings: EvaSettings, seen: int) -> None:
-    """Follow the group's components from batch to batch, to know when they have converged."""
-    if group.converged:
-        return
-    moments = group.covariance.moments(settings.center)
-    if not torch.isfinite(moments).all():
-        raise UserError(
-            f"The inputs of layer '{group.layers[0]}' are NaN or infinite: look for extreme values in the dataset."
-        )
-    group.batches = seen
-    if group.components is None:
-        group.components, _ = leading_components(moments, group.candidates)
-        return
-    before, group.components = group.components, refine_components(moments, group.components)
-    group.similarity = float((before * group.components).sum(1).abs().min())
-    group.converged = group.similarity >= settings.tau
-
-
-def _share_out(groups: Mapping[str, _Group], ranks: Mapping[str, int], settings: EvaSettings) -> dict[str, LayerResult]:
-    exact = {}
-    for group in _distinct(groups):
-        moments = group.covariance.moments(settings.center)
-        components, values = leading_components(moments, group.candidates)
-        worth = explained(values, group.covariance.count, float(moments.trace()), settings.ranking)
-        exact[id(group)] = components, worth
-    limits = {name: min(round(rank * settings.rho), groups[name].candidates) for name, rank in ranks.items()}
-    worths = {name: exact[id(groups[name])][1][: limits[name]] for name in ranks}
-    given = redistribute(worths, sum(ranks.values()))
-    return {
-        name: LayerResult(
-            components=exact[id(groups[name])][0][: given[name]].float(),
-            explained=worths[name].float(),
-            batches=groups[name].batches,
-        )
-        for name in ranks
-    }
-
-
-def _rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """The counted rows (n, d) of a layer's input (..., d)."""
-    if mask is None:
-        return x.reshape(-1, x.shape[-1])
-    if x.shape[:-1] != mask.shape:
-        raise UserError(
-            f"The layer '{name}' reads inputs of shape {tuple(x.shape)}, but the token mask has shape {tuple(mask.shape)}."
-        )
-    return x[mask]
-
-
-def _input_width(module: nn.Module, name: str) -> int:
-    width = getattr(module, "in_features", None)
-    if width is None:
-        raise UserError(
-            f"EVA adapts linear layers; '{name}' is a {type(module).__name__}: leave it out of the adapter."
-        )
+def _checked_width(model: nn.Module, name: str, rank: int) -> int:
+    width = input_width(model.get_submodule(name), name)
+    if not 1 <= rank <= width:
+        raise UserError(f"Rank {rank} was asked for layer '{name}', whose inputs have {width} dimensions.")
     return width
 
 
-@contextmanager
-def _observed(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
-    """The model in evaluation mode with pre-hooks on these layers; afterwards it is as it was."""
-    training = {module: module.training for module in model.modules()}
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+def _make_streams(
+    groups: Sequence[Group],
+    rows: Sequence[Tensor],
+    ranks: Mapping[str, int],
+    widths: Mapping[str, int],
+    settings: EvaSettings,
+) -> list[_Stream]:
+    """A stream for each group; those of equal shape share their statistics' stack."""
+    method = {"streaming": StreamingSvd, "covariance": Covariance}[settings.method]
+    stacks = defaultdict(list)
+    for number, (group, x) in enumerate(zip(groups, rows, strict=True)):
+        width = widths[group.layers[0]]
+        candidates = max(min(round(ranks[name] * settings.rho), width) for name in group.layers)
+        stacks[width, candidates, x.dtype, x.device].append((number, group))
+    streams: list[tuple[int, _Stream]] = []
+    for (width, candidates, dtype, device), members in stacks.items():
+        k = min(candidates + OVERSAMPLING, width)
+        moments = method(len(members), width, k, settings.center, dtype, device, settings.seed)
+        streams += [(n, _Stream(group, moments, i, candidates)) for i, (n, group) in enumerate(members)]
+    return [stream for _, stream in sorted(streams, key=lambda pair: pair[0])]
+
+
+def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
+    """Take the rows of one batch into the statistics, all of equal shape in one call."""
+    buckets = defaultdict(list)
+    for number, (stream, x) in enumerate(zip(streams, rows, strict=True)):
+        stream.batches += 1
+        if len(x):
+            buckets[id(stream.moments), len(x)].append(number)
+    for numbers in buckets.values():
+        members = [streams[n] for n in numbers]
+        moments = members[0].moments
+        stacked = torch.stack([rows[n] for n in numbers]).to(moments.dtype)  # (A, n, d)
+        stacked_weights = None if weights is None else torch.stack([weights[n] for n in numbers]).to(moments.dtype)
+        indices = torch.tensor([stream.index for stream in members], device=stacked.device)
+        change = moments.update(indices, stacked, stacked_weights)
+        finite, captured, cosines = change.finite.tolist(), change.captured.cpu(), change.cosines.cpu()
+        for i, stream in enumerate(members):
+            if not finite[i]:
+                raise UserError(
+                    f"The inputs of layer '{stream.group.layers[0]}' are NaN or infinite: look for extreme values in the "
+                    "dataset."
+                )
+            stream.captured, stream.cosines = captured[i, : stream.candidates], cosines[i, : stream.candidates]
+
+
+def _judge(streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSettings, peers: Peers) -> None:
+    """Decide which streams have converged, at the ranks their layers would be given now."""
+    worths, measures = [], []
+    for stream in streams:
+        measure = stream.captured if settings.convergence == "subspace" else stream.cosines
+        measures.append(
+            measure.double() if len(measure) == stream.candidates else torch.zeros(stream.candidates).double()
+        )
+        worths.append(stream.worth(settings.ranking))
+    if peers.count > 1:
+        device = streams[0].moments.mass.device
+        means = peers.mean(torch.cat([*measures, *worths]).to(device)).cpu()
+        means = means.split([stream.candidates for stream in streams] * 2)
+        measures, worths = means[: len(streams)], means[len(streams) :]
+        if settings.convergence == "subspace":  # the loss left shrinks with the number of rows, and all rows are merged
+            measures = [1 - (1 - measure) / peers.count for measure in measures]
+    given = _given(streams, worths, ranks, settings)
+    for stream, measure in zip(streams, measures, strict=True):
+        stream.rank = max(given[name] for name in stream.group.layers)
+        used = measure[: stream.rank]
+        if not len(used):
+            stream.measure = 1.0
+        else:
+            stream.measure = float(used[-1] if settings.convergence == "subspace" else used.min())
+        if stream.measure < settings.tau:
+            stream.converged_after = None
+        elif not stream.converged:
+            stream.converged_after = stream.batches
+
+
+def _needed(streams: Sequence[_Stream]) -> Sequence[_Stream]:
+    """The streams up to the last one, in the order of the forward pass, that has not converged.
+
+    Those before it take the batch in even where they have converged: its forward pass is run for the last one anyway.
+    """
+    last = max((i for i, stream in enumerate(streams) if not stream.converged), default=-1)
+    return streams[: last + 1]
+
+
+def _given(
+    streams: Sequence[_Stream], worths: Sequence[Tensor], ranks: Mapping[str, int], settings: EvaSettings
+) -> dict[str, int]:
+    worth = {name: values for s, values in zip(streams, worths, strict=True) for name in s.group.layers}
+    limits = {name: round(rank * settings.rho) for name, rank in ranks.items()}
+    return redistribute({name: worth[name][: limits[name]] for name in ranks}, sum(ranks.values()))
+
+
+def _share_out(
+    streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSettings, peers: Peers
+) -> dict[str, LayerResult]:
+    angles = [stream.moments.angle(stream.index, stream.rank) for stream in streams]
+    for moments in {id(stream.moments): stream.moments for stream in streams}.values():
+        peers.combine(moments)
+    leading = [stream.moments.leading(stream.index, stream.candidates) for stream in streams]
+    for stream, (_, values) in zip(streams, leading, strict=True):
+        stream.moments.values[stream.index, : stream.candidates] = values
+    worths = [stream.worth(settings.ranking) for stream in streams]
+    given = _given(streams, worths, ranks, settings)
+    position = {name: i for i, stream in enumerate(streams) for name in stream.group.layers}
+    generator = torch.Generator().manual_seed(settings.seed)
+    results = {}
+    for name in ranks:
+        i = position[name]
+        stream, (vectors, values) = streams[i], leading[i]
+        moments, index, limit = stream.moments, stream.index, round(ranks[name] * settings.rho)
+        results[name] = LayerResult(
+            components=choose_rows(moments, index, vectors[: given[name]], settings, generator),
+            explained=worths[i][:limit].float(),
+            squared_singular_values=values[:limit].cpu(),
+            total=float(moments.variance[index]),
+            rows=float(moments.mass[index]),
+            batches=stream.batches,
+            converged_after=stream.converged_after,
+            captured=float(stream.captured[given[name] - 1]) if given[name] else 0.0,
+            angle=angles[i],
+            group=stream.group.layers[0],
+        )
+    return results
+
+
+def _warn(streams: Sequence[_Stream], settings: EvaSettings, taken: int) -> None:
+    late = [f"{stream.group.layers[0]} ({stream.measure:.3f})" for stream in streams if not stream.converged]
+    if late and taken >= settings.max_batches:
+        warnings.warn(
+            f"EVA stopped after {taken} batches with {len(late)} layers still moving (in brackets their measure of "
+            f"convergence, tau={settings.tau}): {', '.join(late)}.",
+            stacklevel=3,
+        )
+    constant = [name for s in streams if s.moments.constant()[s.index] for name in s.group.layers]
+    if constant:
+        warnings.warn(
+            f"The inputs of {len(constant)} layers never change, so EVA has no direction to give them; what rank they get "
+            f"starts in arbitrary ones: {', '.join(constant)}.",
+            stacklevel=3,
+        )
+
+
+_ENDED = object()
+
+
+def _nothing() -> None:
+    """What a process without a batch does while others still have some."""
+
+
+def _limited(batches: Iterable[Any], most: int, peers: Peers, device: torch.device, updates: _Updates) -> Iterator[Any]:
+    """At most this many batches; among several processes, `_ENDED` in place of a batch until all have run out."""
+    if peers.count == 1:
+        yield from islice(batches, most)
+        return
+    for number, batch in enumerate(islice(chain(batches, repeat(_ENDED)), most)):
+        updates.wait()  # its messages and these must not cross
+        some, every = peers.all_have_one(batch is not _ENDED, device)
+        if number == 0 and not every:
+            raise UserError("EVA was given no batch of data in one of the processes: give each at least one.")
+        if not some:
+            return
+        yield batch
+
+
+class _Updates:
+    """Runs updates one after another: on CUDA in a thread and on a stream of their own, beside the next forward pass."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1) if self._beside(device) else None
+        self.pending: Future[None] | None = None
+
+    @staticmethod
+    def _beside(device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def start(self, update: Callable[[], None]) -> None:
+        if self.thread is None:
+            update()
+            return
+        ready = self.stream and torch.cuda.current_stream(self.stream.device).record_event()
+        self.pending = self.thread.submit(self._run, update, ready)
+
+    @torch.no_grad()
+    def _run(self, update: Callable[[], None], ready: Any) -> None:
+        with self._on_stream():
+            if self.stream:
+                self.stream.wait_event(ready)
+            update()
+            if self.stream:
+                self.stream.synchronize()  # before the activations are freed
+
+    def _on_stream(self) -> AbstractContextManager:
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+    def wait(self) -> None:
+        """Until the update that was started is done; raise what it raised."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def __enter__(self) -> _Updates:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            if self.thread is not None:
+                self.thread.shutdown()

@@ -1,0 +1,196 @@
+"""Second-order statistics of streams of rows, and the subspace that holds most of their variance.
+
+Streams of equal width are kept in one stack, so that one batched call updates them all. What a stream's statistics are
+kept in (a few vectors, or the whole matrix) is left to `StreamingSvd` and `Covariance`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIRST_ITERATIONS = 2
+"""Power iterations on the first batch, which start from random mixtures of its rows; later ones start near their goal."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one batch did to the components of A streams."""
+
+    finite: Tensor  # (A,) bool: the rows were
+    cosines: Tensor  # (A, k) between each component and its predecessor
+    captured: Tensor  # (A, k) share of variance the first j components will hold of what the best j do; see `_expect`
+
+
+class Moments(ABC):
+    """Mean, total variance and k leading components of the rows of G streams, each d wide.
+
+    Sums are kept in float64, rows and products in float32 (float64 for float64 rows).
+    """
+
+    noise: float
+    """Relative size of the rounding errors in products, below which a direction counts as empty."""
+
+    def __init__(
+        self, streams: int, width: int, k: int, center: bool, dtype: torch.dtype, device: torch.device, seed: int
+    ):
+        self.center = center
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        double = {"dtype": torch.float64, "device": device}
+        self.mass = torch.zeros(streams, **double)  # (G,) rows, or the sum of their weights
+        self.mean = torch.zeros(streams, width, **double)  # (G, d)
+        self.variance = torch.zeros(streams, **double)  # (G,) squared distance of all rows to their mean
+        self.values = torch.zeros(streams, k, **double)  # (G, k) S^2, in descending order
+        basis = torch.eye(k, width, dtype=self.dtype, device=device)
+        self.basis = basis.expand(streams, k, width).clone()  # (G, k, d) orthonormal rows: V^T
+        self.before = self.basis  # (G, k, d) a batch ago
+        self.losses = torch.zeros_like(self.values)  # (G, k) what `_expect` averages
+        self.batches = torch.zeros_like(self.mass)  # (G,)
+        self.seed = seed
+
+    def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
+        """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
+        mass = self.mass[streams]
+        first = mass == 0
+        finite, correction = self._center(streams, rows, weights)
+        if not finite.all():
+            return Change(finite, *(2 * [torch.zeros_like(self.values[streams])]))
+        self._absorb(streams, rows, correction)
+        start = basis = self.basis[streams]
+        if first.any():
+            start = basis = torch.where(first[:, None, None], self._mixtures(rows), basis)
+        quotients = None
+        for _ in range(FIRST_ITERATIONS if first.any() else 1):
+            image, core = self._multiply(streams, rows, correction, basis)
+            if quotients is None:
+                quotients = core.diagonal(dim1=-2, dim2=-1)  # (A, k) variance along the vectors of a batch ago
+            basis, values = nystrom(image, core, basis, self.noise)
+            basis = basis.to(self.dtype)
+        self._store(streams, basis, values)
+        self.before = self.before.index_copy(0, streams, start)
+        return Change(
+            finite=finite,
+            cosines=(start * basis).sum(-1).abs(),
+            captured=self._expect(streams, quotients, values, mass),
+        )
+
+    def _mixtures(self, rows: Tensor) -> Tensor:
+        """(A, k, d) orthonormal rows in the span of random mixtures of the rows (A, n, d)."""
+        k = self.values.shape[1]
+        mix = torch.randn(k, rows.shape[1], generator=torch.Generator().manual_seed(self.seed))
+        return torch.linalg.qr((mix.to(rows) @ rows).mT).Q.mT
+
+    def _center(self, streams: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Subtract the batch's mean from the rows; return which are finite, and the row (A, d) that makes up for it.
+
+        The scatter of all rows is that of the rows so far, plus that of the centred batch, plus the outer product of
+        this correction with itself (Chan, Golub & LeVeque 1979; Ross et al. 2008, eq. 4).
+        """
+        if weights is None:
+            mass = torch.full_like(self.mass[streams], rows.shape[1])  # (A,)
+            mean = rows.mean(1)  # (A, d)
+        else:
+            mass = weights.double().sum(1)
+            mean = (weights[:, None] @ rows)[:, 0] / mass.clamp(min=torch.finfo(rows.dtype).tiny)[:, None].to(
+                rows.dtype
+            )
+        finite = torch.isfinite(mean).all(-1) & torch.isfinite(mass)
+        so_far = self.mass[streams]
+        share = mass / (so_far + mass).clamp(min=torch.finfo(torch.float64).tiny)  # (A,) of the rows that are new
+        shift = mean.double() - self.mean[streams]  # (A, d)
+        if self.center:
+            rows -= mean[:, None]
+            correction = (so_far * share).sqrt()[:, None] * shift
+            self.mean[streams] += share[:, None] * shift
+        else:
+            correction = torch.zeros_like(shift)
+        if weights is not None:
+            rows *= weights.sqrt()[..., None]
+        correction = correction.to(rows.dtype)
+        new = torch.linalg.vector_norm(rows, dim=(1, 2)).double().square() + correction.double().square().sum(-1)
+        self.variance[streams] += new
+        self.mass[streams] += mass
+        return finite, correction
+
+    def _expect(self, streams: Tensor, quotients: Tensor, values: Tensor, before: Tensor) -> Tensor:
+        """(A, k): the share of variance the first j components will hold of what the best j do once all data are seen.
+
+        On the data so far, the components of a batch ago hold `sum(quotients)` where the present ones hold `sum(values)`.
+        The last batch moved the covariance by D n / (N + n), with D the difference between batch and data so far. As
+        batches are independent, what is left to the limit is N / n times that in the mean square, and so is the loss,
+        which is quadratic in the error of the subspace; it falls as 1 / (N + n). So each batch but the first gives an
+        estimate of `loss * (N + n)`. An estimate scatters about as widely as it is large; the loss reported is that of
+        their mean plus one standard error. 0 before the second batch.
+        """
+        best, held = values.cumsum(-1), quotients.cumsum(-1)  # (A, k)
+        gained = torch.where(best > 0, 1 - held / best.clamp(min=1e-300), 0).clamp(min=0)
+        rows = self.mass[streams]
+        new = (rows - before).clamp(min=1e-300)
+        self.losses[streams] += (before / new * rows)[:, None] * gained
+        self.batches[streams] += before > 0
+        estimates = self.batches[streams].clamp(min=1)[:, None]
+        loss = self.losses[streams] / estimates * (1 + estimates.rsqrt()) / rows.clamp(min=1e-300)[:, None]
+        captured = (1 - loss).clamp(min=0)
+        return torch.where((self.batches[streams] > 0)[:, None], captured, 0)
+
+    def constant(self) -> Tensor:
+        """(G,) bool: the rows do not vary, up to the rounding of their mean."""
+        spacing = torch.finfo(self.dtype).eps * self.mean.square().sum(-1).sqrt()  # (G,)
+        return self.variance <= self.mass * (8 * spacing).square()
+
+    def leading(self, stream: int, k: int) -> tuple[Tensor, Tensor]:
+        """The k leading components (k, d) of a stream, orthonormal to float64, and their S^2 (k,)."""
+        return orthonormal(self.basis[stream, :k].double()), self.values[stream, :k]
+
+    def angle(self, stream: int, k: int) -> float:
+        """The largest principal angle, in degrees, between the first k components and those of a batch ago."""
+        return principal_angle(self.before[stream, :k], self.basis[stream, :k])
+
+    @abstractmethod
+    def _absorb(self, streams: Tensor, rows: Tensor, correction: Tensor) -> None:
+        """Take the centred rows (A, n, d) and their correction (A, d) into the statistics."""
+
+    @abstractmethod
+    def _multiply(self, streams: Tensor, rows: Tensor, correction: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q C, Q C Q^T) in float64 for the scatter C of all rows, these included, and a basis Q (A, k, d)."""
+
+    def _store(self, streams: Tensor, basis: Tensor, values: Tensor) -> None:
+        self.basis = self.basis.index_copy(0, streams, basis)
+        self.values[streams] = values
+
+
+def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """The eigenvectors (A, k, d), as rows, and eigenvalues (A, k) of C as far as it shows in Q C and Q C Q^T.
+
+    They are those of the Nystrom approximation `(Q C)^T (Q C Q^T)^-1 (Q C)`, the best one of rank k with these products:
+    one power iteration and a Rayleigh-Ritz step for the price of one product with C. A small multiple of the identity is
+    added for stability and taken off again (Tropp et al. 2017, arXiv 1706.05736, algorithm 3); in directions that C
+    leaves empty, it keeps the vectors of the basis.
+    """
+    trace = core.diagonal(dim1=-2, dim2=-1).sum(-1)  # (A,)
+    shift = (noise * trace).clamp(min=1e-200)[:, None]  # (A, 1)
+    lower = torch.linalg.cholesky(core + torch.diag_embed(shift.expand(core.shape[:-1])))  # L L^T = Q C Q^T
+    factor = torch.linalg.solve_triangular(lower, image + shift[..., None] * basis, upper=False)  # F^T F ~ C
+    values, rotation = torch.linalg.eigh(factor @ factor.mT)
+    values, rotation = values.flip(-1), rotation.flip(-1)
+    vectors = (rotation.mT @ factor) / values.clamp(min=1e-300).sqrt()[..., None]  # (A, k, d)
+    return vectors, (values - shift).clamp(min=0)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Nearly orthonormal rows (k, d) made so; the largest entry of each becomes positive."""
+    rows = torch.linalg.qr(rows.mT).Q.mT
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # (k, 1)
+    return rows * torch.where(largest < 0, -1.0, 1.0)
+
+
+def principal_angle(a: Tensor, b: Tensor) -> float:
+    """The largest principal angle, in degrees, between the spans of the orthonormal rows of a and b (k, d)."""
+    if not len(a):
+        return 0.0
+    a, b = orthonormal(a.double()), orthonormal(b.double())
+    sine = torch.linalg.svdvals(b - b @ a.mT @ a)[0].clamp(max=1)  # exact for small angles, where cosines are not
+    return float(torch.rad2deg(torch.asin(sine)))

@@ -1,0 +1,72 @@
+"""How long EVA looks at activations, what it makes of them, and how it chooses among their components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eva_rl.errors import UserError
+
+CHOICES = {
+    "convergence": ("subspace", "components"),
+    "method": ("streaming", "covariance"),
+    "weighting": ("none", "gradient"),
+    "ranking": ("ratio", "paper"),
+    "components": ("leading", "minor", "random"),
+}
+
+
+@dataclass(frozen=True)
+class EvaSettings:
+    rho: float = 2.0
+    """A layer may get up to rho times its nominal rank; 1 keeps all ranks equal."""
+    tau: float = 0.99
+    """A layer has converged when its `convergence` measure is at least this."""
+    convergence: str = "subspace"
+    """`subspace`: the share of variance that the layer's subspace is expected to capture of what the best one would,
+    for the data the batches are drawn from. Estimated from how much the last batch improved on the subspace of the
+    batch before; nearly equal singular values do not disturb it. `components`: the least cosine between a component and
+    its predecessor a batch ago, peft's rule. Both look at as many components as the layer's present rank."""
+    max_batches: int = 64
+    method: str = "streaming"
+    """`streaming` or `covariance`, see `StreamingSvd` and `Covariance`. Streaming is the default: on two CPU cores and
+    the `small` model it needs 20 to 50 % of the forward passes' time where exact covariances need 160 % of their
+    multiplications, and after as many batches it captures the same variance to within 0.001
+    (`python -m benchmarks.eva_init`)."""
+    center: bool = True
+    """Components about the mean, as published; False: about zero, the `Sigma = E[x x^T]` of theorem 3.2."""
+    weighting: str = "none"
+    """`gradient`: a row counts by the squared norm of the gradient that arrives at the layer's output for it. For one
+    row, dL/dB = g (A x)^T; so with center=False the components maximise `Tr(A E[|g|^2 x x^T] A^T) = E|dL/dB|_F^2`
+    without the independence of g and x that theorem 3.2 assumes."""
+    ranking: str = "ratio"
+    """What components are worth when ranks are shared out: `ratio` or `paper`, see `explained`."""
+    components: str = "leading"
+    """`minor` (those of least variance; needs method=covariance) and `random` (orthonormal) are the paper's ablations:
+    other directions at the ranks that the leading ones would get."""
+    rotation: bool = False
+    """Mix A's rows by a random rotation: the same subspace, no component on its own axis."""
+    permutation: bool = False
+    """Shuffle the entries of each of A's rows: the same norms and values, no direction left."""
+    whiten: bool = False
+    """Divide each row by the standard deviation along it, so that A x has unit variance in every direction."""
+    seed: int = 0
+    """Of the random choices: components, rotation, permutation, and the first vectors of the iteration."""
+
+    def __post_init__(self) -> None:
+        if self.rho < 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
+            raise UserError(
+                f"EVA was given rho={self.rho}, tau={self.tau}, max_batches={self.max_batches}, where rho >= 1, "
+                "0 < tau <= 1 and max_batches >= 1 were expected."
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"EVA was given {name}={getattr(self, name)}, where one of {choices} was expected.")
+        if self.components == "minor" and self.method == "streaming":
+            raise UserError(
+                "components=minor was given with method=streaming, which follows the leading components only: add "
+                "method=covariance."
+            )
+        if self.whiten and (self.components != "leading" or self.rotation or self.permutation):
+            raise UserError(
+                "whiten=true divides leading components by their own deviations: leave out the other choices."
+            )
