@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init, initialize_lora_eva_weights
+from eva_rl.adapter.eva.observe import input_width
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import replacing, write_json
 
@@ -48,33 +49,51 @@ def attach(
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    with_eva = getattr(config, "init_lora_weights", None) == "eva"
+    if with_eva:
+        _check_targets(model, config)
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
-            peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
-    if getattr(config, "init_lora_weights", None) != "eva":
-        return peft_model, {}
-    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
-    ranks = {name: layer.r["default"] for name, layer in layers.items()}
-    eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
-    try:
+    with _undone_on_failure(model):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
+                peft_model = get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
+        if not with_eva:
+            return peft_model, {}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        ranks = {name: layer.r["default"] for name, layer in layers.items()}
+        eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
         with peft_model.disable_adapter():
-            found = eva_init(peft_model, batches, ranks, eva, token_mask, loss=loss, progress=progress)
+            found = eva_init(model, batches, ranks, eva, token_mask, loss=loss, progress=progress)
+    components = {f"base_model.model.{name}": layer.components for name, layer in found.items()}
+    initialize_lora_eva_weights(peft_model, eva_state_dict=components)
+    return peft_model, found
+
+
+def _check_targets(model: nn.Module, config: PeftConfig) -> None:
+    """Raise a `UserError` that names the first target which is no linear layer; peft's sentence would not."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for name, module in model.named_modules():
+        if config.target_modules and check_target_module_exists(config, name):
+            input_width(module, name)
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """If the block raises, the model's submodules and what was trainable are again what they were."""
+    children = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
     except BaseException:
-        peft_model.unload()
+        for module, name, child in children:
+            setattr(module, name, child)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
-    initialize_lora_eva_weights(peft_model, eva_state_dict={name: layer.components for name, layer in found.items()})
-    return peft_model, {_in_base(name): replace(layer, group=_in_base(layer.group)) for name, layer in found.items()}
-
-
-def _in_base(name: str) -> str:
-    return name.removeprefix("base_model.model.")
 
 
 def save_adapter(peft_model: PeftModel, folder: Path, base: str, notes: Mapping[str, Any] | None = None) -> None:

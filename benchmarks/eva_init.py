@@ -1,0 +1,308 @@
+"""EVA's initialisation: this engine beside peft's, on one model and one list of batches.
+
+    python -m benchmarks.eva_init --preset small
+    python -m benchmarks.eva_init --preset paper
+
+`small` is the shipped base; `paper` the 12-million-parameter Decision Transformer of EVA's experiment with random weights
+and fewer windows a batch, so that both have about as many tokens in one. Batches are windows of real trajectories of a task
+the base has not seen, collected on first use; peft goes through the list again when it ends.
+
+Every measurement is a process of its own: load, warm up, initialise once. The engines take turns, and medians are reported.
+`captured` is the variance that A's rows hold of all rows of all batches, as a share of what the best subspace of the same rank
+holds (an eigendecomposition in float64), in the worst and in the mean layer. `x forward` is the time over that of as many full
+forward passes, measured in the same process. Rows named `as good` use the first tau of a fixed list with which this engine
+captures at least what peft does in the worst layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import EvaConfig, LoraConfig, get_eva_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eva_rl.adapter.eva import EvaSettings, eva_init
+from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
+from eva_rl.files import write_text
+from eva_rl.interface import Batch
+from eva_rl.model import DecisionTransformer, ModelConfig, load_base
+from eva_rl.report import markdown, versions
+
+TASK = "metaworld/peg-unplug-side-v3"
+TARGETS = ("q", "k", "v", "o", "up", "down")
+BATCH_SIZES = {"small": 32, "paper": 8}
+TAUS = (0.98, 0.99, 0.995, 0.997, 0.998, 0.9985, 0.999, 0.9993, 0.9995, 0.9997, 0.9998, 0.9999)
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement."""
+
+    engine: str
+    """`peft`, or a method of `EvaSettings`."""
+    preset: str
+    rank: int
+    rho: float
+    tau: float
+    batches: int
+    device: str
+
+
+def load(preset: str, count: int, device: str) -> tuple[DecisionTransformer, list[Batch]]:
+    source = find_source(TASK, None)
+    trajectories = load_dataset(source.dataset(None, 0), TASK, None)
+    interface = interface_of(source.interface, [trajectories])
+    if preset == "small":
+        model = load_base("mt40-small", torch.device(device)).model
+    else:
+        torch.manual_seed(0)
+        config = ModelConfig(4, 8, 512, 50, 0.2, ("return", "state", "action", "reward"))
+        model = DecisionTransformer(config, [interface]).to(device)
+    sampler = WindowSampler([trajectories], interface.name, model.config.context, BATCH_SIZES[preset], 0)
+    return model.eval().requires_grad_(False), [sampler.batch(n).to(device) for n in range(count)]
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS and ".blocks." in name]
+
+
+def scatters(model: DecisionTransformer, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The centred scatter (d, d) of all rows that each layer reads, in float64."""
+    total: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    rows = 0
+    inputs: dict[str, Tensor] = {}
+    names = layers_of(model)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs.__setitem__(name, x[0]))
+        for name in names
+    ]
+    for batch in tqdm(batches, desc="full decomposition", leave=False):
+        with torch.no_grad():
+            model(batch)
+        mask = model.token_mask(batch)
+        rows += int(mask.sum())
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for name in names:
+            key = id(inputs[name])
+            if key not in seen:
+                x = inputs[name][mask].double()
+                seen[key] = x.T @ x, x.sum(0)
+            total[name] = total.get(name, 0) + seen[key][0]
+            sums[name] = sums.get(name, 0) + seen[key][1]
+    for handle in handles:
+        handle.remove()
+    return {name: total[name] - torch.outer(sums[name], sums[name]) / rows for name in names}
+
+
+def initialise(
+    job: Job, model: DecisionTransformer, batches: list[Batch], forward: Callable[..., Any]
+) -> dict[str, Tensor]:
+    names = layers_of(model)
+    if job.engine == "peft":
+        return get_eva_state_dict(
+            model,
+            batches,
+            LoraConfig(r=job.rank, target_modules=names, eva_config=EvaConfig(rho=job.rho, tau=job.tau)),
+            forward_fn=forward,
+            prepare_model_inputs_fn=lambda batch, config: model.token_mask(batch),
+            prepare_layer_inputs_fn=lambda inputs, mask, name: inputs[0][mask],
+            show_progress_bar=False,
+        )
+    settings = EvaSettings(rho=job.rho, tau=job.tau, max_batches=len(batches), method=job.engine)
+    ranks = dict.fromkeys(names, job.rank)
+    return {n: x.components for n, x in eva_init(model, batches, ranks, settings, model.token_mask, forward).items()}
+
+
+def measure(job: Job, reference: str) -> dict[str, float]:
+    """Seconds, forward passes, memory and captured variance of one initialisation."""
+    warnings.simplefilter("ignore")  # about the cap on batches: it is the list's length
+    model, batches = load(job.preset, job.batches, job.device)
+    passes = 0
+
+    def forward(model: nn.Module, batch: Batch) -> Any:
+        nonlocal passes
+        passes += 1
+        return model(batch)
+
+    memory = Memory(job.device)
+    initialise(Job(job.engine, job.preset, 1, 1.0, 0.01, job.batches, job.device), model, batches[:2], forward)
+    alone = [_timed(lambda batch=batch: model(batch), job.device)[0] for batch in batches[:8]]
+    passes = 0
+    with memory:
+        seconds, found = _timed(lambda: initialise(job, model, batches, forward), job.device)
+    captured = []
+    full = load_file(reference, device=job.device)
+    for name, rows in found.items():
+        if len(rows):
+            rows = rows.double()
+            best = full[name + ".values"][: len(rows)].sum()
+            captured.append(float(((rows @ full[name + ".scatter"]) * rows).sum() / best))
+    return {
+        "seconds": seconds,
+        "passes": passes,
+        "forward": seconds / (passes * statistics.median(alone)),
+        "memory": memory.peak,
+        "worst": min(captured),
+        "mean": statistics.mean(captured),
+    }
+
+
+@torch.no_grad()
+def _timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, result
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+class Memory:
+    """The most memory (MiB) in use beyond what there was when this was made: the process's, or CUDA's."""
+
+    def __init__(self, device: str):
+        self.cuda, self.peak, self.stop = device == "cuda", 0.0, threading.Event()
+        self.before = self._used()
+
+    def _used(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.005):
+            self.peak = max(self.peak, (self._used() - self.before) / 2**20)
+
+    def __enter__(self) -> Memory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if self.cuda:
+            self.peak = (torch.cuda.max_memory_allocated() - self.before) / 2**20
+
+
+def in_own_process(job: Job, reference: str) -> dict[str, float]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, job, reference).result()
+
+
+def compare(preset: str, rank: int, rho: float, batches: int, device: str, repeats: int, reference: str) -> list[list]:
+    """Rows of the table for one rank and rho."""
+
+    def job(engine: str, tau: float = EvaSettings.tau) -> Job:
+        return Job(engine, preset, rank, rho, tau, batches, device)
+
+    peft = in_own_process(job("peft"), reference)
+    tau = next((t for t in TAUS if in_own_process(job("streaming", t), reference)["worst"] >= peft["worst"]), TAUS[-1])
+    jobs = {
+        "streaming": job("streaming"),
+        "streaming, as good": job("streaming", tau),
+        "covariance, as good": job("covariance", tau),
+        "peft": job("peft"),
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
+    runs["peft"].append(peft)
+    for _ in range(repeats):
+        for name in jobs:
+            if len(runs[name]) < repeats:
+                runs[name].append(in_own_process(jobs[name], reference))
+    medians = {
+        name: {key: statistics.median(run[key] for run in found) for key in peft} for name, found in runs.items()
+    }
+    return [
+        [
+            rank,
+            rho,
+            name,
+            jobs[name].tau,
+            f"{found['seconds']:.2f}",
+            f"{medians['peft']['seconds'] / found['seconds']:.1f}",
+            int(found["passes"]),
+            f"{found['forward']:.2f}",
+            f"{found['memory']:.0f}",
+            f"{found['worst']:.4f}",
+            f"{found['mean']:.4f}",
+        ]
+        for name, found in medians.items()
+    ]
+
+
+HEADER = [
+    "r",
+    "rho",
+    "engine",
+    "tau",
+    "seconds",
+    "x faster",
+    "passes",
+    "x forward",
+    "MiB",
+    "captured, worst",
+    "captured, mean",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(BATCH_SIZES), default="small")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 32])
+    parser.add_argument("--rhos", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--batches", type=int, default=64, help="in the list")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    a = parser.parse_args()
+    model, batches = load(a.preset, a.batches, a.device)
+    full = scatters(model, batches)
+    head = (
+        f"python -m benchmarks.eva_init --preset {a.preset} --ranks {' '.join(map(str, a.ranks))} "
+        f"--rhos {' '.join(f'{rho:g}' for rho in a.rhos)} --batches {a.batches} --repeats {a.repeats} --device {a.device}"
+    )
+    machine = (
+        torch.cuda.get_device_name()
+        if a.device == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    rows: list[list] = []
+    with tempfile.TemporaryDirectory() as folder:
+        reference = str(Path(folder) / "reference.safetensors")
+        tensors = {f"{name}.scatter": scatter.clone() for name, scatter in full.items()}
+        tensors |= {f"{name}.values": torch.linalg.eigvalsh(x).flip(0).contiguous() for name, x in full.items()}
+        save_file(tensors, reference)
+        for rank, rho in tqdm([(rank, rho) for rank in a.ranks for rho in a.rhos], unit="row", desc="compare"):
+            rows += compare(a.preset, rank, rho, a.batches, a.device, a.repeats, reference)
+            used = ", ".join(f"{name} {version}" for name, version in versions().items())
+            text = f"`{head}`\n\n{machine}; {used}\n\n{markdown(HEADER, rows)}\n"
+            write_text(RESULTS / f"eva_init-{a.preset}-{a.device}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
