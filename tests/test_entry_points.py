@@ -5,10 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eva_rl.model import load_base, load_notes
 
@@ -101,6 +103,45 @@ def test_the_adapter_loads_with_peft_alone(run, base, tmp_path):
     layer = loaded.base_model.model.trunk.blocks[0].attention.q
     assert torch.equal(layer.base_layer.weight, before)
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_what_eva_found_is_written_down_and_drawn(run, base):
+    options = ["adapter.eva.tokens=state", "adapter.eva.method=covariance", "adapter.rank=2"]
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", "episodes=0", *QUICK[:1], *options)
+    assert status == 0, err
+    found = json.loads(Path("run/eva.json").read_text())
+    assert found["settings"]["tokens"] == "state"
+    layers = found["layers"]
+    assert len(layers) == 2 * 6
+    assert sum(layer["rank"] for layer in layers.values()) == 2 * len(layers)
+    for layer in layers.values():
+        shares = np.diff(layer["cumulative"], prepend=0)
+        np.testing.assert_allclose(shares, layer["spectrum"], atol=1e-6)
+        assert 0 < layer["cumulative"][-1] <= 1 + 1e-6
+        assert layer["reads_the_input_of"] in layers
+    assert layers["trunk.blocks.1.attention.v"]["reads_the_input_of"] == "trunk.blocks.1.attention.q"
+    states = 32 * 5  # windows of the batch, steps of the context; padding leaves fewer
+    assert layers["trunk.blocks.0.attention.q"]["rows"] <= states * layers["trunk.blocks.0.attention.q"]["batches"]
+    events = EventAccumulator("run", size_guidance={"images": 0}).Reload()
+    pictures = events.Tags()["images"]
+    assert set(pictures) == {"eva/spectrum", "eva/cumulative", "eva/rank", "eva/batches", "eva/angle"}
+    for name in pictures:
+        assert events.Images(name)[0].encoded_image_string.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["weighting=gradient", "center=false"], ["components=random"], ["tau=0.9"]])
+def test_settings_of_eva_are_given_on_the_command_line(run, base, options):
+    status, _, err = run(
+        "finetune",
+        f"task={TASK}",
+        f"base={base}",
+        "run_dir=run",
+        "episodes=0",
+        "steps=1",
+        *(f"adapter.eva.{option}" for option in options),
+    )
+    assert status == 0, err
+    assert result_of(Path("run"))["status"] == "complete"
 
 
 @pytest.mark.parametrize("kind", ["Continuous", "Discrete"])
@@ -198,6 +239,8 @@ def _interrupting(at: int):
         ([f"task={TASK}", "training.precision=half"], "precision=half"),
         ([f"task={TASK}", "adapter.rank=1000"], "1000"),
         ([f"task={TASK}", "adapter.eva.rho=0"], "rho"),
+        ([f"task={TASK}", "adapter.eva.tokens=word"], r"tokens=word.*'state'"),
+        ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
         ([f"task={TASK}", "demonstrations=0"], "episodes=0|demonstrations=0"),
         ([f"task={TASK}", "episodes=-1"], "episodes=-1"),
