@@ -17,7 +17,7 @@ class Covariance(Moments):
     Memory: O((n + d) d) a stream; time: n d^2 a batch, however few components are asked for.
     """
 
-    noise = 1e-5  # the scatter is a sum of float32 products, so it may be a little indefinite
+    noise = 1e-6  # the scatter is a sum of float32 products, so it may be a little indefinite
 
     def __init__(self, streams: int, width: int, *args: Any, **options: Any):
         super().__init__(streams, width, *args, **options)

@@ -239,8 +239,8 @@ def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequenc
         for i, stream in enumerate(members):
             if not finite[i]:
                 raise UserError(
-                    f"The inputs of layer '{stream.group.layers[0]}' are NaN or infinite: look for extreme values in the "
-                    "dataset."
+                    f"The inputs of layer '{stream.group.layers[0]}' are NaN or infinite, or too large to be squared: look "
+                    "for extreme values in the dataset."
                 )
             stream.captured, stream.cosines = captured[i, : stream.candidates], cosines[i, : stream.candidates]
 

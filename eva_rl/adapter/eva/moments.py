@@ -15,6 +15,9 @@ from torch import Tensor
 FIRST_ITERATIONS = 2
 """Power iterations on the first batch, which start from random mixtures of its rows; later ones start near their goal."""
 
+NEWCOMERS = 4
+"""Random mixtures of a batch's rows that join the components in the iteration, for directions orthogonal to all of them."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -32,7 +35,7 @@ class Moments(ABC):
     """
 
     noise: float
-    """Relative size of the rounding errors in products, below which a direction counts as empty."""
+    """Size of the rounding errors in products, as a share of all variance, below which a direction counts as empty."""
 
     def __init__(
         self, streams: int, width: int, k: int, center: bool, dtype: torch.dtype, device: torch.device, seed: int
@@ -42,7 +45,9 @@ class Moments(ABC):
         double = {"dtype": torch.float64, "device": device}
         self.mass = torch.zeros(streams, **double)  # (G,) rows, or the sum of their weights
         self.mean = torch.zeros(streams, width, **double)  # (G, d)
-        self.variance = torch.zeros(streams, **double)  # (G,) squared distance of all rows to their mean
+        self.spread = torch.zeros(
+            streams, width, **double
+        )  # (G, d) squared distances of all rows to their mean, by column
         self.values = torch.zeros(streams, k, **double)  # (G, k) S^2, in descending order
         basis = torch.eye(k, width, dtype=self.dtype, device=device)
         self.basis = basis.expand(streams, k, width).clone()  # (G, k, d) orthonormal rows: V^T
@@ -51,24 +56,32 @@ class Moments(ABC):
         self.batches = torch.zeros_like(self.mass)  # (G,)
         self.seed = seed
 
+    @property
+    def variance(self) -> Tensor:
+        """(G,) the sum of all S^2."""
+        return self.spread.sum(-1)
+
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
         """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
         mass = self.mass[streams]
-        first = mass == 0
+        first = self.variance[streams] == 0
         finite, correction = self._center(streams, rows, weights)
         if not finite.all():
             return Change(finite, *(2 * [torch.zeros_like(self.values[streams])]))
         self._absorb(streams, rows, correction)
         start = basis = self.basis[streams]
+        scale = self.variance[streams]
+        k = basis.shape[1]
         if first.any():
-            start = basis = torch.where(first[:, None, None], self._mixtures(rows), basis)
+            start = basis = torch.where(first[:, None, None], self._mixtures(rows, k), basis)
         quotients = None
         for _ in range(FIRST_ITERATIONS if first.any() else 1):
+            basis = self._joined_by_newcomers(basis, rows, correction)
             image, core = self._multiply(streams, rows, correction, basis)
             if quotients is None:
-                quotients = core.diagonal(dim1=-2, dim2=-1)  # (A, k) variance along the vectors of a batch ago
-            basis, values = nystrom(image, core, basis, self.noise)
-            basis = basis.to(self.dtype)
+                quotients = core.diagonal(dim1=-2, dim2=-1)[:, :k]  # (A, k) variance along the vectors of a batch ago
+            basis, values = nystrom(image, core, basis, self.noise * scale)
+            basis, values = basis[:, :k].to(self.dtype), values[:, :k]
         self._store(streams, basis, values)
         self.before = self.before.index_copy(0, streams, start)
         return Change(
@@ -77,11 +90,21 @@ class Moments(ABC):
             captured=self._expect(streams, quotients, values, mass),
         )
 
-    def _mixtures(self, rows: Tensor) -> Tensor:
-        """(A, k, d) orthonormal rows in the span of random mixtures of the rows (A, n, d)."""
-        k = self.values.shape[1]
-        mix = torch.randn(k, rows.shape[1], generator=torch.Generator().manual_seed(self.seed))
+    def _mixtures(self, rows: Tensor, count: int) -> Tensor:
+        """(A, count, d) orthonormal rows in the span of random mixtures of the rows (A, n, d)."""
+        mix = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(self.seed))
         return torch.linalg.qr((mix.to(rows) @ rows).mT).Q.mT
+
+    def _joined_by_newcomers(self, basis: Tensor, rows: Tensor, correction: Tensor) -> Tensor:
+        """The basis (A, k, d) and mixtures of the rows, orthonormal together; without them, the iteration would never see
+        rows that are exactly orthogonal to the basis, such as columns silent until now."""
+        count = min(NEWCOMERS, rows.shape[2] - basis.shape[1])
+        mix = torch.randn(count, rows.shape[1] + 1, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+        new = mix[:, :-1] @ rows + mix[:, -1:] * correction[:, None]  # (A, count, d)
+        for _ in range(2):  # twice is enough
+            new = new - (new @ basis.mT) @ basis
+            new = torch.linalg.qr(new.mT).Q.mT
+        return torch.cat([basis, new], 1)
 
     def _center(self, streams: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Subtract the batch's mean from the rows; return which are finite, and the row (A, d) that makes up for it.
@@ -97,7 +120,6 @@ class Moments(ABC):
             mean = (weights[:, None] @ rows)[:, 0] / mass.clamp(min=torch.finfo(rows.dtype).tiny)[:, None].to(
                 rows.dtype
             )
-        finite = torch.isfinite(mean).all(-1) & torch.isfinite(mass)
         so_far = self.mass[streams]
         share = mass / (so_far + mass).clamp(min=torch.finfo(torch.float64).tiny)  # (A,) of the rows that are new
         shift = mean.double() - self.mean[streams]  # (A, d)
@@ -110,10 +132,10 @@ class Moments(ABC):
         if weights is not None:
             rows *= weights.sqrt()[..., None]
         correction = correction.to(rows.dtype)
-        new = torch.linalg.vector_norm(rows, dim=(1, 2)).double().square() + correction.double().square().sum(-1)
-        self.variance[streams] += new
+        new = torch.linalg.vector_norm(rows, dim=1).square() + correction.square()  # (A, d)
+        self.spread[streams] += new
         self.mass[streams] += mass
-        return finite, correction
+        return torch.isfinite(new).all(-1) & torch.isfinite(mean).all(-1) & torch.isfinite(mass), correction
 
     def _expect(self, streams: Tensor, quotients: Tensor, values: Tensor, before: Tensor) -> Tensor:
         """(A, k): the share of variance the first j components will hold of what the best j do once all data are seen.
@@ -138,8 +160,8 @@ class Moments(ABC):
 
     def constant(self) -> Tensor:
         """(G,) bool: the rows do not vary, up to the rounding of their mean."""
-        spacing = torch.finfo(self.dtype).eps * self.mean.square().sum(-1).sqrt()  # (G,)
-        return self.variance <= self.mass * (8 * spacing).square()
+        spacing = torch.finfo(self.dtype).eps * self.mean.abs()  # (G, d)
+        return (self.spread <= self.mass[:, None] * (8 * spacing).square()).all(-1)
 
     def leading(self, stream: int, k: int) -> tuple[Tensor, Tensor]:
         """The k leading components (k, d) of a stream, orthonormal to float64, and their S^2 (k,)."""
@@ -162,16 +184,15 @@ class Moments(ABC):
         self.values[streams] = values
 
 
-def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvectors (A, k, d), as rows, and eigenvalues (A, k) of C as far as it shows in Q C and Q C Q^T.
 
     They are those of the Nystrom approximation `(Q C)^T (Q C Q^T)^-1 (Q C)`, the best one of rank k with these products:
-    one power iteration and a Rayleigh-Ritz step for the price of one product with C. A small multiple of the identity is
-    added for stability and taken off again (Tropp et al. 2017, arXiv 1706.05736, algorithm 3); in directions that C
-    leaves empty, it keeps the vectors of the basis.
+    one power iteration and a Rayleigh-Ritz step for the price of one product with C. A small multiple of the identity,
+    `noise` (A,), is added for stability and taken off again (Tropp et al. 2017, arXiv 1706.05736, algorithm 3); in
+    directions that C leaves empty, it keeps the vectors of the basis.
     """
-    trace = core.diagonal(dim1=-2, dim2=-1).sum(-1)  # (A,)
-    shift = (noise * trace).clamp(min=1e-200)[:, None]  # (A, 1)
+    shift = noise.clamp(min=1e-200)[:, None]  # (A, 1)
     lower = torch.linalg.cholesky(core + torch.diag_embed(shift.expand(core.shape[:-1])))  # L L^T = Q C Q^T
     factor = torch.linalg.solve_triangular(lower, image + shift[..., None] * basis, upper=False)  # F^T F ~ C
     values, rotation = torch.linalg.eigh(factor @ factor.mT)
