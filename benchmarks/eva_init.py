@@ -10,8 +10,8 @@ the base has not seen, collected on first use; peft goes through the list again 
 Every measurement is a process of its own: load, warm up, initialise once. The engines take turns, and medians are reported.
 `captured` is the variance that A's rows hold of all rows of all batches, as a share of what the best subspace of the same rank
 holds (an eigendecomposition in float64), in the worst and in the mean layer. `x forward` is the time over that of as many full
-forward passes, measured in the same process. Rows named `as good`, and `covariance`, use the first tau of a fixed
-list with which the streaming engine captures at least what peft does in the worst layer.
+forward passes, measured in the same process. The row `as good` takes as many batches, without
+a rule of convergence (tau = 1), as the streaming engine needs to capture what peft does in the worst layer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,7 +49,8 @@ from eva_rl.report import markdown, versions
 TASK = "metaworld/peg-unplug-side-v3"
 TARGETS = ("q", "k", "v", "o", "up", "down")
 BATCH_SIZES = {"small": 32, "paper": 8}
-TAUS = (0.98, 0.99, 0.995, 0.997, 0.998, 0.9985, 0.999, 0.9993, 0.9995, 0.9997, 0.9998, 0.9999)
+POOL = 64
+"""Batches in the list."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -63,6 +65,7 @@ class Job:
     rho: float
     tau: float
     batches: int
+    """The most to be taken; peft takes what it wants."""
     device: str
 
 
@@ -127,7 +130,7 @@ def initialise(
             prepare_layer_inputs_fn=lambda inputs, mask, name: inputs[0][mask],
             show_progress_bar=False,
         )
-    settings = EvaSettings(rho=job.rho, tau=job.tau, max_batches=len(batches), method=job.engine)
+    settings = EvaSettings(rho=job.rho, tau=job.tau, max_batches=job.batches, method=job.engine)
     ranks = dict.fromkeys(names, job.rank)
     return {n: x.components for n, x in eva_init(model, batches, ranks, settings, model.token_mask, forward).items()}
 
@@ -143,22 +146,23 @@ def captured(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[flo
     return shares
 
 
-def tau_as_good(job: Job, reference: str, worst: float) -> float:
-    """The first tau of `TAUS` with which the engine captures this share in the worst layer."""
+def passes_as_good(job: Job, reference: str, worst: float) -> int:
+    """The fewest batches after which the engine captures this share in the worst layer, or all there are."""
     warnings.simplefilter("ignore")
-    model, batches = load(job.preset, job.batches, job.device)
+    model, batches = load(job.preset, POOL, job.device)
     full = load_file(reference, device=job.device)
-    for tau in TAUS:
-        found = initialise(replace(job, tau=tau), model, batches, lambda model, batch: model(batch))
-        if min(captured(found, full)) >= worst:
-            return tau
-    return TAUS[-1]
+
+    def good(count: int) -> bool:
+        found = initialise(replace(job, batches=count), model, batches, lambda model, batch: model(batch))
+        return min(captured(found, full)) >= worst
+
+    return 1 + bisect_left(range(1, job.batches), True, key=good)
 
 
 def measure(job: Job, reference: str) -> dict[str, float]:
     """Seconds, forward passes, memory and captured variance of one initialisation."""
     warnings.simplefilter("ignore")  # about the cap on batches: it is the list's length
-    model, batches = load(job.preset, job.batches, job.device)
+    model, batches = load(job.preset, POOL, job.device)
     passes = 0
 
     def forward(model: nn.Module, batch: Batch) -> Any:
@@ -167,7 +171,7 @@ def measure(job: Job, reference: str) -> dict[str, float]:
         return model(batch)
 
     memory = Memory(job.device)
-    initialise(replace(job, rank=1, rho=1.0, tau=0.01), model, batches[:2], forward)
+    initialise(replace(job, rank=1, rho=1.0, tau=0.01, batches=2), model, batches[:2], forward)
     alone = [_timed(lambda batch=batch: model(batch), job.device)[0] for batch in batches[:8]]
     passes = 0
     with memory:
@@ -231,18 +235,18 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def compare(preset: str, rank: int, rho: float, batches: int, device: str, repeats: int, reference: str) -> list[list]:
+def compare(preset: str, rank: int, rho: float, device: str, repeats: int, reference: str) -> list[list]:
     """Rows of the table for one rank and rho."""
 
     def job(engine: str, tau: float = EvaSettings.tau) -> Job:
-        return Job(engine, preset, rank, rho, tau, batches, device)
+        return Job(engine, preset, rank, rho, tau, POOL, device)
 
     peft = in_own_process(measure, job("peft"), reference)
-    tau = in_own_process(tau_as_good, job("streaming"), reference, peft["worst"])
+    enough = in_own_process(passes_as_good, job("streaming", 1.0), reference, peft["worst"])
     jobs = {
         "streaming": job("streaming"),
-        "streaming, as good": job("streaming", tau),
-        "covariance": job("covariance", tau),
+        "streaming, as good": replace(job("streaming", 1.0), batches=enough),
+        "covariance": replace(job("covariance", 1.0), batches=enough),
         "peft": job("peft"),
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
@@ -259,7 +263,7 @@ def compare(preset: str, rank: int, rho: float, batches: int, device: str, repea
             rank,
             rho,
             name,
-            jobs[name].tau,
+            f"{jobs[name].tau:g}",
             f"{found['seconds']:.2f}",
             f"{medians['peft']['seconds'] / found['seconds']:.1f}",
             int(found["passes"]),
@@ -292,15 +296,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(BATCH_SIZES), default="small")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--rhos", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument("--batches", type=int, default=64, help="in the list")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     a = parser.parse_args()
-    model, batches = load(a.preset, a.batches, a.device)
+    model, batches = load(a.preset, POOL, a.device)
     full = scatters(model, batches)
     head = (
         f"python -m benchmarks.eva_init --preset {a.preset} --ranks {' '.join(map(str, a.ranks))} "
-        f"--rhos {' '.join(f'{rho:g}' for rho in a.rhos)} --batches {a.batches} --repeats {a.repeats} --device {a.device}"
+        f"--rhos {' '.join(f'{rho:g}' for rho in a.rhos)} --repeats {a.repeats} --device {a.device}"
     )
     machine = (
         torch.cuda.get_device_name()
@@ -314,7 +317,7 @@ def main() -> None:
         tensors |= {f"{name}.values": torch.linalg.eigvalsh(x).flip(0).contiguous() for name, x in full.items()}
         save_file(tensors, reference)
         for rank, rho in tqdm([(rank, rho) for rank in a.ranks for rho in a.rhos], unit="row", desc="compare"):
-            rows += compare(a.preset, rank, rho, a.batches, a.device, a.repeats, reference)
+            rows += compare(a.preset, rank, rho, a.device, a.repeats, reference)
             used = ", ".join(f"{name} {version}" for name, version in versions().items())
             text = f"`{head}`\n\n{machine}; {used}\n\n{markdown(HEADER, rows)}\n"
             write_text(RESULTS / f"eva_init-{a.preset}-{a.device}.md", text)

@@ -104,7 +104,7 @@ class _Stream:
         """(candidates,) what the components are worth at present."""
         moments, index = self.moments, self.index
         values, total = moments.values[index, : self.candidates], float(moments.variance[index])
-        if moments.constant()[index]:
+        if moments.constant[index]:
             values, total = torch.zeros_like(values), 0.0
         return explained(values, float(moments.mass[index]), total, ranking).cpu()
 
@@ -231,7 +231,7 @@ def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequenc
     for numbers in buckets.values():
         members = [streams[n] for n in numbers]
         moments = members[0].moments
-        stacked = torch.stack([rows[n] for n in numbers]).to(moments.dtype)  # (A, n, d)
+        stacked = moments.stack([rows[n] for n in numbers])  # (A, n, d)
         stacked_weights = None if weights is None else torch.stack([weights[n] for n in numbers]).to(moments.dtype)
         indices = torch.tensor([stream.index for stream in members], device=stacked.device)
         change = moments.update(indices, stacked, stacked_weights)
@@ -333,7 +333,7 @@ def _warn(streams: Sequence[_Stream], settings: EvaSettings, taken: int) -> None
             f"convergence, tau={settings.tau}): {', '.join(late)}.",
             stacklevel=3,
         )
-    constant = [name for s in streams if s.moments.constant()[s.index] for name in s.group.layers]
+    constant = [name for s in streams if s.moments.constant[s.index] for name in s.group.layers]
     if constant:
         warnings.warn(
             f"The inputs of {len(constant)} layers never change, so EVA has no direction to give them; what rank they get "

@@ -6,7 +6,9 @@ kept in (a few vectors, or the whole matrix) is left to `StreamingSvd` and `Cova
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,8 @@ FIRST_ITERATIONS = 2
 """Power iterations on the first batch, which start from random mixtures of its rows; later ones start near their goal."""
 
 NEWCOMERS = 4
-"""Random mixtures of a batch's rows that join the components in the iteration, for directions orthogonal to all of them."""
+"""Random mixtures of some of a batch's rows that join the components in the iteration, for directions orthogonal to all of
+them."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,12 @@ class Moments(ABC):
         double = {"dtype": torch.float64, "device": device}
         self.mass = torch.zeros(streams, **double)  # (G,) rows, or the sum of their weights
         self.mean = torch.zeros(streams, width, **double)  # (G, d)
-        self.spread = torch.zeros(
-            streams, width, **double
-        )  # (G, d) squared distances of all rows to their mean, by column
+        self.variance = torch.zeros(
+            streams, **double
+        )  # (G,) squared distance of all rows to their mean: the sum of all S^2
+        self.constant = torch.ones(
+            streams, dtype=torch.bool, device=device
+        )  # (G,) so far, up to the rounding of the mean
         self.values = torch.zeros(streams, k, **double)  # (G, k) S^2, in descending order
         basis = torch.eye(k, width, dtype=self.dtype, device=device)
         self.basis = basis.expand(streams, k, width).clone()  # (G, k, d) orthonormal rows: V^T
@@ -55,11 +61,17 @@ class Moments(ABC):
         self.losses = torch.zeros_like(self.values)  # (G, k) what `_expect` averages
         self.batches = torch.zeros_like(self.mass)  # (G,)
         self.seed = seed
+        self.scratch = torch.empty(0, dtype=self.dtype, device=device)
 
-    @property
-    def variance(self) -> Tensor:
-        """(G,) the sum of all S^2."""
-        return self.spread.sum(-1)
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows (n, d) of A streams as one (A, n, d), in memory that the next call uses again."""
+        shape = len(rows), *rows[0].shape
+        if self.scratch.numel() < math.prod(shape):
+            self.scratch = self.scratch.new_empty(math.prod(shape))
+        stacked = self.scratch[: math.prod(shape)].view(shape)
+        for target, source in zip(stacked, rows, strict=True):
+            target.copy_(source)
+        return stacked
 
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
         """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
@@ -98,12 +110,13 @@ class Moments(ABC):
     def _joined_by_newcomers(self, basis: Tensor, rows: Tensor, correction: Tensor) -> Tensor:
         """The basis (A, k, d) and mixtures of the rows, orthonormal together; without them, the iteration would never see
         rows that are exactly orthogonal to the basis, such as columns silent until now."""
-        count = min(NEWCOMERS, rows.shape[2] - basis.shape[1])
-        mix = torch.randn(count, rows.shape[1] + 1, generator=torch.Generator().manual_seed(self.seed)).to(rows)
-        new = mix[:, :-1] @ rows + mix[:, -1:] * correction[:, None]  # (A, count, d)
+        count, some = min(NEWCOMERS, rows.shape[2] - basis.shape[1]), rows[:, :: 1 + rows.shape[1] // 128]
+        mix = torch.randn(count, some.shape[1] + 1, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+        new = mix[:, :-1] @ some + mix[:, -1:] * correction[:, None]  # (A, count, d)
         for _ in range(2):  # twice is enough
+            new = torch.nn.functional.normalize(new, dim=-1)
             new = new - (new @ basis.mT) @ basis
-            new = torch.linalg.qr(new.mT).Q.mT
+        new = torch.linalg.qr(new.mT).Q.mT
         return torch.cat([basis, new], 1)
 
     def _center(self, streams: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,11 +130,10 @@ class Moments(ABC):
             mean = rows.mean(1)  # (A, d)
         else:
             mass = weights.double().sum(1)
-            mean = (weights[:, None] @ rows)[:, 0] / mass.clamp(min=torch.finfo(rows.dtype).tiny)[:, None].to(
-                rows.dtype
-            )
+            mean = (weights[:, None] @ rows)[:, 0].double() / mass.clamp(min=1e-300)[:, None]
+            mean = mean.to(rows.dtype)
         so_far = self.mass[streams]
-        share = mass / (so_far + mass).clamp(min=torch.finfo(torch.float64).tiny)  # (A,) of the rows that are new
+        share = mass / (so_far + mass).clamp(min=1e-300)  # (A,) of the rows that are new
         shift = mean.double() - self.mean[streams]  # (A, d)
         if self.center:
             rows -= mean[:, None]
@@ -132,10 +144,19 @@ class Moments(ABC):
         if weights is not None:
             rows *= weights.sqrt()[..., None]
         correction = correction.to(rows.dtype)
-        new = torch.linalg.vector_norm(rows, dim=1).square() + correction.square()  # (A, d)
-        self.spread[streams] += new
+        new = torch.linalg.vector_norm(rows, dim=(1, 2)).square() + correction.square().sum(-1)  # (A,)
+        self.variance[streams] += new
         self.mass[streams] += mass
-        return torch.isfinite(new).all(-1) & torch.isfinite(mean).all(-1) & torch.isfinite(mass), correction
+        self.constant[streams] &= self._constant(rows, correction, mean, new)
+        return torch.isfinite(new) & torch.isfinite(mean).all(-1) & torch.isfinite(mass), correction
+
+    def _constant(self, rows: Tensor, correction: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+        """(A,) bool: what is left of these rows in total, `spread`, is the rounding of their mean."""
+        rounding = rows.shape[1] * (8 * torch.finfo(rows.dtype).eps * mean).square() * self.center  # (A, d)
+        found = spread <= rounding.sum(-1)
+        for i in found.nonzero()[:, 0].tolist():  # rare, so that columns need to be told apart for few
+            found[i] = (rows[i].square().sum(0) + correction[i].square() <= rounding[i]).all()
+        return found
 
     def _expect(self, streams: Tensor, quotients: Tensor, values: Tensor, before: Tensor) -> Tensor:
         """(A, k): the share of variance the first j components will hold of what the best j do once all data are seen.
@@ -157,11 +178,6 @@ class Moments(ABC):
         loss = self.losses[streams] / estimates * (1 + estimates.rsqrt()) / rows.clamp(min=1e-300)[:, None]
         captured = (1 - loss).clamp(min=0)
         return torch.where((self.batches[streams] > 0)[:, None], captured, 0)
-
-    def constant(self) -> Tensor:
-        """(G,) bool: the rows do not vary, up to the rounding of their mean."""
-        spacing = torch.finfo(self.dtype).eps * self.mean.abs()  # (G, d)
-        return (self.spread <= self.mass[:, None] * (8 * spacing).square()).all(-1)
 
     def leading(self, stream: int, k: int) -> tuple[Tensor, Tensor]:
         """The k leading components (k, d) of a stream, orthonormal to float64, and their S^2 (k,)."""

@@ -39,7 +39,8 @@ class Peers:
         apart = (means - mean) * masses.sqrt()[..., None]  # (P, G, d): between the processes
         if not moments.center:
             apart.zero_()
-        moments.spread = self._sum(moments.spread) + apart.square().sum(0)
+        moments.variance = self._sum(moments.variance) + apart.square().sum((0, 2))
+        moments.constant = (self._sum((~moments.constant).int()) == 0) & (apart == 0).all(2).all(0)
         if isinstance(moments, Covariance):
             moments.scatter = self._sum(moments.scatter) + torch.einsum("pgd,pge->gde", apart, apart)
         if isinstance(moments, StreamingSvd):
