@@ -11,7 +11,6 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -32,12 +31,8 @@ lint: $(INSTALLED) ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: ## list the benchmarks and the command that runs each
-	@$(if $(BENCHMARKS),,echo "There are no benchmarks yet.")
-	@for file in $(BENCHMARKS); do \
-		echo "$(RUN) -m benchmarks.$$(basename "$$file" .py)"; \
-		sed -n '1s/^"""\([^"]*\).*/    \1/p' "$$file"; \
-	done
+bench: $(INSTALLED) ## compare EVA's initialisation with peft's; takes a quarter of an hour
+	$(RUN) -m benchmarks.eva_init
 
 clean: ## remove the environment and everything built; runs, checkpoints and datasets stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

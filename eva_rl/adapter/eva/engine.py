@@ -26,6 +26,7 @@ from eva_rl.adapter.eva.directions import choose_rows
 from eva_rl.adapter.eva.moments import Moments
 from eva_rl.adapter.eva.observe import (
     Group,
+    Room,
     Rows,
     as_it_was,
     discover,
@@ -151,14 +152,14 @@ def eva_init(
     if settings.weighting == "gradient" and loss is None:
         raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
     widths = {name: _checked_width(model, name, rank) for name, rank in ranks.items()}
-    rows = rows or (lambda batch: masked_rows(None if token_mask is None else token_mask(batch)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     peers, streams = Peers(together), []
 
     def take(batch: Any) -> Callable[[], None]:
         """Run the model on a batch; return what there is to do with its activations."""
-        run, chosen = partial(forward, model, batch), rows(batch)
         active, weights = _needed(streams), None
+        run, mask = partial(forward, model, batch), None if token_mask is None else token_mask(batch)
+        chosen = rows(batch) if rows else masked_rows(mask, _room(active, updates, settings))
         if not streams:
             groups, seen = discover(model, widths, run, chosen, shared=share and settings.weighting == "none")
             streams.extend(_make_streams(groups, seen, ranks, widths, settings))
@@ -282,6 +283,24 @@ def _needed(streams: Sequence[_Stream]) -> Sequence[_Stream]:
     """
     last = max((i for i, stream in enumerate(streams) if not stream.converged), default=-1)
     return streams[: last + 1]
+
+
+def _room(streams: Sequence[_Stream], updates: _Updates, settings: EvaSettings) -> Room:
+    """Where the rows of these streams would be stacked: written there at once, they need not be copied again.
+
+    Not while an update may still read the last batch's, nor where a layer's rows come in several parts.
+    """
+    stacks = defaultdict(list)
+    if updates.thread is None and settings.weighting == "none":
+        for stream in streams:
+            stacks[id(stream.moments)].append(stream)
+    place = {s.group.layers[0]: (s, i, len(stack)) for stack in stacks.values() for i, s in enumerate(stack)}
+
+    def room(name: str, count: int) -> Tensor | None:
+        stream, position, of = place.get(name, (None, 0, 0))
+        return None if stream is None or stream.group.calls > 1 else stream.moments.room(of, count)[position]
+
+    return room
 
 
 def _given(

@@ -63,14 +63,19 @@ class Moments(ABC):
         self.seed = seed
         self.scratch = torch.empty(0, dtype=self.dtype, device=device)
 
-    def stack(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows (n, d) of A streams as one (A, n, d), in memory that the next call uses again."""
-        shape = len(rows), *rows[0].shape
+    def room(self, streams: int, rows: int) -> Tensor:
+        """Memory (streams, rows, d) in the arithmetic's precision; every call gives the same."""
+        shape = streams, rows, self.mean.shape[1]
         if self.scratch.numel() < math.prod(shape):
             self.scratch = self.scratch.new_empty(math.prod(shape))
-        stacked = self.scratch[: math.prod(shape)].view(shape)
+        return self.scratch[: math.prod(shape)].view(shape)
+
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows (n, d) of A streams as one (A, n, d), in `room`; those that lie there already are not copied."""
+        stacked = self.room(len(rows), len(rows[0]))
         for target, source in zip(stacked, rows, strict=True):
-            target.copy_(source)
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
         return stacked
 
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:

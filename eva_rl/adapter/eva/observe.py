@@ -15,6 +15,9 @@ from eva_rl.errors import UserError
 Rows = Callable[[tuple[Any, ...], str], Tensor]
 """(a layer's positional arguments, its name) -> the rows (n, d) that count."""
 
+Room = Callable[[str, int], Tensor | None]
+"""(a layer's name, a number of rows n) -> memory (n, d) that its rows may be written to."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -43,21 +46,24 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def masked_rows(mask: Tensor | None) -> Rows:
+def masked_rows(mask: Tensor | None, room: Room = lambda name, count: None) -> Rows:
     """Rows of a layer's input (..., d) where the mask (...) is True; a copy, whatever the model does to the input."""
     index = None if mask is None else mask.flatten().nonzero()[:, 0]
 
     def rows(inputs: tuple[Any, ...], name: str) -> Tensor:
         x = inputs[0]
         flat = x.reshape(-1, x.shape[-1])
+        out = room(name, len(flat) if index is None else len(index))
+        if out is not None and out.dtype != flat.dtype:
+            out = None
         if index is None:
-            return flat.clone()
+            return flat.clone() if out is None else out.copy_(flat)
         if x.shape[:-1] != mask.shape:
             raise UserError(
                 f"The layer '{name}' reads inputs of shape {tuple(x.shape)}, but the token mask has shape "
                 f"{tuple(mask.shape)}."
             )
-        return flat.index_select(0, index)
+        return torch.index_select(flat, 0, index, out=out)
 
     return rows
 

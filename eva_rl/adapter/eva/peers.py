@@ -35,7 +35,7 @@ class Peers:
             return
         masses, means = self._gather(moments.mass), self._gather(moments.mean)  # (P, G), (P, G, d)
         mass = masses.sum(0)
-        mean = (masses[..., None] * means).sum(0) / mass[:, None]
+        mean = (masses[..., None] * means).sum(0) / mass.clamp(min=1e-300)[:, None]
         apart = (means - mean) * masses.sqrt()[..., None]  # (P, G, d): between the processes
         if not moments.center:
             apart.zero_()
