@@ -278,7 +278,6 @@ def test_what_varies_only_between_the_processes_is_found(folder, method):
     assert found["first.totals"][0] == pytest.approx(2 * 300 / 4 * float(apart.square().sum()), rel=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="their means differ by rounding")
 @pytest.mark.parametrize("method", ["covariance", "streaming"])
 def test_what_is_constant_in_all_processes_alike_is_worth_no_rank(folder, method):
     found, *_ = found_in(folder, f"{method} of one constant")

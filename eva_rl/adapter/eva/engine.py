@@ -288,17 +288,21 @@ def _needed(streams: Sequence[_Stream]) -> Sequence[_Stream]:
 def _room(streams: Sequence[_Stream], updates: _Updates, settings: EvaSettings) -> Room:
     """Where the rows of these streams would be stacked: written there at once, they need not be copied again.
 
-    Not while an update may still read the last batch's, nor where a layer's rows come in several parts.
+    Not while an update may still read the last batch's, nor where a layer's rows come in several parts or are not as many as
+    the others'.
     """
     stacks = defaultdict(list)
     if updates.thread is None and settings.weighting == "none":
         for stream in streams:
             stacks[id(stream.moments)].append(stream)
+    counts: dict[int, int] = {}
     place = {s.group.layers[0]: (s, i, len(stack)) for stack in stacks.values() for i, s in enumerate(stack)}
 
     def room(name: str, count: int) -> Tensor | None:
         stream, position, of = place.get(name, (None, 0, 0))
-        return None if stream is None or stream.group.calls > 1 else stream.moments.room(of, count)[position]
+        if stream is None or stream.group.calls > 1 or counts.setdefault(id(stream.moments), count) != count:
+            return None
+        return stream.moments.room(of, count)[position]
 
     return room
 

@@ -71,12 +71,12 @@ class Moments(ABC):
         return self.scratch[: math.prod(shape)].view(shape)
 
     def stack(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows (n, d) of A streams as one (A, n, d), in `room`; those that lie there already are not copied."""
-        stacked = self.room(len(rows), len(rows[0]))
-        for target, source in zip(stacked, rows, strict=True):
-            if target.data_ptr() != source.data_ptr():
-                target.copy_(source)
-        return stacked
+        """Rows (n, d) of A streams as one (A, n, d): where they lie, if they were written to `room`, else a copy."""
+        if self.scratch.numel() >= len(rows) * rows[0].numel():
+            stacked = self.room(len(rows), len(rows[0]))
+            if all(target.data_ptr() == source.data_ptr() for target, source in zip(stacked, rows, strict=True)):
+                return stacked
+        return torch.stack(list(rows)).to(self.dtype)
 
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
         """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
@@ -152,12 +152,12 @@ class Moments(ABC):
         new = torch.linalg.vector_norm(rows, dim=(1, 2)).square() + correction.square().sum(-1)  # (A,)
         self.variance[streams] += new
         self.mass[streams] += mass
-        self.constant[streams] &= self._constant(rows, correction, mean, new)
+        self.constant[streams] &= self._constant(rows, correction, mean, mass, new)
         return torch.isfinite(new) & torch.isfinite(mean).all(-1) & torch.isfinite(mass), correction
 
-    def _constant(self, rows: Tensor, correction: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    def _constant(self, rows: Tensor, correction: Tensor, mean: Tensor, mass: Tensor, spread: Tensor) -> Tensor:
         """(A,) bool: what is left of these rows in total, `spread`, is the rounding of their mean."""
-        rounding = rows.shape[1] * (8 * torch.finfo(rows.dtype).eps * mean).square() * self.center  # (A, d)
+        rounding = mass[:, None] * (8 * torch.finfo(rows.dtype).eps * mean).square() * self.center  # (A, d)
         found = spread <= rounding.sum(-1)
         for i in found.nonzero()[:, 0].tolist():  # rare, so that columns need to be told apart for few
             found[i] = (rows[i].square().sum(0) + correction[i].square() <= rounding[i]).all()

@@ -40,7 +40,9 @@ class Peers:
         if not moments.center:
             apart.zero_()
         moments.variance = self._sum(moments.variance) + apart.square().sum((0, 2))
-        moments.constant = (self._sum((~moments.constant).int()) == 0) & (apart == 0).all(2).all(0)
+        rounding = 8 * torch.finfo(moments.dtype).eps * mean.abs()  # (G, d)
+        alike = (apart.abs() <= masses.sqrt()[..., None] * rounding).all(2).all(0)
+        moments.constant = alike & (self._sum((~moments.constant).int()) == 0)
         if isinstance(moments, Covariance):
             moments.scatter = self._sum(moments.scatter) + torch.einsum("pgd,pge->gde", apart, apart)
         if isinstance(moments, StreamingSvd):

@@ -8,8 +8,7 @@ from torch import Tensor
 from eva_rl.adapter.eva.moments import Moments
 
 OVERSAMPLING = 8
-"""Vectors kept beyond those asked for. Without them the k-th component, cut off at every batch, is learned late: with 8,
-the subspaces of k = 4 to 32 hold as much as those of the exact covariance to 0.001."""
+"""Vectors kept beyond those asked for, without which the k-th component, cut off at every batch, would be learned late."""
 
 
 class StreamingSvd(Moments):
