@@ -198,18 +198,18 @@ def test_streams_in_one_stack_get_what_each_would_get_alone(method, calls, seed,
     stack = method(4, width, k + OVERSAMPLING, center, torch.float64, CPU, 0)
     alone = [method(1, width, k + OVERSAMPLING, center, torch.float64, CPU, 0) for _ in range(4)]
     for number, call in enumerate([list(range(4)), *calls]):
-        rows = torch.stack([decaying(9, width, 100 * seed + 10 * number + s) + s for s in call])
+        rows = torch.stack([decaying(30, width, 100 * seed + 10 * number + s) + s for s in call])
         change = stack.update(torch.tensor(call), rows.clone())
         for i, s in enumerate(call):
             own = alone[s].update(torch.tensor([0]), rows[i : i + 1].clone())
-            torch.testing.assert_close(change.captured[i, :k], own.captured[0, :k], rtol=0, atol=1e-6)
-            torch.testing.assert_close(change.cosines[i, :k], own.cosines[0, :k], rtol=0, atol=1e-6)
+            torch.testing.assert_close(change.captured[i, :k], own.captured[0, :k], rtol=0, atol=1e-9)
+            torch.testing.assert_close(change.cosines[i, :k], own.cosines[0, :k], rtol=0, atol=1e-9)
     for s, own in enumerate(alone):
         for name in ("mass", "mean", "variance"):
             torch.testing.assert_close(getattr(stack, name)[s], getattr(own, name)[0], rtol=1e-9, atol=1e-12)
         (components, values), (expected, expected_values) = stack.leading(s, k), own.leading(0, k)
-        torch.testing.assert_close(components, expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(values, expected_values, rtol=1e-6, atol=0)
+        torch.testing.assert_close(components, expected, rtol=0, atol=1e-8)
+        torch.testing.assert_close(values, expected_values, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
