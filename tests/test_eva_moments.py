@@ -515,6 +515,13 @@ def test_one_batch_is_enough_to_find_its_components_whatever_columns_it_lies_in(
     assert captured(moments.leading(0, 4)[0], rows, center) >= 0.999
 
 
+def test_one_batch_is_enough_also_where_the_spectrum_falls_slowly():
+    for seed in range(10):
+        rows = decaying(200, 64, seed, ratio=0.95).float()
+        moments, _ = take_in(StreamingSvd, [rows], 4)
+        assert captured(moments.leading(0, 4)[0], rows, True) >= 0.999
+
+
 def later(first: torch.Tensor, rest: torch.Tensor, size: int = 50) -> list[torch.Tensor]:
     """A first batch, then batches of this size."""
     return [first, *rest.split(size)]
