@@ -34,20 +34,21 @@ from typing import Any
 
 import psutil
 import torch
+from omegaconf import OmegaConf
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eva_rl import configs
 from eva_rl.adapter.eva import EvaSettings, eva_init
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
-from eva_rl.model import DecisionTransformer, ModelConfig, load_base
+from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig, load_base
 from eva_rl.report import markdown, versions
 
 TASK = "metaworld/peg-unplug-side-v3"
-TARGETS = ("q", "k", "v", "o", "up", "down")
 BATCH_SIZES = {"small": 32, "paper": 8}
 POOL = 64
 """Batches in the list."""
@@ -77,14 +78,15 @@ def load(preset: str, count: int, device: str) -> tuple[DecisionTransformer, lis
         model = load_base("mt40-small", torch.device(device)).model
     else:
         torch.manual_seed(0)
-        config = ModelConfig(4, 8, 512, 50, 0.2, ("return", "state", "action", "reward"))
+        settings = OmegaConf.to_container(OmegaConf.load(Path(configs.__file__).parent / "model" / "paper.yaml"))
+        config = ModelConfig(**{**settings, "tokens": tuple(settings["tokens"])})
         model = DecisionTransformer(config, [interface]).to(device)
     sampler = WindowSampler([trajectories], interface.name, model.config.context, BATCH_SIZES[preset], 0)
     return model.eval().requires_grad_(False), [sampler.batch(n).to(device) for n in range(count)]
 
 
 def layers_of(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS and ".blocks." in name]
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TRUNK_LAYERS and ".blocks." in name]
 
 
 def scatters(model: DecisionTransformer, batches: Sequence[Batch]) -> dict[str, Tensor]:

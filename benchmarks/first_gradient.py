@@ -19,11 +19,11 @@ import torch
 from peft import EvaConfig, LoraConfig
 from tqdm import tqdm
 
-from benchmarks.eva_init import RESULTS, TARGETS, TASK, load
+from benchmarks.eva_init import RESULTS, TASK, load
 from eva_rl.adapter import EvaSettings, attach
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
-from eva_rl.model import DecisionTransformer
+from eva_rl.model import TRUNK_LAYERS, DecisionTransformer
 from eva_rl.report import markdown, versions
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -59,7 +59,7 @@ def main() -> None:
     for name, (init, options) in tqdm(METHODS.items()):
         model, batches = load("small", 2 * a.batches, "cpu")
         seen, fresh = batches[: a.batches], batches[a.batches :]
-        config = LoraConfig(r=a.rank, lora_alpha=a.rank, target_modules=list(TARGETS), init_lora_weights=init)
+        config = LoraConfig(r=a.rank, lora_alpha=a.rank, target_modules=list(TRUNK_LAYERS), init_lora_weights=init)
         settings = None
         if init == "eva":
             config.eva_config = EvaConfig(rho=1.0)

@@ -64,7 +64,7 @@ def get_eva_state_dict(
     Args:
         model: a `PeftModel`, or any model if `peft_config` is given.
         dataloader: batches; gone through again and again until all layers have converged.
-        forward_fn: runs the model on a batch; None: `model(**batch)`.
+        forward_fn: runs the model on a batch.
         prepare_model_inputs_fn: turns (batch, config) into what `prepare_layer_inputs_fn` gets; None: the batch itself.
         prepare_layer_inputs_fn: turns (a layer's arguments, those, its name) into rows (n, d); a function for all layers or
             one for each; None: all rows.

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
@@ -89,10 +89,9 @@ class _Stream:
     group: Group
     moments: Moments
     index: int
-    candidates: int
+    captured: Tensor  # (candidates,) as in `Change`
+    cosines: Tensor  # (candidates,)
     batches: int = 0
-    captured: Tensor = field(default_factory=lambda: torch.zeros(1))
-    cosines: Tensor = field(default_factory=lambda: torch.zeros(1))
     rank: int = 0
     measure: float = 0.0
     converged_after: int | None = None
@@ -100,6 +99,10 @@ class _Stream:
     @property
     def converged(self) -> bool:
         return self.converged_after is not None
+
+    @property
+    def candidates(self) -> int:
+        return len(self.captured)
 
     def worth(self, ranking: str) -> Tensor:
         """(candidates,) what the components are worth at present."""
@@ -218,7 +221,8 @@ def _make_streams(
     for (width, candidates, dtype, device), members in stacks.items():
         k = min(candidates + OVERSAMPLING, width)
         moments = method(len(members), width, k, settings.center, dtype, device, settings.seed)
-        streams += [(n, _Stream(group, moments, i, candidates)) for i, (n, group) in enumerate(members)]
+        zeros = torch.zeros(candidates, dtype=torch.float64)
+        streams += [(n, _Stream(group, moments, i, zeros, zeros)) for i, (n, group) in enumerate(members)]
     return [stream for _, stream in sorted(streams, key=lambda pair: pair[0])]
 
 
@@ -248,19 +252,15 @@ def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequenc
 
 def _judge(streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSettings, peers: Peers) -> None:
     """Decide which streams have converged, at the ranks their layers would be given now."""
-    worths, measures = [], []
-    for stream in streams:
-        measure = stream.captured if settings.convergence == "subspace" else stream.cosines
-        measures.append(
-            measure.double() if len(measure) == stream.candidates else torch.zeros(stream.candidates).double()
-        )
-        worths.append(stream.worth(settings.ranking))
+    subspace = settings.convergence == "subspace"
+    measures = [(stream.captured if subspace else stream.cosines).double() for stream in streams]
+    worths = [stream.worth(settings.ranking) for stream in streams]
     if peers.count > 1:
         device = streams[0].moments.mass.device
         means = peers.mean(torch.cat([*measures, *worths]).to(device)).cpu()
         means = means.split([stream.candidates for stream in streams] * 2)
         measures, worths = means[: len(streams)], means[len(streams) :]
-        if settings.convergence == "subspace":  # the loss left shrinks with the number of rows, and all rows are merged
+        if subspace:  # the loss left shrinks with the number of rows, and all rows are merged
             measures = [1 - (1 - measure) / peers.count for measure in measures]
     given = _given(streams, worths, ranks, settings)
     for stream, measure in zip(streams, measures, strict=True):
@@ -269,7 +269,7 @@ def _judge(streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSe
         if not len(used):
             stream.measure = 1.0
         else:
-            stream.measure = float(used[-1] if settings.convergence == "subspace" else used.min())
+            stream.measure = float(used[-1] if subspace else used.min())
         if stream.measure < settings.tau:
             stream.converged_after = None
         elif not stream.converged:

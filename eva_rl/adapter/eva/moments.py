@@ -82,6 +82,7 @@ class Moments(ABC):
         """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
         mass = self.mass[streams]
         first = self.variance[streams] == 0
+        starting = bool(first.any())
         finite, correction = self._center(streams, rows, weights)
         if not finite.all():
             return Change(finite, *(2 * [torch.zeros_like(self.values[streams])]))
@@ -89,17 +90,18 @@ class Moments(ABC):
         start = basis = self.basis[streams]
         scale = self.variance[streams]
         k = basis.shape[1]
-        if first.any():
+        if starting:
             start = basis = torch.where(first[:, None, None], self._mixtures(rows, k), basis)
         quotients = None
-        for _ in range(FIRST_ITERATIONS if first.any() else 1):
+        for _ in range(FIRST_ITERATIONS if starting else 1):
             basis = self._joined_by_newcomers(basis, rows, correction)
             image, core = self._multiply(streams, rows, correction, basis)
             if quotients is None:
                 quotients = core.diagonal(dim1=-2, dim2=-1)[:, :k]  # (A, k) variance along the vectors of a batch ago
             basis, values = nystrom(image, core, basis, self.noise * scale)
             basis, values = basis[:, :k].to(self.dtype), values[:, :k]
-        self._store(streams, basis, values)
+        self.basis = self.basis.index_copy(0, streams, basis)
+        self.values[streams] = values
         self.before = self.before.index_copy(0, streams, start)
         return Change(
             finite=finite,
@@ -199,10 +201,6 @@ class Moments(ABC):
     @abstractmethod
     def _multiply(self, streams: Tensor, rows: Tensor, correction: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """(Q C, Q C Q^T) in float64 for the scatter C of all rows, these included, and a basis Q (A, k, d)."""
-
-    def _store(self, streams: Tensor, basis: Tensor, values: Tensor) -> None:
-        self.basis = self.basis.index_copy(0, streams, basis)
-        self.values[streams] = values
 
 
 def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

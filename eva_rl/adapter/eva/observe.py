@@ -110,9 +110,7 @@ def discover(
 
     with _hooked(model, widths, hook):
         run()
-    silent = [name for name, seen in calls.items() if not seen]
-    if silent:
-        raise UserError(f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter.")
+    _check_all_ran(calls)
     members: dict[tuple[int, ...], list[str]] = {}
     for name, seen in calls.items():
         members.setdefault(tuple(seen), []).append(name)
@@ -138,9 +136,7 @@ def observe(model: nn.Module, groups: Sequence[Group], run: Callable[[], Any], r
             run()
     except _Enough:
         pass
-    silent = [name for name, seen in collected.items() if not seen]
-    if silent:
-        raise UserError(f"The layer '{silent[0]}' did not run in a forward pass: leave it out of the adapter.")
+    _check_all_ran(collected)
     return [_joined(seen) for seen in collected.values()]
 
 
@@ -214,6 +210,12 @@ def _check_input(x: Any, width: int, name: str) -> None:
             f"The layer '{name}' reads {what}, where EVA expects floating-point rows {width} wide: leave it out of the "
             "adapter."
         )
+
+
+def _check_all_ran(calls: Mapping[str, Sequence[Any]]) -> None:
+    silent = [name for name, seen in calls.items() if not seen]
+    if silent:
+        raise UserError(f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter.")
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -36,9 +36,7 @@ class Peers:
         masses, means = self._gather(moments.mass), self._gather(moments.mean)  # (P, G), (P, G, d)
         mass = masses.sum(0)
         mean = (masses[..., None] * means).sum(0) / mass.clamp(min=1e-300)[:, None]
-        apart = (means - mean) * masses.sqrt()[..., None]  # (P, G, d): between the processes
-        if not moments.center:
-            apart.zero_()
+        apart = (means - mean) * masses.sqrt()[..., None]  # (P, G, d): between the processes; 0 if not centred
         moments.variance = self._sum(moments.variance) + apart.square().sum((0, 2))
         rounding = 8 * torch.finfo(moments.dtype).eps * mean.abs()  # (G, d)
         alike = (apart.abs() <= masses.sqrt()[..., None] * rounding).all(2).all(0)
