@@ -18,21 +18,19 @@ class StreamingSvd(Moments):
     power iteration, that is two products with X. Memory: O((k + n) d) a stream.
     """
 
-    noise = 1e-10
+    noise = 1e-6
 
     def _absorb(self, streams: Tensor, rows: Tensor, correction: Tensor) -> None:
         pass  # the present vectors still lack the batch; `_multiply` adds it
 
     def _multiply(self, streams: Tensor, rows: Tensor, correction: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         past, values = self.basis[streams], self.values[streams]  # V^T (A, k, d), S^2 (A, k)
-        overlap = (basis @ past.mT).double()  # (A, k, k)
+        weighted = (basis @ past.mT).double() * values[:, None]  # Q V S^2 (A, k, k)
         projected = rows @ basis.mT  # (A, n, k)
         corrected = basis @ correction[..., None]  # (A, k, 1)
-        weighted = overlap * values[:, None]  # Q V S^2
         image = (projected.mT @ rows + corrected @ correction[:, None]).double() + weighted @ past.double()
-        projected, corrected = projected.double(), corrected.double()
-        core = projected.mT @ projected + corrected @ corrected.mT + weighted @ overlap.mT
-        return image, core
+        core = image @ basis.mT.double()
+        return image, (core + core.mT) / 2
 
 
 def merge(values: Tensor, bases: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
