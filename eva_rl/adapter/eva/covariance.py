@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.adapter.eva.moments import Moments, orthonormal
+from eva_rl.adapter.eva.peers import Peers
 
 
 class Covariance(Moments):
@@ -33,6 +34,9 @@ class Covariance(Moments):
         image = torch.stack([q @ self.scatter[s] for s, q in zip(streams.tolist(), basis, strict=True)])  # (A, k, d)
         core = image @ basis.mT
         return image, (core + core.mT) / 2
+
+    def _merge(self, peers: Peers, apart: Tensor) -> None:
+        self.scatter = peers.sum(self.scatter) + torch.einsum("pgd,pge->gde", apart, apart)
 
     def _eigen(self, stream: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.scatter[stream])  # ascending; (d,), (d, d)

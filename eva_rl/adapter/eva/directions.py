@@ -15,7 +15,7 @@ def choose_rows(
     """A's rows (r, d) for a layer whose r leading components these are."""
     rank, width = leading.shape
     if settings.components == "random":
-        rows = orthonormal(_randn(rank, width, generator).to(leading))
+        rows = random_rows(rank, width, generator).to(leading)
     elif settings.components == "minor":
         rows = moments.minor(stream, rank)
     else:
@@ -31,5 +31,10 @@ def choose_rows(
     return rows.float()
 
 
-def _randn(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def random_rows(rank: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """(rank, width) float64 orthonormal rows, uniformly random."""
+    return orthonormal(_randn(rank, width, generator))
+
+
+def _randn(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     return torch.randn(rows, columns, dtype=torch.float64, generator=generator)

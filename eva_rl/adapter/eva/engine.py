@@ -34,6 +34,7 @@ from eva_rl.adapter.eva.observe import (
     input_width,
     masked_rows,
     observe,
+    output_width,
 )
 from eva_rl.adapter.eva.peers import Peers
 from eva_rl.adapter.eva.ranks import explained, redistribute
@@ -54,13 +55,14 @@ class LayerResult:
     rows: float
     """How many rows were seen; with weights, their sum."""
     batches: int
-    """Batches taken in."""
+    """Batches taken in, by this process."""
     converged_after: int | None
     """Batches until the components had converged, at the rank the layer has; None: they had not."""
     captured: float
-    """The share of variance that the components are expected to capture of what the best would, see `EvaSettings`."""
+    """The share of variance that this process's components are expected to capture of what the best would, see
+    `EvaSettings`."""
     angle: float
-    """The largest principal angle, in degrees, between the layer's subspace and that of a batch before."""
+    """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
     """The first of the layers that read the same tensor."""
 
@@ -113,6 +115,21 @@ class _Stream:
         return explained(values, float(moments.mass[index]), total, ranking).cpu()
 
 
+class Budget:
+    """What the layers' ranks may cost together."""
+
+    def __init__(self, ranks: Mapping[str, int], rho: float, costs: Mapping[str, int]):
+        self.costs = costs
+        self.limits = {name: round(rank * rho) for name, rank in ranks.items()}
+        self.total = sum(rank * costs[name] for name, rank in ranks.items())
+
+    def spent(self, streams: Sequence[_Stream], worths: Sequence[Tensor]) -> dict[str, int]:
+        """Each layer's rank, given what its stream's components are worth."""
+        worth = {name: values for s, values in zip(streams, worths, strict=True) for name in s.group.layers}
+        worth = {name: worth[name][:limit] for name, limit in self.limits.items()}
+        return redistribute(worth, self.total, self.costs)
+
+
 @torch.no_grad()
 def eva_init(
     model: nn.Module,
@@ -129,13 +146,14 @@ def eva_init(
 ) -> dict[str, LayerResult]:
     """Run batches through `model` until every layer's components have converged, and share out the ranks.
 
-    Where `torch.distributed` is initialised, every process calls this with batches of its own and gets the result for
-    the rows of all.
+    Where `torch.distributed` is initialised, every process calls this with batches of its own, the same ranks and
+    settings, and gets the result for the rows of all; an error in one is raised in all.
 
     Args:
         model: any module; it runs in evaluation mode and is left as it was, also when something raises.
-        batches: consumed one by one, no more than `settings.max_batches`.
-        ranks: nominal rank for each layer's name in `model.named_modules()`; their sum is the budget.
+        batches: consumed one by one, no more than `settings.max_batches`. How often each layer runs in a forward pass is
+            learned from the first; what it does beyond that in a later one is not seen.
+        ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget.
         token_mask: boolean tensor for a batch whose shape is that of the layers' inputs without the last dimension;
             only rows where it is True count. None: all do.
         forward: runs the model on a batch.
@@ -156,7 +174,10 @@ def eva_init(
         raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
     widths = {name: _checked_width(model, name, rank) for name, rank in ranks.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    peers, streams = Peers(together), []
+    costs = {name: widths[name] + output_width(model.get_submodule(name)) for name in ranks}
+    budget = Budget(ranks, settings.rho, costs if settings.budget == "weights" else dict.fromkeys(ranks, 1))
+    peers, streams = Peers(device, together), []
+    peers.check_alike("ranks or settings", (sorted(ranks.items()), settings))
 
     def take(batch: Any) -> Callable[[], None]:
         """Run the model on a batch; return what there is to do with its activations."""
@@ -174,13 +195,13 @@ def eva_init(
         return partial(_update, active, seen, weights)
 
     def step(update: Callable[[], None]) -> None:
-        update()
-        _judge(streams, ranks, settings, peers)
+        peers.attempt(update)
+        _judge(streams, budget, settings, peers)
 
     taken, bar = 0, tqdm(total=settings.max_batches, desc="EVA", unit="batch", leave=False, disable=not progress)
     with as_it_was(model), bar, _Updates(device) as updates:
-        for batch in _limited(batches, settings.max_batches, peers, device, updates):
-            update = take(batch) if batch is not _ENDED else _nothing
+        for batch in _limited(batches, settings.max_batches, peers, updates):
+            update = _nothing if batch is _ENDED else _deferring_errors(take, batch, peers)
             updates.wait()
             updates.start(partial(step, update))
             taken += 1
@@ -190,10 +211,11 @@ def eva_init(
                 break
     if not taken:
         raise UserError("EVA was given no batch of data: the dataset is empty.")
-    if not any(float(stream.moments.mass.sum()) for stream in streams):
+    if not float(peers.sum(sum(stream.moments.mass.sum() for stream in streams))):
         raise UserError("EVA was given no rows: the mask leaves out every token of every batch.")
+    results = _share_out(streams, budget, settings, peers)
     _warn(streams, settings, taken)
-    return _share_out(streams, ranks, settings, peers)
+    return results
 
 
 def _checked_width(model: nn.Module, name: str, rank: int) -> int:
@@ -250,19 +272,18 @@ def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequenc
             stream.captured, stream.cosines = captured[i, : stream.candidates], cosines[i, : stream.candidates]
 
 
-def _judge(streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSettings, peers: Peers) -> None:
+def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, peers: Peers) -> None:
     """Decide which streams have converged, at the ranks their layers would be given now."""
     subspace = settings.convergence == "subspace"
     measures = [(stream.captured if subspace else stream.cosines).double() for stream in streams]
     worths = [stream.worth(settings.ranking) for stream in streams]
     if peers.count > 1:
-        device = streams[0].moments.mass.device
-        means = peers.mean(torch.cat([*measures, *worths]).to(device)).cpu()
+        means = peers.mean(torch.cat([*measures, *worths])).cpu()
         means = means.split([stream.candidates for stream in streams] * 2)
         measures, worths = means[: len(streams)], means[len(streams) :]
         if subspace:  # the loss left shrinks with the number of rows, and all rows are merged
             measures = [1 - (1 - measure) / peers.count for measure in measures]
-    given = _given(streams, worths, ranks, settings)
+    given = budget.spent(streams, worths)
     for stream, measure in zip(streams, measures, strict=True):
         stream.rank = max(given[name] for name in stream.group.layers)
         used = measure[: stream.rank]
@@ -307,32 +328,24 @@ def _room(streams: Sequence[_Stream], updates: _Updates, settings: EvaSettings) 
     return room
 
 
-def _given(
-    streams: Sequence[_Stream], worths: Sequence[Tensor], ranks: Mapping[str, int], settings: EvaSettings
-) -> dict[str, int]:
-    worth = {name: values for s, values in zip(streams, worths, strict=True) for name in s.group.layers}
-    limits = {name: round(rank * settings.rho) for name, rank in ranks.items()}
-    return redistribute({name: worth[name][: limits[name]] for name in ranks}, sum(ranks.values()))
-
-
 def _share_out(
-    streams: Sequence[_Stream], ranks: Mapping[str, int], settings: EvaSettings, peers: Peers
+    streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, peers: Peers
 ) -> dict[str, LayerResult]:
     angles = [stream.moments.angle(stream.index, stream.rank) for stream in streams]
     for moments in {id(stream.moments): stream.moments for stream in streams}.values():
-        peers.combine(moments)
+        moments.combine(peers)
     leading = [stream.moments.leading(stream.index, stream.candidates) for stream in streams]
     for stream, (_, values) in zip(streams, leading, strict=True):
         stream.moments.values[stream.index, : stream.candidates] = values
     worths = [stream.worth(settings.ranking) for stream in streams]
-    given = _given(streams, worths, ranks, settings)
+    given = budget.spent(streams, worths)
     position = {name: i for i, stream in enumerate(streams) for name in stream.group.layers}
     generator = torch.Generator().manual_seed(settings.seed)
     results = {}
-    for name in ranks:
+    for name, limit in budget.limits.items():
         i = position[name]
         stream, (vectors, values) = streams[i], leading[i]
-        moments, index, limit = stream.moments, stream.index, round(ranks[name] * settings.rho)
+        moments, index = stream.moments, stream.index
         results[name] = LayerResult(
             components=choose_rows(moments, index, vectors[: given[name]], settings, generator),
             explained=worths[i][:limit].float(),
@@ -372,15 +385,33 @@ def _nothing() -> None:
     """What a process without a batch does while others still have some."""
 
 
-def _limited(batches: Iterable[Any], most: int, peers: Peers, device: torch.device, updates: _Updates) -> Iterator[Any]:
+def _deferring_errors(
+    take: Callable[[Any], Callable[[], None]], batch: Any, peers: Peers
+) -> Callable[[], None]:
+    """`take(batch)`; among several processes an error is raised by what it returns, when all can hear of it."""
+    if peers.count == 1:
+        return take(batch)
+    try:
+        return take(batch)
+    except Exception as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _limited(batches: Iterable[Any], most: int, peers: Peers, updates: _Updates) -> Iterator[Any]:
     """At most this many batches; among several processes, `_ENDED` in place of a batch until all have run out."""
     if peers.count == 1:
         yield from islice(batches, most)
         return
-    for number, batch in enumerate(islice(chain(batches, repeat(_ENDED)), most)):
+    batches = chain(batches, repeat(_ENDED))
+    for number in range(most):
         updates.wait()  # its messages and these must not cross
-        some, every = peers.all_have_one(batch is not _ENDED, device)
-        if number == 0 and not every:
+        batch = peers.attempt(partial(next, batches))
+        some = peers.how_many(batch is not _ENDED)
+        if number == 0 and some < peers.count:
             raise UserError("EVA was given no batch of data in one of the processes: give each at least one.")
         if not some:
             return

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eva_rl.adapter.eva.peers import Peers
+
 FIRST_ITERATIONS = 2
 """Power iterations on the first batch, which start from random mixtures of its rows; later ones start near their goal."""
 
@@ -193,6 +195,28 @@ class Moments(ABC):
     def angle(self, stream: int, k: int) -> float:
         """The largest principal angle, in degrees, between the first k components and those of a batch ago."""
         return principal_angle(self.before[stream, :k], self.basis[stream, :k])
+
+    def combine(self, peers: Peers) -> None:
+        """Replace every process's statistics by those of all their rows."""
+        if peers.count == 1:
+            return
+        masses, means = peers.gather(self.mass), peers.gather(self.mean)  # (P, G), (P, G, d)
+        mass = masses.sum(0)
+        mean = (masses[..., None] * means).sum(0) / mass.clamp(min=1e-300)[:, None]
+        apart = (means - mean) * masses.sqrt()[..., None]  # (P, G, d): between the processes; 0 if not centred
+        self.variance = peers.sum(self.variance) + apart.square().sum((0, 2))
+        rounding = 8 * torch.finfo(self.dtype).eps * mean.abs()  # (G, d)
+        alike = (apart.abs() <= masses.sqrt()[..., None] * rounding).all(2).all(0)
+        self.constant = alike & (peers.sum((~self.constant).int()) == 0)
+        self._merge(peers, apart)
+        self.mass, self.mean = mass, mean
+
+    @abstractmethod
+    def _merge(self, peers: Peers, apart: Tensor) -> None:
+        """Merge the components with those of every process.
+
+        `apart` (P, G, d): each process's mean less the mean of all, times the square root of its number of rows.
+        """
 
     @abstractmethod
     def _absorb(self, streams: Tensor, rows: Tensor, correction: Tensor) -> None:

@@ -84,6 +84,12 @@ def input_width(module: nn.Module, name: str) -> int:
     return width
 
 
+def output_width(module: nn.Module) -> int:
+    """The width of a linear layer's output, for the layers that `input_width` knows."""
+    base = getattr(module, "base_layer", module)
+    return base.weight.shape[1] if type(base).__name__ == "Conv1D" else base.out_features
+
+
 def discover(
     model: nn.Module, widths: Mapping[str, int], run: Callable[[], Any], rows: Rows, shared: bool = True
 ) -> tuple[list[Group], list[Tensor]]:

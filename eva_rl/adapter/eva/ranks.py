@@ -25,19 +25,26 @@ def explained(values: Tensor, rows: int, total: float, ranking: str) -> Tensor:
     return values / ((max(rows, 2) - 1) * norm) if norm > 0 else torch.zeros_like(values)
 
 
-def redistribute(worth: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Give `budget` ranks to the layers whose components are worth most; a layer gets 0 to len(worth[layer]).
+def redistribute(worth: Mapping[str, Tensor], budget: int, costs: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Spend `budget` on the components that are worth most; a layer gets 0 to len(worth[layer]) ranks.
 
     Every layer's components must be in descending order. Ties go to the layer named first.
 
+    Args:
+        costs: what a rank of each layer costs, 1 if None; what is left in the end is less than the dearest rank, unless
+            all components are bought.
+
     Raises:
-        UserError: if there are fewer components than ranks to give.
+        UserError: if the components cost less than the budget, all together.
     """
-    names = [name for name, values in worth.items() for _ in values]
-    if budget > len(names):
+    costs = costs or dict.fromkeys(worth, 1)
+    names = [name for name, values in worth.items() for _ in range(len(values))]  # a tensor is slow to iterate
+    if budget > sum(costs[name] for name in names):
         raise UserError(f"A budget of {budget} ranks was asked for, but the layers have only {len(names)} components.")
-    order = torch.cat(list(worth.values())).argsort(descending=True, stable=True)[:budget].tolist()
     ranks = dict.fromkeys(worth, 0)
-    for index in order:
-        ranks[names[index]] += 1
+    for index in torch.cat(list(worth.values())).argsort(descending=True, stable=True).tolist():
+        name = names[index]
+        if costs[name] <= budget:
+            ranks[name] += 1
+            budget -= costs[name]
     return ranks

@@ -11,6 +11,7 @@ CHOICES = {
     "method": ("streaming", "covariance"),
     "weighting": ("none", "gradient"),
     "ranking": ("ratio", "paper"),
+    "budget": ("ranks", "weights"),
     "components": ("leading", "minor", "random"),
 }
 
@@ -39,6 +40,9 @@ class EvaSettings:
     without the independence of g and x that theorem 3.2 assumes."""
     ranking: str = "ratio"
     """What components are worth when ranks are shared out: `ratio` or `paper`, see `explained`."""
+    budget: str = "ranks"
+    """What stays the same when ranks are shared out: their sum (`ranks`, as published), or the number of weights in A and B
+    (`weights`), of which a rank costs wide layers more."""
     components: str = "leading"
     """`minor` (those of least variance; needs method=covariance) and `random` (orthonormal) are the paper's ablations:
     other directions at the ranks that the leading ones would get."""

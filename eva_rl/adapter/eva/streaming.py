@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.adapter.eva.moments import Moments
+from eva_rl.adapter.eva.peers import Peers
 
 OVERSAMPLING = 8
 """Vectors kept beyond those asked for, without which the k-th component, cut off at every batch, would be learned late."""
@@ -31,6 +32,10 @@ class StreamingSvd(Moments):
         image = (projected.mT @ rows + corrected @ correction[:, None]).double() + weighted @ past.double()
         core = image @ basis.mT.double()
         return image, (core + core.mT) / 2
+
+    def _merge(self, peers: Peers, apart: Tensor) -> None:
+        self.values, basis = merge(peers.gather(self.values), peers.gather(self.basis), apart)
+        self.basis = basis.to(self.dtype)
 
 
 def merge(values: Tensor, bases: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
