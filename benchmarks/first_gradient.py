@@ -13,6 +13,7 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from peft import EvaConfig, LoraConfig
 from tqdm import tqdm
 
 from benchmarks.eva_init import RESULTS, TASK, load
-from eva_rl.adapter import EvaSettings, attach
+from eva_rl.adapter import EvaSettings, attach, starts
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer
@@ -60,11 +61,12 @@ def main() -> None:
         model, batches = load("small", 2 * a.batches, "cpu")
         seen, fresh = batches[: a.batches], batches[a.batches :]
         config = LoraConfig(r=a.rank, lora_alpha=a.rank, target_modules=list(TRUNK_LAYERS), init_lora_weights=init)
-        settings = None
+        start = None
         if init == "eva":
             config.eva_config = EvaConfig(rho=1.0)
             settings = EvaSettings(rho=1.0, tau=1.0, max_batches=a.batches, **options)
-        attach(model, config, seen, model.token_mask, (), settings, model.loss)
+            start = partial(starts.eva, settings=settings)
+        attach(model, config, seen, model.token_mask, start=start, loss=model.loss)
         model.eval()
         a_rows = [p.norm(dim=1) for n, p in model.named_parameters() if "lora_A" in n]
         rows.append(

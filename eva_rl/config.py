@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -95,6 +96,7 @@ class EvaOptions:
     tokens: str
     center: bool
     weighting: str
+    budget: str
     ranking: str
     components: str
     rotation: bool
@@ -108,12 +110,58 @@ class AdapterSettings:
 
     name: str
     trainable: str
-    """`adapter`, `all` weights or `none`."""
+    """`adapter`, `interface`, `all` weights or `none`."""
+    layers: tuple[str, ...]
+    rank: int
+    budget: str | None
+    """`params`, a number of weights, or None."""
+    tolerance: float
+    size: dict[str, float] | None
+    """The peft config's settings that the budget decides, by how much each grows with the size."""
+    sizes: tuple[int, ...] | None
     learning_rate: float
-    rank: int | None
+    ratios: dict[str, float]
+    start: str | None
+    """The name of a function of `eva_rl.adapter.starts`, or like those."""
+    start_batches: int
     config: dict[str, Any] | None
     """The peft config and its `_target_`."""
     eva: EvaOptions | None
+
+    def __post_init__(self) -> None:
+        if self.trainable not in ("adapter", "interface", "all", "none"):
+            raise UserError(
+                f"adapter.trainable={self.trainable} was given where adapter, interface, all or none was expected."
+            )
+        for name in ("rank", "start_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"adapter.{name}={getattr(self, name)} was given where at least 1 was expected.")
+        if self.budget not in (None, "params") and not (self.budget.isdecimal() and int(self.budget)):
+            raise UserError(
+                f"adapter.budget={self.budget} was given where params, a number of weights or null was expected."
+            )
+        if self.config is not None and self.budget is not None and not self.size:
+            raise UserError(
+                f"adapter.budget={self.budget} can't be met without adapter.size, the settings of adapter.config that "
+                "grow with it, such as {r: 1}: set one, or adapter.budget=null."
+            )
+
+    def peft_config(self, size: int | None = None) -> Any:
+        """The peft config, of this size or as it stands.
+
+        Raises:
+            UserError: if it can't be made of these settings.
+        """
+        grown = {} if size is None else {key: max(1, round(size * by)) for key, by in self.size.items()}
+        return instantiate(self.config | grown)
+
+    def start_function(self) -> Callable[..., Any] | None:
+        if self.start is None:
+            return None
+        try:
+            return hydra.utils.get_method(self.start)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"adapter.start={self.start} names no function ({in_one_line(error)}).") from error
 
 
 @dataclass(frozen=True)
@@ -146,6 +194,12 @@ class EvaluateConfig:
     run_dir: str | None
 
 
+@dataclass(frozen=True)
+class MergeConfig:
+    run: str
+    output: str | None
+
+
 HELP = """Settings are given as key=value; the files in configs/ explain them.
 
 Choices of whole sections (key=choice):
@@ -169,6 +223,10 @@ ConfigStore.instance().store(
         },
     },
 )
+
+
+# ${share:0.1,${steps}} in a config
+OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
 
 
 def entry_point(
@@ -198,6 +256,8 @@ def entry_point(
                 sys.exit(f"error: {explain(error, schema)}")
 
         def run() -> None:
+            for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
+                return print(choices(group))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
             try:
                 hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
@@ -217,6 +277,21 @@ def entry_point(
         return run
 
     return decorate
+
+
+def choices(group: str) -> str:
+    """The choices of a section such as `adapter`, with the first line of each one's file.
+
+    Raises:
+        SystemExit: if there is no such section.
+    """
+    folder = resources.files("eva_rl.configs") / group
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=str) if folder.is_dir() else []
+    if not files:
+        sys.exit(f"error: There is no section '{group}' to choose from.")
+    lines = [(Path(f.name).stem, f.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")) for f in files]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in lines)
 
 
 def parse(config: DictConfig, schema: type) -> Any:
@@ -284,7 +359,11 @@ def explain(error: Exception, schema: type) -> str:
     if "Could not find" in message:  # a choice of a group that there is not
         found, _, options = message.partition(" Config search path:")[0].partition(" Available options in ")
         choice = found.rpartition("Could not find ")[2].strip("'").removesuffix("'")
-        return f"There is no '{choice}'. The options are {', '.join(options.partition(':')[2].split())}."
+        group, _, name = choice.rpartition("/")
+        known = options.partition(":")[2].split()
+        listed = f"The options are {', '.join(known)}." if len(known) <= 12 else f"'{group}=?' lists all."
+        near = did_you_mean(name, known)
+        return f"There is no '{choice}'. {near if near.startswith('Did') else ''} {listed}".replace("  ", " ")
     return message.removesuffix(".") + "."
 
 

@@ -11,7 +11,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import load_base, load_notes
+    from eva_rl.model import find_adapter, load_base, load_notes
     from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
     from eva_rl.rollout import check_spaces, rollout
     from eva_rl.seeding import evaluation_seeds
@@ -29,12 +29,7 @@ def main(config: EvaluateConfig) -> None:
     with clock("load"):
         folder, notes = None, None
         if config.adapter is not None:
-            folder = Path(config.adapter)
-            folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
-            if (folder / "model").is_dir():
-                raise UserError(
-                    f"'{folder}' holds a whole model, not an adapter: set checkpoint={folder / 'model'} instead."
-                )
+            folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
             if config.checkpoint not in (None, notes.base):
                 raise UserError(

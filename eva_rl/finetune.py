@@ -4,14 +4,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 
-from eva_rl.config import FinetuneConfig, entry_point, identity, instantiate, run_folder, to_yaml
+from eva_rl.config import FinetuneConfig, entry_point, identity, run_folder, to_yaml
 
 
 @entry_point(FinetuneConfig, "finetune")
 def main(config: FinetuneConfig) -> None:
     import torch
 
-    from eva_rl.adapter import EvaSettings, attach, save_adapter, trainable_parameters
+    from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, load_base, save_base
@@ -21,11 +21,13 @@ def main(config: FinetuneConfig) -> None:
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
 
     # What was asked for. Mistakes show before anything is written.
-    rate = config.adapter.learning_rate if config.training.learning_rate is None else config.training.learning_rate
+    method, start = config.adapter, config.adapter.start_function()
+    rate = method.learning_rate if config.training.learning_rate is None else config.training.learning_rate
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
-    eva_options = asdict(config.adapter.eva) if config.adapter.eva else {}
+    eva_options = asdict(method.eva) if method.eva else {}
     tokens = eva_options.pop("tokens", "all")
-    eva = EvaSettings(**eva_options, seed=config.seed) if eva_options else None
+    if eva_options:
+        start = partial(start or starts.eva, settings=EvaSettings(**eva_options, seed=config.seed))
     device, run_dir = choose_device(config.device), run_folder(config.run_dir)
     seeds = evaluation_seeds(config.task, config.seed, config.episodes)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
@@ -35,7 +37,6 @@ def main(config: FinetuneConfig) -> None:
 
     # Trajectories -> windows for the base.
     with clock("load"):
-        peft_config = instantiate(config.adapter.config) if config.adapter.config else None
         base = load_base(config.base, device)
     with clock("collect"):
         dataset_id = source.dataset(config.demonstrations, config.seed)
@@ -48,6 +49,11 @@ def main(config: FinetuneConfig) -> None:
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
     token_mask = partial(model.token_mask, kind=model.config.check_token(tokens))
     total_parameters = sum(p.numel() for p in model.parameters())
+    peft_config = None
+    if method.config is not None:
+        peft_config = within_budget(
+            model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes
+        )
 
     # The base as it is.
     target_return = statistics.return_max if config.target_return is None else config.target_return
@@ -66,17 +72,28 @@ def main(config: FinetuneConfig) -> None:
     zero_shot = play()
 
     # Frozen base + batches -> adapter with initialised weights.
-    peft_model, found = None, {}
-    model.requires_grad_(config.adapter.trainable == "all")
+    adapter = None
+    model.requires_grad_(method.trainable == "all")
+    if method.trainable == "interface":
+        for name in model.modules_of(interface.name):
+            model.get_submodule(name).requires_grad_()
     if peft_config is not None:
         with clock("init"):
             batches = (sampler.batch(n).to(device) for n in count())
-            peft_model, found = attach(
-                model, peft_config, batches, token_mask, fresh_modules, eva, model.loss, progress=True
+            adapter = attach(
+                model,
+                peft_config,
+                batches,
+                token_mask,
+                fresh_modules,
+                start,
+                model.loss,
+                method.start_batches,
+                progress=True,
             )
     facts = {
         "task": config.task,
-        "adapter": config.adapter.name,
+        "adapter": method.name,
         "base": config.base,
         "seed": config.seed,
         "steps": config.steps,
@@ -93,13 +110,14 @@ def main(config: FinetuneConfig) -> None:
     write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None))
     print(f"run folder: {run_dir}")
     with TensorBoard(run_dir) as tensorboard:
-        if found:
-            layers = {name: layer.facts() for name, layer in found.items()}
-            write_json(run_dir / "eva.json", {"settings": asdict(config.adapter.eva), "layers": layers})
+        if adapter and adapter.eva:
+            layers = {name: layer.facts() for name, layer in adapter.eva.items()}
+            settings = asdict(method.eva) if method.eva else None
+            write_json(run_dir / "eva.json", {"settings": settings, "layers": layers})
             tensorboard.figures(0, eva_figures(layers))
         tensorboard.log(0, to_scalars(zero_shot))
         with clock("train"):
-            train(
+            trained = train(
                 model,
                 sampler.batch,
                 model.loss,
@@ -110,16 +128,18 @@ def main(config: FinetuneConfig) -> None:
                 identity(config),
                 tensorboard.log,
                 evaluate=lambda step: to_scalars(play()),
+                ratios=method.ratios,
+                companion=adapter and adapter.companion,
             )
-        if peft_model is not None:
+        if adapter is not None:
             notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
-            save_adapter(peft_model, run_dir / "adapter", config.base, {NOTES: asdict(notes)})
-            peft_model.merge_adapter()  # rollouts run at the base's speed
+            save_adapter(adapter, run_dir / "adapter", config.base, {NOTES: asdict(notes)})
+            adapter.model.merge_adapter()  # rollouts run at the base's speed
         elif facts["trainable_parameters"]:
             save_base(run_dir / "model", model, base.tasks | {config.task: statistics})
         tuned = play() if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))
-    write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned))
+    write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned, trained.tenths()))
     print("\n" + summary(facts, clock, zero_shot, tuned))
     print(f"tensorboard --logdir {run_dir}")
 

@@ -61,7 +61,7 @@ def sentence(err: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("adapter", ["none", "full", "lora", "eva"])
+@pytest.mark.parametrize("adapter", ["none", "full", "head", "lora", "eva"])
 def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, tmp_path, adapter):
     folder = tmp_path / adapter
     status, out, err = run(
@@ -80,7 +80,7 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
     assert "zero-shot" in out
     assert f"tensorboard --logdir {folder}" in out
 
-    if adapter == "full":
+    if adapter in ("full", "head"):
         status, _, err = run(
             "evaluate", f"checkpoint={folder / 'model'}", f"task={TASK}", "episodes=3", "run_dir=again"
         )
@@ -93,6 +93,68 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
     again = result_of(Path("again"))["tasks"][TASK]
     assert again["episode_return"]["mean"] == pytest.approx(result["episode_return"]["mean"])
     assert again["target_return"] == result["target_return"]
+
+
+def test_a_head_alone_leaves_the_trunk_as_it_is(run, base):
+    status, _, err = run("finetune", f"task={TASK}", "adapter=head", f"base={base}", "run_dir=run", *QUICK)
+    assert status == 0, err
+    before, after = (load_base(str(folder)).model.state_dict() for folder in (base, "run/model"))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"embedders", "heads"}
+
+
+@pytest.mark.parametrize("adapter", ["pissa", "eva"])
+def test_a_merged_run_is_a_checkpoint_that_scores_the_same_without_peft(run, base, tmp_path, adapter):
+    assert run("finetune", f"task={TASK}", f"adapter={adapter}", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    status, out, err = run("merge", "run=run", "output=merged")
+    assert status == 0, err
+    assert f"checkpoint=merged task={TASK}" in out
+    status, _, err = run("evaluate", "checkpoint=merged", f"task={TASK}", "episodes=3", "run_dir=again")
+    assert status == 0, err
+    again, before = result_of(Path("again"))["tasks"][TASK], result_of(Path("run"))
+    assert again["episode_return"]["mean"] == pytest.approx(before["episode_return"]["mean"])
+    status, _, err = run("merge", "run=run", "output=merged")
+    assert status == 1
+    assert "is there already" in sentence(err)
+
+
+def test_what_cannot_be_merged_is_refused(run, base):
+    assert run("finetune", f"task={TASK}", "adapter=full", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    status, _, err = run("merge", "run=run")
+    assert status == 1
+    assert "holds a whole model" in sentence(err)
+    status, _, err = run("merge", "run=nowhere", "output=merged")
+    assert status == 1
+    sentence(err)
+    assert not Path("merged").exists()
+
+
+def test_a_question_mark_lists_the_choices_of_a_section(run):
+    status, out, _ = run("finetune", "adapter=?")
+    assert status == 0
+    assert any(line.startswith("pissa ") and "2404.02948" in line for line in out.splitlines())
+    status, _, err = run("finetune", "nothing=?")
+    assert status == 1
+    assert "no section 'nothing'" in sentence(err)
+
+
+def test_any_method_of_peft_is_one_command(run, base):
+    arguments = ["adapter=peft", "adapter.config._target_=peft.LoHaConfig", "+adapter.config.r=2"]
+    status, _, err = run("finetune", f"task={TASK}", *arguments, f"base={base}", "run_dir=run", *QUICK)
+    assert status == 0, err
+    assert json.loads(Path("run/adapter/adapter_config.json").read_text())["peft_type"] == "LOHA"
+    status, _, err = run("finetune", f"task={TASK}", "adapter=peft", f"base={base}", "run_dir=other", *QUICK)
+    assert status == 1
+    assert "adapter.config._target_=..." in sentence(err)
+
+
+def test_a_run_tells_its_losses_and_its_memory(run, base):
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", "run_dir=run", *QUICK[1:], "steps=10"]
+    assert run("finetune", *arguments)[0] == 0
+    result = result_of(Path("run"))
+    assert len(result["loss"]) == 10
+    assert all(loss > 0 for loss in result["loss"])
+    assert result["peak_memory_mib"] > 50
 
 
 def test_the_adapter_loads_with_peft_alone(run, base, tmp_path):

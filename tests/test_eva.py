@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -480,7 +480,8 @@ def test_attached_the_function_is_the_bases_and_only_the_adapter_trains(model):
     x = make_batches(1)[0]
     model.eval()
     before = model(x).detach()
-    peft_model, found = attach(model, lora(), make_batches(8))
+    adapter = attach(model, lora(), make_batches(8))
+    peft_model, found = adapter.model, adapter.eva
     torch.testing.assert_close(peft_model(x), before, rtol=0, atol=1e-6)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
@@ -493,7 +494,8 @@ def test_alpha_over_rank_stays_constant_and_rank_0_layers_lose_their_adapter(mod
     with torch.no_grad():
         model.q.weight.zero_()  # so that the last layer reads constants, which explain nothing
         model.q.bias.zero_()
-    peft_model, found = attach(model, lora(), make_batches(8))
+    adapter = attach(model, lora(), make_batches(8))
+    peft_model, found = adapter.model, adapter.eva
     assert len(found["down"].components) == 0
     assert type(peft_model.base_model.model.down) is nn.Linear
     for name in ("q", "v"):
@@ -520,10 +522,11 @@ def test_layers_that_lost_their_adapter_do_not_get_one_back_when_it_is_loaded(tm
         base.blocks[3].q.bias.zero_()
     again = Deep()
     again.load_state_dict(base.state_dict())
-    peft_model, found = attach(base, lora(), make_batches(8))
+    adapter = attach(base, lora(), make_batches(8))
+    found = adapter.eva
     alive = {name for name, layer in found.items() if len(layer.components)}
     assert 0 < len(alive) < len(found) == 24
-    save_adapter(peft_model, tmp_path / "adapter", "deep")
+    save_adapter(adapter, tmp_path / "adapter", "deep")
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
     layers = {name.removeprefix("base_model.model.") for name, m in loaded.named_modules() if isinstance(m, LoraLayer)}
     assert layers == alive
@@ -533,13 +536,14 @@ def test_a_saved_adapter_loads_in_peft_and_merged_equals_unmerged(model, tmp_pat
     x = make_batches(1)[0]
     base = Branches()
     base.load_state_dict(model.state_dict())
-    peft_model, _ = attach(model, lora(), make_batches(8))
+    adapter = attach(model, lora(), make_batches(8))
+    peft_model = adapter.model
     for name, p in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
     peft_model.eval()
     expected = peft_model(x).detach()
-    save_adapter(peft_model, tmp_path / "adapter", "base-of-this-test")
+    save_adapter(adapter, tmp_path / "adapter", "base-of-this-test")
     again = Branches()
     again.load_state_dict(base.state_dict())
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).eval()
@@ -549,14 +553,15 @@ def test_a_saved_adapter_loads_in_peft_and_merged_equals_unmerged(model, tmp_pat
 
 
 def test_fresh_modules_are_trained_in_full_and_saved_with_the_adapter(model, tmp_path):
-    peft_model, _ = attach(model, LoraConfig(r=2, target_modules=["q", "v"]), make_batches(1), fresh_modules=("down",))
+    adapter = attach(model, LoraConfig(r=2, target_modules=["q", "v"]), fresh_modules=("down",))
+    peft_model = adapter.model
     with torch.no_grad():
         for p in peft_model.parameters():
             if p.requires_grad:
                 p.add_(0.1)
     peft_model.eval()
     expected = peft_model(make_batches(1)[0]).detach()
-    save_adapter(peft_model, tmp_path / "adapter", "base")
+    save_adapter(adapter, tmp_path / "adapter", "base")
     torch.manual_seed(0)
     merged = load_adapter(Branches(), tmp_path / "adapter").eval()
     torch.testing.assert_close(merged(make_batches(1)[0]), expected, rtol=0, atol=1e-5)
@@ -570,12 +575,12 @@ def test_layers_that_are_not_there_are_refused(model):
 def test_a_folder_without_an_adapter_and_one_of_another_model_are_refused(model, tmp_path):
     with pytest.raises(UserError, match="no adapter"):
         load_adapter(model, tmp_path)
-    peft_model = get_peft_model(Branches(width=8), LoraConfig(r=2, target_modules=["q"]))
-    save_adapter(peft_model, tmp_path / "adapter", "other")
+    adapter = attach(Branches(width=8), LoraConfig(r=2, target_modules=["q"]))
+    save_adapter(adapter, tmp_path / "adapter", "other")
     with pytest.raises(UserError, match="another model"):
         load_adapter(model, tmp_path / "adapter")
 
 
 def test_rho_of_pefts_own_config_counts_where_no_settings_are_given(model):
-    _, found = attach(model, lora(rho=1.0), make_batches(8))
+    found = attach(model, lora(rho=1.0), make_batches(8)).eva
     assert [len(layer.components) for layer in found.values()] == [3, 3, 3]

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("gymnasium", "minari", "peft", "scipy", "tensorboard", "torch", "transformers")
+MOST = 6.0
+"""Times as long as Python needs to import Hydra. Importing torch takes more than eight."""
 SIMULATORS = ("ale_py", "dm_control", "gymnasium_robotics", "metaworld", "minigrid", "mujoco")
 ENTRY_POINTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
@@ -34,16 +36,18 @@ def imported_by(statement: str, candidates: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_help_answers_in_under_a_second(entry_point: str):
-    seconds = []
+def test_help_answers_in_little_more_time_than_hydra_needs(entry_point: str):
+    """Half a second where that was measured; a machine may be slower, and is so for Hydra too."""
+    ratios = []
     for _ in range(3):
+        _, yardstick = run("-c", "import hydra")
         process, used = run("-m", entry_point, "--help")
         assert process.returncode == 0, process.stderr
         assert process.stdout.strip()
-        seconds.append(used)
-        if used < 1.0:
+        ratios.append(used / yardstick)
+        if ratios[-1] < MOST:
             break
-    assert min(seconds) < 1.0
+    assert min(ratios) < MOST
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)

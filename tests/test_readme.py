@@ -28,6 +28,7 @@ def test_every_setting_the_readme_names_in_a_command_exists():
         "finetune": config.FinetuneConfig,
         "evaluate": config.EvaluateConfig,
         "pretrain": config.PretrainConfig,
+        "merge": config.MergeConfig,
         "collect": config.CollectConfig,
         "tasks": config.TaskListConfig,
     }

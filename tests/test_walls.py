@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
 LEAVES = {"errors", "files", "interface", "seeding"}
 ROOMS = {"adapter", "configs", "data", "envs", "model", "report", "rollout", "training"}
-ENTRY_POINTS = {"collect", "evaluate", "finetune", "pretrain", "tasks", "report.__main__"}
+ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
 
 MAY_NOT_IMPORT = {
     # place        places                                                       because

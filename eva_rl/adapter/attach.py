@@ -1,18 +1,23 @@
-"""A frozen model and a peft config -> a peft model, its adapter initialised."""
+"""A frozen model and a peft config -> a peft model, its adapter initialised; the adapter's folder and back."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init, initialize_lora_eva_weights
+from eva_rl.adapter.allocator import Allocator
+from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import input_width
+from eva_rl.adapter.restore import restored
+from eva_rl.adapter.starts import Start, TaskData, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import replacing, write_json
 
@@ -20,70 +25,105 @@ if TYPE_CHECKING:  # importing peft takes seconds
     from peft import PeftConfig, PeftModel
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A model and its adapter."""
+
+    model: PeftModel
+    eva: dict[str, LayerResult]
+    """What EVA found for each layer; empty for other methods."""
+    initial: dict[str, tuple[Tensor, Tensor]]
+    """A and B, as they were at the start, of the layers whose base weight lost their product then."""
+
+    @property
+    def companion(self) -> Allocator | None:
+        """What else takes part in training, see `eva_rl.training.Companion`."""
+        return Allocator(self.model) if hasattr(self.model.base_model, "rankallocator") else None
+
+
 def attach(
     model: nn.Module,
     config: PeftConfig,
-    batches: Iterable[Any],
+    batches: Iterable[Any] = (),
     token_mask: Callable[[Any], Tensor] | None = None,
     fresh_modules: Sequence[str] = (),
-    eva: EvaSettings | None = None,
+    start: Start | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    few: int = TaskData.few,
     progress: bool = False,
-) -> tuple[PeftModel, dict[str, LayerResult]]:
+) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
     Args:
         batches: the new task's data, each an argument of `model`; read by initialisations that need it.
         token_mask: see `eva_init`.
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
-        eva: settings of an EVA initialisation, for configs with `init_lora_weights="eva"`; None: rho and tau of the
-            config's `eva_config`, and our defaults for the rest.
-        loss, progress: see `eva_init`.
-
-    Returns:
-        The peft model, and for EVA what it found for each layer (else empty).
+        start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
+            asks for.
+        loss: the loss of a batch, for initialisations that look at gradients.
+        few: batches for initialisations without a rule of their own.
+        progress: show a progress bar.
 
     Raises:
-        UserError: if the config does not fit the model, or its activations EVA; the model is then as it was.
+        UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
     """
-    from peft import get_peft_model
-    from peft.tuners.lora import LoraLayer
-
-    with_eva = getattr(config, "init_lora_weights", None) == "eva"
-    if with_eva:
+    data = TaskData(batches, token_mask, loss, few, progress)
+    if getattr(config, "init_lora_weights", None) == "eva":
         _check_targets(model, config)
+    _check_ranks(model, config)
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    with _undone_on_failure(model):
+    moves = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
+    weights = {name: p.detach().clone() for name, p in targets(model, config).items()} if moves else {}
+    with _undone_on_failure(model, weights):
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
-                peft_model = get_peft_model(model, config)
+            peft_model, found = (start or start_of(config))(model, config, data)
         except (ValueError, TypeError) as error:
             raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
-        if not with_eva:
-            return peft_model, {}
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-        ranks = {name: layer.r["default"] for name, layer in layers.items()}
-        eva = eva or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
-        with peft_model.disable_adapter():
-            found = eva_init(model, batches, ranks, eva, token_mask, loss=loss, progress=progress)
-    components = {f"base_model.model.{name}": layer.components for name, layer in found.items()}
-    initialize_lora_eva_weights(peft_model, eva_state_dict=components)
-    return peft_model, found
+        initial = {}
+        for name, layer in lora_layers(model) if weights else []:
+            if not torch.equal(layer.get_base_layer().weight, weights[name]):
+                pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                initial[name] = tuple(p.detach().clone() for p in pair)
+        if initial and config.use_dora:
+            raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
+    return Adapter(peft_model, found, initial)
+
+
+def targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Parameter]:
+    """The weights, by their modules' names, that the adapter is for."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if config.target_modules
+        and check_target_module_exists(config, name)
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
 
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:
     """Raise a `UserError` that names the first target which is no linear layer; peft's sentence would not."""
-    from peft.tuners.tuners_utils import check_target_module_exists
+    for name in targets(model, config):
+        input_width(model.get_submodule(name), name)
 
-    for name, module in model.named_modules():
-        if config.target_modules and check_target_module_exists(config, name):
-            input_width(module, name)
+
+def _check_ranks(model: nn.Module, config: PeftConfig) -> None:
+    """Raise a `UserError` that names the first layer whose rank exceeds its width."""
+    from peft.utils.other import get_pattern_key
+
+    if not hasattr(config, "lora_alpha"):
+        return
+    for name, weight in targets(model, config).items():
+        pattern = {} if hasattr(config, "init_r") else config.rank_pattern
+        rank = pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, "init_r", config.r))
+        if not 1 <= rank <= min(weight.shape):
+            raise UserError(f"Rank {rank} was asked for layer '{name}', which has {min(weight.shape)} dimensions.")
 
 
 @contextmanager
-def _undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block raises, the model's submodules and what was trainable are again what they were."""
+def _undone_on_failure(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """If the block raises, the model's submodules, these weights and what was trainable are again what they were."""
     children = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -93,18 +133,27 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
             setattr(module, name, child)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.data = weight
         raise
 
 
-def save_adapter(peft_model: PeftModel, folder: Path, base: str, notes: Mapping[str, Any] | None = None) -> None:
-    """Write the adapter in peft's own format, atomically; `base` says which model it belongs to.
+def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter in peft's own format, atomically, to be loaded on the base as it was before `attach`.
 
-    `notes`: JSON files by name, written beside peft's.
+    `base`: which model it belongs to. `notes`: JSON files by name, written beside peft's.
     """
-    peft_model.peft_config["default"].base_model_name_or_path = base
+    config = adapter.model.peft_config["default"]
+    config.base_model_name_or_path = base
     with replacing(folder) as temporary:
-        # Else peft asks the Hugging Face Hub for the base's vocabulary.
-        peft_model.save_pretrained(str(temporary), save_embedding_layers=False)
+        if adapter.initial:
+            restored_config, tensors = restored(adapter.model, adapter.initial)
+            restored_config.save_pretrained(str(temporary))
+            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            # Else peft asks the Hugging Face Hub for the base's vocabulary.
+            adapter.model.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template
         for name, content in (notes or {}).items():
             write_json(temporary / name, content)
@@ -124,7 +173,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         )
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({in_one_line(error)[:200]})."
         ) from error

@@ -1,6 +1,6 @@
 """Windows -> tokens -> causal trunk -> actions."""
 
-from eva_rl.model.checkpoint import NOTES, AdapterNotes, Base, load_base, load_notes, save_base
+from eva_rl.model.checkpoint import NOTES, AdapterNotes, Base, find_adapter, load_base, load_notes, save_base
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Base",
     "DecisionTransformer",
     "ModelConfig",
+    "find_adapter",
     "load_base",
     "load_notes",
     "save_base",

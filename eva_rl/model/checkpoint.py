@@ -125,6 +125,21 @@ NOTES = "eva_rl.json"
 """The file in an adapter's folder that holds its `AdapterNotes`."""
 
 
+def find_adapter(folder: Path) -> Path:
+    """The adapter's folder in a run's folder, or the one named itself.
+
+    Raises:
+        UserError: if the run trained a whole model instead.
+    """
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    if (folder / "model").is_dir():
+        raise UserError(
+            f"'{folder}' holds a whole model, not an adapter: name '{folder / 'model'}' as a checkpoint instead."
+        )
+    return folder
+
+
 def load_notes(folder: Path) -> AdapterNotes:
     """The notes of an adapter's folder.
 

@@ -222,7 +222,11 @@ class DecisionTransformer(nn.Module):
             self.interfaces[interface.name].require(interface, what)
             return ()
         self.add_interface(interface)
-        return (f"embedders.{interface.name}", f"heads.{interface.name}")
+        return self.modules_of(interface.name)
+
+    def modules_of(self, interface: str) -> tuple[str, str]:
+        """The names of the interface's embedder and head."""
+        return f"embedders.{interface}", f"heads.{interface}"
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""

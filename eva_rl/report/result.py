@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eva_rl.report.scores import Scores, to_json
-from eva_rl.report.stopwatch import Stopwatch
+from eva_rl.report.stopwatch import Stopwatch, peak_memory
 from eva_rl.report.table import markdown
 from eva_rl.report.versions import versions
 
 
-def run_result(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores | None) -> dict[str, Any]:
-    """The content of result.json; `tuned` is None while the run is under way."""
+def run_result(
+    facts: Mapping[str, Any],
+    clock: Stopwatch,
+    zero_shot: Scores,
+    tuned: Scores | None,
+    losses: Sequence[float] = (),
+) -> dict[str, Any]:
+    """The content of result.json; `tuned` is None while the run is under way.
+
+    `losses`: the mean training loss of each tenth of the steps.
+    """
     return {
         **facts,
+        "loss": [round(loss, 6) for loss in losses],
+        "peak_memory_mib": peak_memory(),
         **(to_json(tuned) if tuned else {}),
         "zero_shot": to_json(zero_shot),
         "seconds": clock.rounded(),

@@ -1,7 +1,8 @@
-"""Seconds by phase."""
+"""What a run costs: seconds by phase, and memory."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,3 +33,16 @@ class Stopwatch:
 
     def __str__(self) -> str:
         return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+
+
+def peak_memory() -> int | None:
+    """The most memory (MiB) this process has had in use: on CUDA once it is used there, else in RAM; None on Windows."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() // 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)

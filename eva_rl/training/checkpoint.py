@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +21,29 @@ KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
 
 
+class Companion(Protocol):
+    """What takes part in training besides the loss, such as a method that prunes ranks as it goes."""
+
+    def penalty(self) -> Tensor:
+        """A scalar added to every batch's loss."""
+
+    def after_step(self, step: int) -> None:
+        """Called after optimiser step number `step`, counted from 1, before gradients are dropped."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs of it."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The live objects of a training run that a checkpoint writes from and reads into."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    companion: Companion | None
     identity: Mapping[str, Any]
     """What must be the same for one run to continue another, such as its steps, task and seed."""
 
@@ -65,13 +82,15 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
     for name, p in state.parameters.items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.optimizer.state[p].items()}
+    if state.companion is not None:
+        tensors |= {f"companion.{key}": value for key, value in state.companion.state_dict().items()}
     tensors |= {"losses": losses, "rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     path = folder / f"step-{len(losses):08d}.safetensors"
     with replacing(path) as temporary:
         save_file(
-            {name: value.cpu().contiguous() for name, value in tensors.items()},
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary,
             metadata={"identity": json.dumps(state.identity), "seconds": str(seconds)},
         )
@@ -111,6 +130,11 @@ def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> 
             state.optimizer.state[p] = {
                 key.removeprefix(prefix): value.to(p.device) for key, value in tensors.items() if key.startswith(prefix)
             }
+    if state.companion is not None:
+        device = next(iter(state.parameters.values())).device
+        prefix = "companion."
+        own = {n.removeprefix(prefix): value.to(device) for n, value in tensors.items() if n.startswith(prefix)}
+        state.companion.load_state_dict(own)
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])

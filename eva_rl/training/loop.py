@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch
-from eva_rl.training.checkpoint import TrainingState, check_run, load_newest, save
+from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
 from eva_rl.training.precision import autocast, check_precision
 
 
@@ -61,6 +61,12 @@ class TrainingResult:
     seconds: float
     """Wall time of all steps, those before an interruption included; evaluations too."""
 
+    def tenths(self) -> list[float]:
+        """The mean loss of each tenth of the steps; none where there are fewer than ten."""
+        n = len(self.losses)
+        parts = [self.losses[n * i // 10 : n * (i + 1) // 10] for i in range(10)] if n >= 10 else []
+        return [sum(part) / len(part) for part in parts]
+
 
 def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
     """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`."""
@@ -69,6 +75,24 @@ def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
     progress = (step - config.warmup) / max(1, steps - config.warmup)
     span = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _groups(
+    trainable: Mapping[str, nn.Parameter], config: TrainingConfig, ratios: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The optimiser's groups: parameters of one learning rate and one weight decay each.
+
+    Raises:
+        UserError: if a ratio is for parameters that there are not.
+    """
+    for word in ratios:
+        if not any(word in name for name in trainable):
+            raise UserError(f"adapter.ratios names '{word}', which is part of no trainable parameter's name.")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        ratio = math.prod(value for word, value in ratios.items() if word in name)
+        groups.setdefault((ratio, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
+    return [{"params": ps, "ratio": ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()]
 
 
 def train(
@@ -82,6 +106,8 @@ def train(
     identity: Mapping[str, Any] | None = None,
     log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    ratios: Mapping[str, float] | None = None,
+    companion: Companion | None = None,
 ) -> TrainingResult:
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
@@ -95,6 +121,8 @@ def train(
         identity: what must be the same for a resumed run to continue this one, such as its task and seed; None: `config`.
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
+        ratios: parameters whose names contain this word learn at this multiple of the learning rate.
+        companion: what else takes part; its penalty is not part of the losses returned and logged.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
@@ -106,15 +134,8 @@ def train(
         model.eval()
         return TrainingResult([], 0.0)
     device = next(iter(trainable.values())).device
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trainable.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        fused=True,
-    )
-    state = TrainingState(trainable, optimizer, {"steps": steps, **identity})
+    optimizer = torch.optim.AdamW(_groups(trainable, config, ratios or {}), lr=config.learning_rate, fused=True)
+    state = TrainingState(trainable, optimizer, companion, {"steps": steps, **identity})
     losses: list[float] = []
     started = time.perf_counter()
     if resume:
@@ -123,12 +144,13 @@ def train(
     model.train()
     with tqdm(total=steps, initial=len(losses), desc="train", unit="step") as bar:
         for step in range(len(losses), steps):
+            rate = learning_rate_at(step, steps, config)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, config)
+                group["lr"] = rate * group["ratio"]
             batch = batches(step).to(device)
             with autocast(config.precision, device):
                 value = loss(batch)
-            value.backward()
+            (value if companion is None else value + companion.penalty()).backward()
             gradient_norm = nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
             losses.append(value.item())
             if not (math.isfinite(losses[-1]) and gradient_norm.isfinite()):
@@ -137,6 +159,8 @@ def train(
                     f"lower training.learning_rate (it is {config.learning_rate:g}) or look for extreme values in the dataset."
                 )
             optimizer.step()
+            if companion is not None:
+                companion.after_step(step + 1)
             optimizer.zero_grad()
             done = step + 1
             bar.update()
@@ -144,7 +168,7 @@ def train(
                 recent = losses[-config.log_every :]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
                 scalars = {"loss": sum(recent) / len(recent), "gradient_norm": gradient_norm.item()}
-                log(done, {f"train/{k}": v for k, v in scalars.items()} | {"train/learning_rate": group["lr"]})
+                log(done, {f"train/{k}": v for k, v in scalars.items()} | {"train/learning_rate": rate})
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
                 model.eval()
                 log(done, evaluate(done))

@@ -385,15 +385,13 @@ def _nothing() -> None:
     """What a process without a batch does while others still have some."""
 
 
-def _deferring_errors(
-    take: Callable[[Any], Callable[[], None]], batch: Any, peers: Peers
-) -> Callable[[], None]:
+def _deferring_errors(take: Callable[[Any], Callable[[], None]], batch: Any, peers: Peers) -> Callable[[], None]:
     """`take(batch)`; among several processes an error is raised by what it returns, when all can hear of it."""
     if peers.count == 1:
         return take(batch)
     try:
         return take(batch)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (raised a little later, whatever it is)
         return partial(_raise, error)
 
 

@@ -53,7 +53,7 @@ class Peers:
         failure = result = None
         try:
             result = function()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (raised once the others know of it)
             failure = error
         failures = self.how_many(failure is not None)
         if failure is not None:

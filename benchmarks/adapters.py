@@ -1,0 +1,142 @@
+"""Every adapter on two tasks the base has not seen, as many trainable weights each: loss, success, cost.
+
+    python -m benchmarks.adapters
+
+Runs are kept under benchmarks/results/adapters/ and not repeated; `--table` makes the table and the picture of those there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import run_cells
+from benchmarks.eva_init import RESULTS
+from eva_rl.config import choices
+from eva_rl.files import replacing, write_text
+from eva_rl.report import markdown, mean, proportion
+
+TASKS = ("metaworld/push-back-v3", "metaworld/peg-unplug-side-v3")
+FOLDER = RESULTS / "adapters"
+COLUMNS = ("adapter", "weights", "share", "loss at 10 %", "at 50 %", "at 100 %")
+COSTS = ("init s", "s a step", "MiB")
+
+
+def cells(methods: Sequence[str], seeds: Sequence[int], steps: int, episodes: int) -> dict[str, list[str]]:
+    return {
+        f"{task.rpartition('/')[2]}/{method}-{seed}": [
+            f"task={task}",
+            f"adapter={method}",
+            f"seed={seed}",
+            f"steps={steps}",
+            f"episodes={episodes}",
+        ]
+        for seed in seeds
+        for method in methods
+        for task in TASKS
+    }
+
+
+def row(method: str, runs: Sequence[dict[str, Any]]) -> list[object]:
+    """A method's runs as a row of the table."""
+
+    def average(values: Sequence[float]) -> float:
+        return statistics.mean(values)
+
+    share = average([r["trainable_parameters"] / r["total_parameters"] for r in runs])
+    losses = [f"{average([r['loss'][tenth] for r in runs]):.4f}" if runs[0]["loss"] else None for tenth in (0, 4, 9)]
+    success = [str(success_of([r for r in runs if r["task"] == task])) for task in TASKS]
+    return [
+        method,
+        f"{average([r['trainable_parameters'] for r in runs]):,.0f}",
+        f"{100 * share:.2f} %",
+        *losses,
+        *success,
+        str(success_of(runs)),
+        f"{average([r['seconds']['init'] for r in runs]):.1f}",
+        f"{average([r['seconds']['train'] / max(r['steps'], 1) for r in runs]):.2f}",
+        f"{average([r['peak_memory_mib'] for r in runs]):.0f}",
+        len(runs),
+    ]
+
+
+def success_of(runs: Sequence[dict[str, Any]]) -> object:
+    """The share of all these runs' episodes that succeeded. Its interval treats episodes of one run as independent."""
+    solved = sum(round(r["success_rate"]["mean"] * r["success_rate"]["n"]) for r in runs)
+    episodes = sum(r["success_rate"]["n"] for r in runs)
+    return proportion([True] * solved + [False] * (episodes - solved)) if episodes else None
+
+
+def picture(groups: dict[str, list[dict[str, Any]]]) -> bytes:
+    """Success against trainable weights, a dot for each method, with the spread over seeds, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for method, runs in groups.items():
+        weights = statistics.mean(r["trainable_parameters"] for r in runs)
+        seeds = sorted({r["seed"] for r in runs})
+        by_seed = [success_of([r for r in runs if r["seed"] == seed]).mean for seed in seeds]
+        found = mean(by_seed)
+        color = "C3" if method.startswith("eva") else "C0"
+        axes.errorbar(
+            max(weights, 1),
+            found.mean,
+            yerr=[[found.mean - min(by_seed)], [max(by_seed) - found.mean]],
+            fmt="o",
+            color=color,
+        )
+        axes.annotate(method, (max(weights, 1), found.mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xscale("symlog", linthresh=1000)
+    axes.set(
+        xlabel="trainable weights", ylabel="success, mean of both tasks (bar: from the lowest to the highest seed)"
+    )
+    axes.set_ylim(-0.03, 1.05)
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    a = parser.parse_args()
+    known = [line.split()[0] for line in choices("adapter").splitlines()]
+    methods = a.methods or [name for name in known if name != "peft"]
+    wanted = cells(methods, a.seeds, a.steps, a.episodes)
+    if a.table:
+        wanted = {name: arguments for name, arguments in wanted.items() if (FOLDER / f"{name}.json").is_file()}
+    found = run_cells(wanted, FOLDER, a.workers)
+    groups = {
+        method: runs
+        for method in methods
+        if (runs := [result for name, result in found.items() if name.rpartition("/")[2].rpartition("-")[0] == method])
+    }
+    short = [task.rpartition("/")[2] for task in TASKS]
+    header = [*COLUMNS, *short, "both", *COSTS, "runs"]
+    ranked = sorted(groups.items(), key=lambda item: -success_of(item[1]).mean)
+    table = markdown(header, [row(method, runs) for method, runs in ranked])
+    head = f"`python -m benchmarks.adapters --steps {a.steps} --episodes {a.episodes} --seeds {' '.join(map(str, a.seeds))}`"
+    used = next(iter(found.values()))["versions"]
+    text = (
+        f"{head}\n\n{', '.join(f'{name} {version}' for name, version in used.items())}; {a.workers} runs at a time, which "
+        "share the cores.\n\nMeans over tasks and seeds; success with the 95 % interval over all episodes, as if those of "
+        f"one seed were independent.\n\n{table}\n\n![success against trainable weights](adapters.png)\n"
+    )
+    write_text(Path(f"{FOLDER}.md"), text)
+    with replacing(Path(f"{FOLDER}.png")) as temporary:
+        temporary.write_bytes(picture(groups))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

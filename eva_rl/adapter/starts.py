@@ -1,0 +1,174 @@
+"""How an adapter starts: functions (model, peft config, data) -> (peft model with initialised adapter, what EVA found).
+
+`attach` takes the one that the config's `init_lora_weights` asks for, or one that is named. peft's own initialisations
+that need no data go through `plain`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init, initialize_lora_eva_weights
+from eva_rl.adapter.eva.directions import random_rows
+from eva_rl.adapter.eva.observe import as_it_was, discover, input_width, masked_rows
+from eva_rl.errors import UserError
+
+if TYPE_CHECKING:  # importing peft takes seconds
+    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What an initialisation may look at: the new task's batches, and what the model makes of them."""
+
+    batches: Iterable[Any]
+    """Each an argument of the model."""
+    token_mask: Callable[[Any], Tensor] | None = None
+    """A batch's rows that count, see `eva_init`."""
+    loss: Callable[[Any], Tensor] | None = None
+    few: int = 16
+    """Batches for an initialisation that has no rule of its own for when to stop."""
+    progress: bool = False
+
+    def first(self, what: str) -> Iterator[Any]:
+        """The first few batches.
+
+        Raises:
+            UserError: if there is none; the sentence names `what` needs them.
+        """
+        empty = True
+        for batch in islice(self.batches, self.few):
+            empty = False
+            yield batch
+        if empty:
+            raise UserError(f"{what} was given no batch of data: the dataset is empty.")
+
+
+Start = Callable[[nn.Module, "PeftConfig", TaskData], "tuple[PeftModel, dict[str, LayerResult]]"]
+
+
+def start_of(config: PeftConfig) -> Start:
+    """The start that peft's `init_lora_weights` asks for."""
+    return {"eva": eva, "corda": corda, "lora_ga": lora_ga}.get(getattr(config, "init_lora_weights", None), plain)
+
+
+def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """As the config alone says."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
+        return get_peft_model(model, config), {}
+
+
+def eva(
+    model: nn.Module, config: LoraConfig, data: TaskData, settings: EvaSettings | None = None
+) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """A from the components of the layers' inputs, B zero; see `eva_init`.
+
+    `settings`: None: rho and tau of the config's `eva_config`, and our defaults for the rest.
+    """
+    config.init_lora_weights = "eva"
+    peft_model, _ = plain(model, config, data)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(model)}
+    settings = settings or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
+    with peft_model.disable_adapter():
+        found = eva_init(model, data.batches, ranks, settings, data.token_mask, loss=data.loss, progress=data.progress)
+    components = {f"base_model.model.{name}": layer.components for name, layer in found.items()}
+    initialize_lora_eva_weights(peft_model, eva_state_dict=components)
+    return peft_model, found
+
+
+def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """Random orthonormal rows in A, B zero: rows as long as EVA's, in directions that know nothing of the task."""
+    peft_model, _ = plain(model, config, data)
+    for _, layer in lora_layers(model):
+        weight = layer.lora_A["default"].weight
+        weight.data = random_rows(*weight.shape).to(weight)
+    return peft_model, {}
+
+
+@torch.no_grad()
+def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """A and B from W's minor singular components, which leave W (Wang et al. 2024, arXiv 2406.09044, eq. 4-6).
+
+    W = U S V^T; with the r smallest singular values: s B A = U_r S_r V_r^T, A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s),
+    and W - s B A stays frozen, s being LoRA's scale.
+    """
+    peft_model, _ = plain(model, config, data)
+    for _, layer in lora_layers(model):
+        base = layer.get_base_layer().weight
+        rank, scale = layer.r["default"], layer.scaling["default"]
+        oriented = base.T if layer.fan_in_fan_out else base
+        u, s, vt = torch.linalg.svd(oriented.float(), full_matrices=False)  # (out, m), (m,), (m, in)
+        root = (s[-rank:] / scale).sqrt()
+        a, b = root[:, None] * vt[-rank:], u[:, -rank:] * root  # (r, in), (out, r)
+        layer.lora_A["default"].weight.data = a.to(base.dtype).contiguous()
+        layer.lora_B["default"].weight.data = b.to(base.dtype).contiguous()
+        moved = scale * b @ a
+        base.data = base.data - (moved.T if layer.fan_in_fan_out else moved).to(base.dtype)
+    return peft_model, {}
+
+
+def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """A and B from the singular vectors of the loss's mean gradient: peft's `preprocess_loraga`."""
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    if data.loss is None:
+        raise UserError("LoRA-GA needs the loss of a batch: give `loss`.")
+
+    def run() -> None:
+        for batch in data.first("LoRA-GA"):
+            data.loss(batch).backward()
+
+    with as_it_was(model):
+        preprocess_loraga(model, config, run)
+    return plain(model, config, data)
+
+
+@torch.no_grad()
+def corda(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """A and B from the singular vectors of W C, C being the inputs' covariance: peft's `preprocess_corda`.
+
+    Only the covariances are ours: peft's hooks take batches of one sequence, and padding for data.
+    """
+    from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens, target_modules
+    from peft.utils.other import get_pattern_key
+
+    layers = dict(target_modules(model, config))
+    widths = {name: input_width(layer, name) for name, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
+    rows = 0
+    with as_it_was(model):
+        for batch in data.first("CorDA"):
+            chosen = masked_rows(data.token_mask(batch) if data.token_mask else None)
+            groups, seen = discover(model, widths, lambda batch=batch: model(batch), chosen)
+            for group, x in zip(groups, seen, strict=True):
+                product = x.float().T @ x.float()  # (d, d)
+                for name in group.layers:
+                    sums[name] = sums.get(name, 0) + product
+            rows += len(seen[0])
+    for name, layer in layers.items():
+        key = get_pattern_key(config.rank_pattern.keys(), name)
+        layer.rank, layer.corda_method = config.rank_pattern.get(key, config.r), config.corda_config.corda_method
+        layer.covariance_matrix = sums[name] / rows
+    collect_eigens(model, config, verbose=False)
+    crop_corda_eigens(model, config)
+    for layer in layers.values():
+        del layer.rank, layer.corda_method, layer.covariance_matrix
+    return plain(model, config, data)
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The layers with LoRA and their names."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

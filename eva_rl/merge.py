@@ -1,0 +1,27 @@
+"""A run's base and adapter -> one checkpoint that needs no peft: `python -m eva_rl.merge run=...`."""
+
+from pathlib import Path
+
+from eva_rl.config import MergeConfig, entry_point
+
+
+@entry_point(MergeConfig, "merge")
+def main(config: MergeConfig) -> None:
+    from eva_rl.adapter import load_adapter
+    from eva_rl.errors import UserError
+    from eva_rl.model import find_adapter, load_base, load_notes, save_base
+
+    folder = find_adapter(Path(config.run))
+    notes = load_notes(folder)
+    output = Path(config.output) if config.output is not None else folder.parent / "model"
+    if output.exists():
+        raise UserError(f"'{output}' is there already: name another folder with output=..., or remove it.")
+    base = load_base(notes.base)
+    base.model.connect(notes.interface, f"The adapter in '{folder}'")
+    merged = load_adapter(base.model, folder)
+    save_base(output, merged, base.tasks | {notes.task: notes.statistics})
+    print(f"python -m eva_rl.evaluate checkpoint={output} task={notes.task}")
+
+
+if __name__ == "__main__":
+    main()

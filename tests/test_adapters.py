@@ -1,0 +1,436 @@
+"""Every method of configs/adapter/: how it starts, trains, is saved, loaded, merged and resumed."""
+
+import copy
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from peft import LoraConfig
+from torch import Tensor
+
+from eva_rl.adapter import Adapter, EvaSettings, attach, load_adapter, save_adapter, starts, trainable_parameters
+from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
+from eva_rl.adapter.eva.moments import principal_angle
+from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
+from eva_rl.errors import UserError
+from eva_rl.interface import Batch, Interface
+from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
+from eva_rl.training import TrainingConfig, train
+
+ALL = sorted(
+    Path(f.name).stem for f in (resources.files("eva_rl.configs") / "adapter").iterdir() if f.name.endswith(".yaml")
+)
+WITHOUT_ADAPTER = ["none", "full", "head"]
+METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
+BUDGETED = [name for name in METHODS if name not in ("ia3", "road", "vera")]
+CHANGE_THE_BASE = ["pissa", "olora", "milora", "lora_ga", "corda"]
+STEPS = 20
+WIDTH = 64
+TRAINING = TrainingConfig(batch_size=8, warmup=2, precision="float32", checkpoint_every=STEPS // 2)
+
+
+@functools.cache
+def settings(name: str, *overrides: str) -> AdapterSettings:
+    with initialize_config_module("eva_rl.configs", version_base="1.3"):
+        arguments = ["task=dummy/Steps-v0", f"adapter={name}", f"steps={STEPS}", *overrides]
+        return parse(compose("finetune", overrides=arguments), FinetuneConfig).adapter
+
+
+def make_model() -> DecisionTransformer:
+    """A trunk of two blocks whose weights are large enough for their singular vectors to matter."""
+    torch.manual_seed(0)
+    interface = Interface("toy", 5, "continuous", 2, (0.0,) * 5, (1.0,) * 5, (0.0,) * 2, (1.0,) * 2, 1.0, 1.0)
+    model = DecisionTransformer(ModelConfig(layers=2, heads=2, width=WIDTH, context=6, dropout=0.0), [interface])
+    for block in model.trunk.blocks:
+        for name in TRUNK_LAYERS:
+            module = dict(block.named_modules())[f"{'feed_forward' if name in ('up', 'down') else 'attention'}.{name}"]
+            torch.nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+    return model.eval()
+
+
+def make_batch(number: int) -> Batch:
+    """Windows whose actions follow from their states; the last ones are padded."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    observations = torch.randn(8, 6, 5, generator=generator)
+    mask = torch.ones(8, 6, dtype=torch.bool)
+    mask[-2:, 4:] = False
+    actions = torch.tanh(observations[..., :2] * 2 - observations[..., 2:4])
+    zeros = torch.zeros(8, 6)
+    return Batch(observations * mask[..., None], actions * mask[..., None], zeros, zeros, mask, "toy")
+
+
+def attached(name: str, model: DecisionTransformer, *overrides: str) -> Adapter:
+    method = settings(name, *overrides)
+    torch.manual_seed(0)
+    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
+    start = method.start_function()
+    if method.eva is not None:
+        chosen = {key: value for key, value in vars(method.eva).items() if key != "tokens"}
+        start = functools.partial(starts.eva, settings=EvaSettings(**chosen))
+    batches = map(make_batch, itertools.count())
+    return attach(model, config, batches, model.token_mask, start=start, loss=model.loss, few=4)
+
+
+def trained(
+    adapter: Adapter, model: DecisionTransformer, name: str, folder: Path, steps: int = STEPS, resume: bool = False
+) -> list[float]:
+    torch.manual_seed(1)
+    batches = lambda number: make_batch(number % 4)  # noqa: E731
+    return train(model, batches, model.loss, steps, training(name), folder, resume, **options(adapter, name)).losses
+
+
+def training(name: str) -> TrainingConfig:
+    return replace(TRAINING, learning_rate=settings(name).learning_rate)
+
+
+def options(adapter: Adapter, name: str) -> dict[str, object]:
+    return {"ratios": settings(name).ratios, "companion": adapter.companion}
+
+
+@torch.no_grad()
+def actions(model: torch.nn.Module) -> Tensor:
+    return model(make_batch(77))
+
+
+def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of everything that an adapter leaves alone."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: p.detach().clone() for name, p in frozen.items() if "ranknum" not in name}
+
+
+@dataclass
+class Trained:
+    """What became of one method, from its start to its saved adapter."""
+
+    start_difference: float
+    frozen_moved: list[str]
+    losses: list[float]
+    actions: Tensor
+    folder: Path
+    trainable: int
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory):
+    """Train a method once, whoever asks first."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    @functools.cache
+    def of(name: str) -> Trained:
+        model = make_model()
+        expected = actions(model)
+        adapter = attached(name, model)
+        difference = float((actions(model.eval()) - expected).abs().max())
+        before = base_weights(model)
+        losses = trained(adapter, model, name, folder / name / "checkpoints")
+        after = dict(model.named_parameters())
+        moved = [n for n, p in before.items() if not torch.equal(after[n], p)]
+        save_adapter(adapter, folder / name / "adapter", "toy")
+        return Trained(
+            difference, moved, losses, actions(model.eval()), folder / name / "adapter", trainable_parameters(model)
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_at_the_start_the_function_is_the_bases(trainings, name):
+    assert trainings(name).start_difference <= 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_few_steps_lower_the_loss(trainings, name):
+    losses = trainings(name).losses
+    assert len(losses) == STEPS
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_weights_have_not_moved_by_a_bit(trainings, name):
+    assert trainings(name).frozen_moved == []
+
+
+@pytest.mark.parametrize("name", sorted({*BUDGETED} - {"oft", "boft"}))
+def test_as_many_weights_are_trained_as_lora_of_the_rank_would(trainings, name):
+    wide = [m for n, m in make_model().trunk.named_modules() if n.endswith(TRUNK_LAYERS)]
+    assert trainings(name).trainable == pytest.approx(8 * sum(sum(m.weight.shape) for m in wide), rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("oft", 0.05), ("boft", 0.07), ("randlora", 0.05), ("eva_dora", 0.05)])
+def test_on_the_shipped_bases_trunk_the_budget_is_met(name, tolerance):
+    """Blocks must divide the width, so that not every trunk has some of the right size."""
+    model = DecisionTransformer(ModelConfig(layers=4, heads=4, width=256, context=20))
+    method = settings(name)
+    assert method.tolerance == tolerance
+    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
+    assert count(model, config) == pytest.approx(147_456, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_counted_without_memory_there_are_as_many_weights_as_are_trained(trainings, name):
+    method, model = settings(name), make_model()
+    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
+    counted = count(model, config)
+    if name.startswith("eva_") and method.eva.rho > 1:
+        assert trainings(name).trainable == pytest.approx(counted, rel=0.05)  # less than a rank is left over
+    else:
+        assert trainings(name).trainable == counted
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loaded_on_the_base_and_merged_it_acts_as_before_it_was_saved(trainings, name):
+    found = trainings(name)
+    assert (found.actions - actions(make_model())).abs().max() > 1e-3  # it has learned something to be lost
+    unmerged = peft.PeftModel.from_pretrained(make_model(), str(found.folder)).eval()
+    torch.testing.assert_close(actions(unmerged), found.actions, rtol=0, atol=1e-4)
+    merged = load_adapter(make_model(), found.folder).eval()
+    torch.testing.assert_close(actions(merged), found.actions, rtol=0, atol=1e-4)
+    assert isinstance(merged, DecisionTransformer)
+    assert {name: p.shape for name, p in merged.state_dict().items()} == {
+        name: p.shape for name, p in make_model().state_dict().items()
+    }
+
+
+FRESH = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+sys.path.insert(0, {tests!r})
+from test_adapters import actions, make_model
+from peft import PeftModel
+torch.set_num_threads(1)
+found = {{name: actions(PeftModel.from_pretrained(make_model(), folder).eval()) for name, folder in {folders!r}.items()}}
+save_file(found, {output!r})
+"""
+
+
+def test_a_fresh_process_loads_the_same_actions(trainings, tmp_path):
+    from safetensors.torch import load_file
+
+    folders = {name: str(trainings(name).folder) for name in METHODS}
+    script = FRESH.format(tests=str(Path(__file__).parent), folders=folders, output=str(tmp_path / "found"))
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    found = load_file(tmp_path / "found")
+    for name in METHODS:
+        torch.testing.assert_close(
+            found[name], trainings(name).actions, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def interrupted(number: int) -> Batch:
+        if number == STEPS // 2 + 3:
+            raise Stop
+        return make_batch(number % 4)
+
+    model = make_model()
+    adapter = attached(name, model)
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        train(model, interrupted, model.loss, STEPS, training(name), tmp_path, **options(adapter, name))
+    model = make_model()
+    adapter = attached(name, model)
+    losses = trained(adapter, model, name, tmp_path, resume=True)
+    assert losses == trainings(name).losses
+    torch.testing.assert_close(actions(model.eval()), trainings(name).actions, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CHANGE_THE_BASE)
+def test_what_changes_the_base_is_saved_as_lora_of_twice_the_rank_for_the_base_as_it_was(trainings, name):
+    config = json.loads((trainings(name).folder / "adapter_config.json").read_text())
+    assert config["r"] == 2 * 8
+    assert config["lora_alpha"] / config["r"] == 1
+    assert config["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"rank_pattern": {"up": 3}, "alpha_pattern": {"up": 5}}])
+def test_a_changed_base_is_made_up_for_at_any_scale(tmp_path, changes):
+    model = make_model()
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(TRUNK_LAYERS), init_lora_weights="pissa", **changes)
+    adapter = attach(model, config)
+    trained(adapter, model, "lora", tmp_path / "checkpoints", steps=5)
+    save_adapter(adapter, tmp_path / "adapter", "toy")
+    loaded = peft.PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(actions(loaded), actions(model.eval()), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_milora_takes_the_minor_singular_components_out_of_the_base():
+    before, model = make_model(), make_model()
+    attached("milora", model)
+    for name in ("trunk.blocks.0.attention.q", "trunk.blocks.1.feed_forward.up"):
+        original, layer = before.get_submodule(name).weight, model.get_submodule(name)
+        u, s, vt = torch.linalg.svd(original, full_matrices=False)
+        minor = u[:, -8:] * s[-8:] @ vt[-8:]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(layer.scaling["default"] * b @ a, minor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.base_layer.weight, original - minor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def test_orthogonal_starts_in_orthonormal_rows_that_differ_between_seeds():
+    rows = []
+    for seed in (0, 1):
+        model = make_model()
+        torch.manual_seed(seed)
+        attach(model, LoraConfig(r=8, target_modules=list(TRUNK_LAYERS)), start=starts.orthogonal)
+        weight = model.trunk.blocks[0].attention.q.lora_A["default"].weight.detach()
+        torch.testing.assert_close(weight @ weight.T, torch.eye(8), rtol=0, atol=1e-5)
+        rows.append(weight)
+    assert principal_angle(*rows) > 30
+
+
+@torch.no_grad()
+def test_corda_looks_at_the_tokens_that_count_and_no_others():
+    """Padding filled with anything changes nothing, and the components are those of W C."""
+    models = []
+    for padding in (0.0, 100.0):
+        model = make_model()
+        batch = make_batch(0)
+        batch.observations[~batch.mask] = padding
+        method = settings("corda")
+        attach(model, method.peft_config(8), [batch], model.token_mask, few=1)
+        models.append(model)
+    layers = [model.trunk.blocks[1].feed_forward.up for model in models]
+    torch.testing.assert_close(layers[0].base_layer.weight, layers[1].base_layer.weight, rtol=0, atol=1e-5)
+
+    base, seen = make_model(), []
+    base.trunk.blocks[1].feed_forward.up.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    batch = make_batch(0)
+    base(batch)
+    x = seen[0][base.token_mask(batch)]
+    covariance = x.T @ x / len(x)
+    covariance += 0.01 * covariance.diagonal().mean() * torch.eye(WIDTH)  # CorDA's damping
+    weight = base.trunk.blocks[1].feed_forward.up.weight
+    u, _, _ = torch.linalg.svd(weight @ covariance, full_matrices=False)
+    assert principal_angle(layers[0].lora_B["default"].weight.T, u[:, :8].T) < 0.1
+
+
+def test_lora_ga_starts_in_the_singular_vectors_of_the_mean_gradient():
+    base, model = make_model(), make_model()
+    batches = [make_batch(n) for n in range(3)]
+    attach(model, settings("lora_ga").peft_config(4), batches, model.token_mask, loss=model.loss, few=3)
+    sum(base.loss(batch) for batch in batches).backward()
+    name = "trunk.blocks.0.attention.v"
+    _, _, vt = torch.linalg.svd(base.get_submodule(name).weight.grad)
+    a = model.get_submodule(name).lora_A["default"].weight.detach()
+    assert principal_angle(a, vt[:4]) < 1
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_lora_plus_lets_b_learn_sixteen_times_as_fast(tmp_path):
+    model = make_model()
+    adapter = attached("lora_plus", model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    config = TrainingConfig(batch_size=8, warmup=0, learning_rate=1e-4, weight_decay=0.0, precision="float32")
+    train(model, make_batch, model.loss, 2, config, tmp_path, ratios=settings("lora_plus").ratios)
+    moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters() if n in before}
+    assert max(m for n, m in moved.items() if "lora_B" in n) == pytest.approx(2 * 16 * 1e-4, rel=0.7)
+    assert max(m for n, m in moved.items() if "lora_A" in n) == pytest.approx(1 * 1e-4, rel=0.7)
+    assert adapter.companion is None
+
+
+def test_adalora_ends_with_fewer_ranks_than_it_began_with(trainings):
+    weights = json.loads((trainings("adalora").folder / "adapter_config.json").read_text())["rank_pattern"]
+    kept = sum(sum(mask) for mask in weights.values())
+    ranks = [len(mask) for mask in weights.values()]
+    assert kept == settings("adalora").peft_config(8).target_r * len(ranks) < sum(ranks)
+
+
+def test_dora_meets_the_budget_by_one_rank_more_in_some_layers():
+    model, method = make_model(), settings("dora")
+    budget = lora_weights(model, method.peft_config(), 8)
+    config = matched(model, method.peft_config, budget, 0.01)
+    assert 0 < len(config.rank_pattern) < 12
+    assert set(config.rank_pattern.values()) == {config.r + 1}
+    assert config.alpha_pattern == config.rank_pattern  # alpha / r stays 1
+    assert count(model, config) == pytest.approx(budget, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["lora", "randlora", "fourierft", "hra"])
+@pytest.mark.parametrize("budget", ["25000", "50000"])
+def test_a_budget_can_be_a_number(name, budget):
+    model = make_model()
+    adapter = attached(name, model, f"adapter.budget={budget}", "adapter.tolerance=0.1")
+    assert trainable_parameters(adapter.model) == pytest.approx(int(budget), rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "budget"), [("lora", "10"), ("oft", "77000"), ("randlora", "100000000")])
+def test_a_budget_that_no_size_meets_is_refused_with_the_nearest(name, budget):
+    model = make_model()
+    before = list(model.named_modules())
+    with pytest.raises(UserError, match=f"{budget} trainable weights was asked for; the nearest .* [0-9]+"):
+        attached(name, model, f"adapter.budget={budget}")
+    assert list(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "adalora", "eva"])
+def test_a_rank_that_does_not_fit_is_refused(name):
+    with pytest.raises(UserError, match=r"[Rr]ank 100 .* 64 dimensions"):
+        attached(name, make_model(), "adapter.budget=null", "adapter.rank=100")
+
+
+def test_dora_on_a_changed_base_is_refused_and_the_model_is_as_it_was():
+    model = make_model()
+    expected, state = actions(model), copy.deepcopy(model.state_dict())
+    config = LoraConfig(r=4, target_modules=["q", "up"], init_lora_weights="olora", use_dora=True)
+    with pytest.raises(UserError, match="choose one"):
+        attach(model, config)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.equal(actions(model), expected)
+
+
+@pytest.mark.parametrize("name", ["corda", "lora_ga"])
+def test_an_initialisation_that_needs_data_and_gets_none_says_so(name):
+    model = make_model()
+    with pytest.raises(UserError, match="no batch of data"):
+        attach(model, settings(name).peft_config(4), [], model.token_mask, loss=model.loss)
+    assert not any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def test_every_choice_is_listed_with_a_line_of_its_own():
+    lines = choices("adapter").splitlines()
+    assert [line.split()[0] for line in lines] == ALL
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_one_setting_says_which_layers_every_method_adapts():
+    for name in METHODS:
+        config = settings(name, "adapter.layers=[q,v]").peft_config()
+        assert set(config.target_modules) == {"q", "v"}, name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.budget=many", "adapter.budget=many was given"),
+        ("adapter.rank=0", "adapter.rank=0 was given"),
+        ("adapter.start=eva_rl.adapter.starts.nowhere", "names no function"),
+        ("adapter.size=null", "can't be met without adapter.size"),
+        ("adapter.trainable=some", "adapter.trainable=some was given"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        settings("lora", override).start_function()
+
+
+def test_a_ratio_for_no_parameter_is_refused(tmp_path):
+    model = make_model()
+    attached("lora", model)
+    with pytest.raises(UserError, match="names 'nothing'"):
+        train(model, make_batch, model.loss, 1, TRAINING, tmp_path, ratios={"nothing": 2.0})
