@@ -1,5 +1,6 @@
 """A checkpoint, with or without an adapter, in a task or a split: `python -m eva_rl.evaluate checkpoint=... task=...`."""
 
+from functools import partial
 from pathlib import Path
 
 from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
@@ -11,9 +12,9 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import find_adapter, load_base, load_notes
+    from eva_rl.model import Decoder, find_adapter, load_base, load_notes
     from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
-    from eva_rl.rollout import check_spaces, rollout
+    from eva_rl.rollout import Broken, Episodes, Job, Simulators, check_spaces, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, check_precision, choose_device
 
@@ -55,22 +56,34 @@ def main(config: EvaluateConfig) -> None:
             )
 
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
+    jobs, targets = [], {}
+    for source in sources:
+        target = known[source.task].return_max if config.target_return is None else config.target_return
+        targets[source.task] = target
+        seeds = evaluation_seeds(source.task, config.seed, config.episodes)
+        jobs += [Job(source.task, source.make_env, seed, target) for seed in seeds]
+    interface = sources[0].interface
+    make_policy = partial(Decoder, model, interface)
+    with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):
+        try:
+            episodes = rollout(make_policy, model.interfaces[interface], jobs, simulators, device, config.task)
+        except Broken as error:
+            finished, broken = error.finished, error
+        else:
+            finished, broken = dict(enumerate(episodes.rows())), None
     results, rows = {}, []
     with TensorBoard(run_dir) as tensorboard:
         for number, source in enumerate(sources):
-            target = known[source.task].return_max if config.target_return is None else config.target_return
-            seeds = evaluation_seeds(source.task, config.seed, config.episodes)
-            with clock("rollout"), autocast(config.precision, device):
-                episodes = rollout(
-                    model, source.make_env, source.interface, model.config.context, seeds, target, device, source.task
-                )
-            found = scores(episodes, source.score_scale)
+            own = [row for i, row in finished.items() if jobs[i].task == source.task]
+            if not own:
+                continue
+            found = scores(Episodes.of(own), source.score_scale)
             tensorboard.log(number, to_scalars(found))
-            results[source.task] = {"target_return": target, **to_json(found)}
+            results[source.task] = {"target_return": targets[source.task], **to_json(found)}
             rows.append((source.task, *(found[name] for name in SCORES)))
-            write_json(
-                run_dir / "result.json", _result(config, results, clock, len(results) == len(sources), versions())
-            )
+    write_json(run_dir / "result.json", _result(config, results, clock, broken is None, versions()))
+    if broken is not None:
+        raise UserError(f"{broken} The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'.")
     print("\n" + markdown(["mean [95 % interval]", *(name.replace("_", " ") for name in SCORES)], rows))
     if len(sources) > 1:
         for name in SCORES:

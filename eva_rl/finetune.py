@@ -1,22 +1,35 @@
 """A pretrained base and a few trajectories -> an adapter and its score: `python -m eva_rl.finetune task=...`."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
+from typing import TYPE_CHECKING
 
 from eva_rl.config import FinetuneConfig, entry_point, identity, run_folder, to_yaml
+
+if TYPE_CHECKING:
+    from eva_rl.rollout import Simulators
 
 
 @entry_point(FinetuneConfig, "finetune")
 def main(config: FinetuneConfig) -> None:
+    from eva_rl.rollout import Simulators
+
+    with Simulators(config.workers) as simulators:
+        finetune(config, simulators)
+
+
+def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     import torch
 
     from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import NOTES, AdapterNotes, load_base, save_base
+    from eva_rl.model import NOTES, AdapterNotes, Decoder, load_base, save_base
     from eva_rl.report import Stopwatch, TensorBoard, eva_figures, run_result, scores, summary, to_scalars
-    from eva_rl.rollout import check_spaces, rollout
+    from eva_rl.rollout import Job, check_spaces, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
 
@@ -63,9 +76,10 @@ def main(config: FinetuneConfig) -> None:
     def play():
         if not seeds:
             return scores(None, None)
+        jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
             episodes = rollout(
-                model, source.make_env, interface.name, model.config.context, seeds, target_return, device
+                partial(Decoder, model, interface.name), model.interfaces[interface.name], jobs, simulators, device
             )
         return scores(episodes, source.score_scale)
 

@@ -16,7 +16,14 @@ from eva_rl.model import load_base, load_notes
 
 TASK = "dummy/Steps-v0"
 OWN = "minari/mine/random-v0"
-QUICK = ["steps=4", "episodes=3", "training.batch_size=4", "training.checkpoint_every=2", "training.warmup=1"]
+QUICK = [
+    "steps=4",
+    "episodes=3",
+    "workers=0",
+    "training.batch_size=4",
+    "training.checkpoint_every=2",
+    "training.warmup=1",
+]
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
     assert {"task", "adapter", "base", "seed", "steps", "seconds", "versions"} <= result.keys()
     assert set(result["seconds"]) == {"collect", "load", "init", "train", "rollout"}
     assert result["success_rate"] == {"mean": 1.0, "low": pytest.approx(0.4385, abs=1e-3), "high": 1.0, "n": 3}
-    assert result["zero_shot"].keys() == {"success_rate", "episode_return", "normalized_score"}
+    assert result["zero_shot"].keys() == {"success_rate", "success_at_end", "episode_return", "normalized_score"}
     assert (result["trainable_parameters"] == 0) == (adapter == "none")
     assert (folder / "config.yaml").is_file()
     assert list(folder.glob("events.out.tfevents*"))
@@ -82,12 +89,21 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
 
     if adapter in ("full", "head"):
         status, _, err = run(
-            "evaluate", f"checkpoint={folder / 'model'}", f"task={TASK}", "episodes=3", "run_dir=again"
+            "evaluate", f"checkpoint={folder / 'model'}", f"task={TASK}", "episodes=3", "workers=0", "run_dir=again"
         )
     elif adapter == "none":
-        status, _, err = run("evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=3", "run_dir=again")
+        status, _, err = run(
+            "evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=3", "workers=0", "run_dir=again"
+        )
     else:
-        arguments = [f"checkpoint={base}", f"adapter={folder}", f"task={TASK}", "episodes=3", "run_dir=again"]
+        arguments = [
+            f"checkpoint={base}",
+            f"adapter={folder}",
+            f"task={TASK}",
+            "episodes=3",
+            "workers=0",
+            "run_dir=again",
+        ]
         status, _, err = run("evaluate", *arguments)
     assert status == 0, err
     again = result_of(Path("again"))["tasks"][TASK]
@@ -109,7 +125,7 @@ def test_a_merged_run_is_a_checkpoint_that_scores_the_same_without_peft(run, bas
     status, out, err = run("merge", "run=run", "output=merged")
     assert status == 0, err
     assert f"checkpoint=merged task={TASK}" in out
-    status, _, err = run("evaluate", "checkpoint=merged", f"task={TASK}", "episodes=3", "run_dir=again")
+    status, _, err = run("evaluate", "checkpoint=merged", f"task={TASK}", "episodes=3", "workers=0", "run_dir=again")
     assert status == 0, err
     again, before = result_of(Path("again"))["tasks"][TASK], result_of(Path("run"))
     assert again["episode_return"]["mean"] == pytest.approx(before["episode_return"]["mean"])
@@ -221,7 +237,7 @@ def test_a_dataset_of_ones_own_gets_an_interface_of_its_own(run, base, make_data
         arguments = [f"checkpoint={base}", "adapter=run/adapter"]
     else:
         arguments = ["checkpoint=run/model"]
-    status, _, err = run("evaluate", *arguments, f"task={OWN}", "episodes=3", "run_dir=again")
+    status, _, err = run("evaluate", *arguments, f"task={OWN}", "episodes=3", "workers=0", "run_dir=again")
     assert status == 0, err
     again = result_of(Path("again"))["tasks"][OWN]
     assert again["episode_return"]["mean"] == pytest.approx(result["episode_return"]["mean"])
@@ -355,7 +371,7 @@ def test_a_truncated_base_is_named(run, base):
 
 
 def test_evaluation_of_a_split_ends_in_one_table(run, base):
-    status, out, err = run("evaluate", f"checkpoint={base}", "task=dummy/all", "episodes=2", "run_dir=run")
+    status, out, err = run("evaluate", f"checkpoint={base}", "task=dummy/all", "episodes=2", "workers=0", "run_dir=run")
     assert status == 0, err
     assert "dummy/Steps-v0" in out
     assert "mean success rate over 2 tasks: 1.000" in out
@@ -372,7 +388,7 @@ def test_evaluation_of_a_split_ends_in_one_table(run, base):
 )
 def test_evaluation_answers_mistakes_in_one_sentence(run, base, make_dataset, arguments, message):
     make_dataset("mine/random-v0")
-    status, _, err = run("evaluate", f"checkpoint={base}", *arguments, "run_dir=run")
+    status, _, err = run("evaluate", f"checkpoint={base}", *arguments, "workers=0", "run_dir=run")
     assert status == 1
     assert message in sentence(err)
     assert not Path("run").exists()

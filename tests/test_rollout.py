@@ -1,5 +1,10 @@
 """Rollouts in toy environments whose reward tells whether the model saw the right history."""
 
+import importlib
+import os
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,46 +14,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from recall import KILLER, Fragile, Mortal, Raises, Recall
 from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
-from eva_rl.model import DecisionTransformer, ModelConfig
-from eva_rl.rollout import Episodes, check_spaces, rollout
+from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
+from eva_rl.rollout import Broken, Episodes, Job, Simulators, check_spaces
 
-START = 5
-
-
-class Recall(gym.Env):
-    """Shows a random number each step, and pays 1 for an action that repeats the number shown `lag` steps ago.
-
-    The seed decides the numbers and the length, 3 to 8 steps; odd lengths terminate, even ones are truncated.
-    An episode is a success at the step that made three actions right.
-    """
-
-    def __init__(self, lag: int = 1, discrete: bool = False):
-        self.lag, self.discrete = lag, discrete
-        self.observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
-        self.action_space = gym.spaces.Discrete(3, start=START) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        self.length = int(self.np_random.integers(3, 9))
-        self.numbers = self.np_random.integers(3, size=self.length + 1) - (0 if self.discrete else 1)
-        self.step_number, self.right = 0, 0
-        return self._observation(), {"success": False}
-
-    def step(self, action):
-        assert self.action_space.contains(action if not self.discrete else int(action))
-        wanted = self.numbers[max(self.step_number - self.lag, 0)] + (START if self.discrete else 0)
-        reward = float(np.isclose(np.asarray(action).item(), wanted))
-        self.right += int(reward)
-        self.step_number += 1
-        over, odd = self.step_number == self.length, self.length % 2 == 1
-        return self._observation(), reward, over and odd, over and not odd, {"success": self.right == 3}
-
-    def _observation(self) -> np.ndarray:
-        return np.array([self.numbers[self.step_number], self.step_number], np.float32)
+module = importlib.import_module("eva_rl.rollout.rollout")  # the package has a function of that name
 
 
 def length_of(seed: int) -> int:
@@ -66,7 +40,7 @@ def make_interface(observations: int = 2, actions: int = 1, discrete: bool = Fal
 
 
 class Stub:
-    """Acts by a rule, and keeps a copy of all it was shown."""
+    """Acts by a rule, and keeps a copy of all it was shown: the last `context` steps, the current action and reward empty."""
 
     def __init__(self, rule: Callable[[Batch, Tensor], Tensor], interface: Interface):
         self.interfaces = {"toy": interface}
@@ -76,6 +50,51 @@ class Stub:
         copies = {k: v if k == "interface" else v.clone() for k, v in vars(history).items()}
         self.seen.append((Batch(**copies), step.clone()))
         return self.rule(history, step)
+
+
+class Windows:
+    """The policy of a stub."""
+
+    def __init__(self, stub: Stub, context: int, episodes: int):
+        self.stub, self.context = stub, context
+        self.columns = {"observations": [], "actions": [], "returns_to_go": [], "rewards": []}
+        interface = stub.interfaces["toy"]
+        shape = () if interface.action_kind == "discrete" else (interface.action_size,)
+        self.nothing = torch.zeros(episodes, *shape, dtype=torch.float32 if shape else torch.int64)
+
+    def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
+        count = len(observations)
+        new = (observations, self.nothing[:count], returns_to_go, torch.zeros(count))
+        for column, value in zip(self.columns.values(), new, strict=True):
+            column.append(value.clone())
+            del column[: -self.context]
+        stacked = {name: torch.stack(column, 1) for name, column in self.columns.items()}
+        mask = torch.ones(stacked["rewards"].shape, dtype=torch.bool)
+        return self.stub.act(Batch(**stacked, mask=mask, interface="toy"), torch.full((count,), mask.shape[1] - 1))
+
+    def record(self, actions: Tensor, rewards: Tensor) -> None:
+        self.columns["actions"][-1], self.columns["rewards"][-1] = actions, rewards
+
+    def keep(self, episodes: Tensor) -> None:
+        self.columns = {name: [value[episodes] for value in column] for name, column in self.columns.items()}
+
+
+def rollout(
+    stub: Stub,
+    make_env: Callable[[], gym.Env],
+    name: str,
+    context: int,
+    seeds: list[int],
+    target: float,
+    parallel: int | None = None,
+    workers: int = 0,
+) -> Episodes:
+    """The rollout of a stub, `parallel` episodes at a time, in this process unless there are workers."""
+    jobs = [Job("Recall", make_env, seed, target) for seed in seeds]
+    with pytest.MonkeyPatch.context() as patch, Simulators(workers) as simulators:
+        if parallel:
+            patch.setattr(module, "GROUP", parallel)
+        return module.rollout(partial(Windows, stub, context), stub.interfaces[name], jobs, simulators)
 
 
 def repeat(lag: int) -> Callable[[Batch, Tensor], Tensor]:
@@ -145,13 +164,136 @@ def test_episodes_come_in_the_order_of_their_seeds():
     assert forward.returns.tolist() == backward.returns[::-1].tolist()
 
 
-def test_a_real_model_gives_the_same_episodes_twice():
+def play(workers: int, group: int, context: int = 6) -> Episodes:
+    """The episodes of a real model."""
     torch.manual_seed(0)
-    config = ModelConfig(layers=1, heads=2, width=16, context=3, dropout=0.5)
-    model = DecisionTransformer(config, [make_interface(actions=3, discrete=True)]).eval()
-    first, second = (rollout(model, partial(Recall, 1, True), "toy", 3, SEEDS, 5.0) for _ in range(2))
-    assert same(first, second)
-    assert first.lengths.tolist() == [length_of(seed) for seed in SEEDS]
+    interface = make_interface(actions=3, discrete=True)
+    model = DecisionTransformer(
+        ModelConfig(layers=2, heads=2, width=32, context=context, dropout=0.5), [interface]
+    ).eval()
+    jobs = [Job("Recall", partial(Recall, 1, True), seed, 5.0) for seed in range(40)]
+    with pytest.MonkeyPatch.context() as patch, Simulators(workers) as simulators:
+        patch.setattr(module, "GROUP", group)
+        return module.rollout(partial(Decoder, model, "toy"), interface, jobs, simulators)
+
+
+@pytest.mark.parametrize(("workers", "group"), [(0, 25), (0, 7), (0, 1), (1, 25), (2, 10), (3, 4)])
+def test_a_real_models_episodes_do_not_depend_on_the_number_of_workers_or_the_size_of_groups(workers, group):
+    expected = play(0, 40)
+    assert expected.lengths.tolist() == [length_of(seed) for seed in range(40)]
+    assert len(set(expected.returns)) > 2
+    assert same(play(workers, group), expected)
+
+
+def test_the_episodes_of_a_simulator_that_is_killed_are_run_again(tmp_path):
+    expected = rollout(Stub(repeat(1), make_interface()), partial(Recall, 2), "toy", 3, SEEDS, 1.0)
+    with pytest.warns(UserWarning, match=rf"died in Recall \(seeds .*{KILLER}.*\); its episodes are run again"):
+        found = rollout(
+            Stub(repeat(1), make_interface()),
+            partial(Fragile, str(tmp_path / "killed")),
+            "toy",
+            3,
+            SEEDS,
+            1.0,
+            parallel=3,
+            workers=2,
+        )
+    assert same(found, expected)
+
+
+def test_simulators_that_keep_dying_end_the_rollout():
+    with pytest.warns(UserWarning, match="died"), pytest.raises(UserError, match="4th to do so"):
+        rollout(Stub(repeat(1), make_interface()), Mortal, "toy", 3, SEEDS[:1], 1.0, workers=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_environment_that_raises_is_named_and_what_had_ended_is_kept(workers):
+    seeds = [seed for seed in range(20) if length_of(seed) != 8]
+    long = next(seed for seed in range(20, 200) if length_of(seed) == 8)
+    sentence = f"'Recall', seed {long}, raised ValueError at step 7: the arm is stuck."
+    with pytest.raises(Broken, match=sentence) as broken:
+        rollout(Stub(repeat(1), make_interface()), Raises, "toy", 3, [*seeds, long], 1.0, workers=workers)
+    finished = broken.value.finished
+    assert 0 < len(finished) < len(seeds) + 1
+    for number, (_, length, *_) in finished.items():
+        assert length == length_of(seeds[number])
+
+
+def processes() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit() and parent_of(name) == os.getpid()}
+
+
+def parent_of(process: str) -> int | None:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("make_env", [Recall, Raises, Mortal])
+def test_no_simulator_outlives_its_rollout(make_env):
+    before = processes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            rollout(Stub(repeat(1), make_interface()), make_env, "toy", 3, list(range(60)), 1.0, workers=2)
+        except UserError:
+            assert make_env is not Recall
+    end = time.monotonic() + 10
+    while processes() - before and time.monotonic() < end:
+        time.sleep(0.05)
+    left = {p for p in processes() - before if "resource_tracker" not in command_of(p)}
+    assert not left
+
+
+def command_of(process: int) -> str:
+    try:
+        with open(f"/proc/{process}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return "resource_tracker"  # gone by now
+
+
+def test_a_simulators_process_needs_no_torch():
+    script = "import sys, eva_rl.rollout.simulators; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_simulators_serve_one_rollout_after_another():
+    jobs = [Job("Recall", partial(Recall, 2), seed, 1.0) for seed in SEEDS]
+    stub = Stub(repeat(1), make_interface())
+    with Simulators(2) as simulators:
+        first, second = (
+            module.rollout(partial(Windows, stub, 3), stub.interfaces["toy"], jobs, simulators) for _ in range(2)
+        )
+        assert same(first, second)
+        assert len(simulators.running) == 2
+
+
+def test_tasks_of_one_interface_run_side_by_side():
+    jobs = [Job(f"lag {lag}", partial(Recall, lag), seed, 1.0) for seed in SEEDS for lag in (0, 2)]
+    stub = Stub(repeat(0), make_interface())
+    with Simulators(0) as simulators:
+        found = module.rollout(partial(Windows, stub, 3), stub.interfaces["toy"], jobs, simulators)
+    lengths = [length_of(seed) for seed in SEEDS]
+    assert found.returns[::2].tolist() == lengths
+    assert found.returns[1::2].sum() < sum(lengths)
+
+
+class Unsteady(Recall):
+    """Is solved at the first step, and not any more at the last."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"success": self.step_number == 1}
+
+
+def test_success_is_told_both_at_any_step_and_at_the_last():
+    found = rollout(Stub(repeat(1), make_interface()), Unsteady, "toy", 3, SEEDS, 1.0)
+    assert found.successes.tolist() == [True] * len(SEEDS)
+    assert found.solved_at_end.tolist() == [False] * len(SEEDS)
 
 
 class SaysLittle(Recall):
@@ -211,7 +353,7 @@ def test_the_history_is_the_last_steps_with_the_current_action_and_reward_still_
     stub = Stub(repeat(1), make_interface())
     rollout(stub, partial(Recall, 2), "toy", context, SEEDS, 6.0)
     assert len(stub.seen) == max(length_of(seed) for seed in SEEDS)
-    for row, seed in enumerate(SEEDS):
+    for seed in SEEDS:
         alone = expected_histories(
             partial(Recall, 2)(),
             seed,
@@ -220,12 +362,12 @@ def test_the_history_is_the_last_steps_with_the_current_action_and_reward_still_
             lambda observations: observations[max(len(observations) - 2, 0), 0].item(),
         )
         for number, (expected, (history, step)) in enumerate(zip(alone, stub.seen, strict=False)):
+            row = [s for s in SEEDS if length_of(s) > number].index(seed)  # finished episodes have left
             assert step[row] == min(number, context - 1)
             torch.testing.assert_close(history.observations[row], expected["observations"])
             torch.testing.assert_close(history.actions[row, :, 0], expected["actions"])
             torch.testing.assert_close(history.returns_to_go[row], expected["returns_to_go"])
             torch.testing.assert_close(history.rewards[row], expected["rewards"])
-            assert history.mask[row].tolist() == [True] * (min(number, context - 1) + 1)
             assert history.interface == "toy"
 
 
@@ -286,9 +428,10 @@ def test_discrete_actions_are_numbered_from_zero_for_the_model_and_from_the_star
 class Faulty(Recall):
     """Returns a number that is none of an observation or of a reward at step 2, in episodes long enough."""
 
-    def __init__(self, where: str, value: float, closed: list):
+    def __init__(self, where: str, value: float, log: list):
         super().__init__()
-        self.where, self.value, self.closed = where, value, closed
+        self.where, self.value, self.log = where, value, log
+        log.append("made")
 
     def reset(self, **options):
         observation, info = super().reset(**options)
@@ -303,17 +446,20 @@ class Faulty(Recall):
         return observation, reward, *rest
 
     def close(self):
-        self.closed.append(self)
+        self.log.append("closed")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["reset", "observation", "reward"])
 def test_numbers_that_are_not_finite_are_refused_and_the_environments_closed(where, value):
-    closed = []
-    with pytest.raises(UserError, match="NaN or infinite at step") as error, np.errstate(invalid="ignore"):
-        rollout(Stub(repeat(1), make_interface()), partial(Faulty, where, value, closed), "toy", 4, SEEDS, 1.0)
+    log = []
+    with (
+        pytest.raises(UserError, match=r"NaN or infinite at (step 2|its start)") as error,
+        np.errstate(invalid="ignore"),
+    ):
+        rollout(Stub(repeat(1), make_interface()), partial(Faulty, where, value, log), "toy", 4, SEEDS, 1.0)
     assert "\n" not in str(error.value)
-    assert len(closed) >= len(SEEDS)
+    assert log.count("made") == log.count("closed") > 1
 
 
 class NanAtTheEnd(Recall):

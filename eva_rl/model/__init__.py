@@ -2,6 +2,7 @@
 
 from eva_rl.model.checkpoint import NOTES, AdapterNotes, Base, find_adapter, load_base, load_notes, save_base
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
+from eva_rl.model.decoder import Decoder
 
 __all__ = [
     "NOTES",
@@ -9,6 +10,7 @@ __all__ = [
     "AdapterNotes",
     "Base",
     "DecisionTransformer",
+    "Decoder",
     "ModelConfig",
     "find_adapter",
     "load_base",

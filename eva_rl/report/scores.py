@@ -10,7 +10,7 @@ import numpy as np
 
 from eva_rl.report.statistics import Estimate, mean, proportion
 
-SCORES = ("success_rate", "episode_return", "normalized_score")
+SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
 Scores = dict[str, Estimate | None]
 """By name; None where the environment or the missing scale does not define a score, or nothing was rolled out."""
 
@@ -20,14 +20,17 @@ class Played(Protocol):
 
     returns: np.ndarray  # (n,)
     successes: np.ndarray | None  # (n,)
+    solved_at_end: np.ndarray | None  # (n,)
 
 
 def scores(episodes: Played | None, scale: tuple[float, float] | None) -> Scores:
-    """Success rate (solved at any step), episode return, and the return with `scale` (random, expert) as 0 and 1."""
+    """Success rate (solved at any step, as Meta-World counts), success at the last step (as L2M, arXiv 2306.14884,
+    counts), episode return, and the return with `scale` (random, expert) as 0 and 1."""
     if episodes is None:
         return dict.fromkeys(SCORES)
     return {
         "success_rate": None if episodes.successes is None else proportion(episodes.successes),
+        "success_at_end": None if episodes.solved_at_end is None else proportion(episodes.solved_at_end),
         "episode_return": mean(episodes.returns),
         "normalized_score": None if scale is None else mean((episodes.returns - scale[0]) / (scale[1] - scale[0])),
     }

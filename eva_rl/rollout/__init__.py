@@ -1,5 +1,6 @@
-"""Model and environments -> episodes."""
+"""Policies and environments -> episodes."""
 
-from eva_rl.rollout.rollout import Actor, Episodes, check_spaces, rollout
+from eva_rl.rollout.rollout import Broken, Episodes, Policy, check_spaces, rollout
+from eva_rl.rollout.simulators import Job, Simulators
 
-__all__ = ["Actor", "Episodes", "check_spaces", "rollout"]
+__all__ = ["Broken", "Episodes", "Job", "Policy", "Simulators", "check_spaces", "rollout"]

@@ -1,86 +1,166 @@
-"""A return-conditioned model in a vector of environments: many episodes at once, each decided by its own seed."""
+"""A return-conditioned policy in many environments at once; every episode is decided by its own seed.
+
+torch is imported where it is used: simulators' processes import this package too, and start sooner without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.vector import SyncVectorEnv
-from torch import Tensor
 from tqdm import tqdm
 
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, Simulators, ready
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from eva_rl.interface import Interface
+
+GROUP = 25
+"""Episodes that step together: enough for efficient matrix products, few enough for several simulators to be busy."""
 LONGEST = 10_000
 """Steps after which an episode of an environment without a time limit is given up."""
+DEATHS = 3
+"""Simulators that may die before a rollout gives up."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-class Actor(Protocol):
-    """What a rollout needs of a model."""
+class Policy(Protocol):
+    """What a rollout needs of a model: it acts for n episodes that step together."""
 
-    interfaces: dict[str, Interface]
+    def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
+        """(n, obs), (n,) -> actions in the environment's units (n, act), or (n,) int64 numbered from 0."""
 
-    def act(self, history: Batch, step: Tensor) -> Tensor: ...
+    def record(self, actions: Tensor, rewards: Tensor) -> None:
+        """What was done in the end (clipped to the environment's space), and what it earned (n,)."""
+
+    def keep(self, episodes: Tensor) -> None:
+        """The others have ended: go on with these (m,)."""
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Finished episodes, in the order of their seeds."""
+    """Finished episodes, in the order they were asked for."""
 
     returns: np.ndarray  # (n,) undiscounted
     lengths: np.ndarray  # (n,) steps
     successes: np.ndarray | None  # (n,) bool: solved at any step; None where the environment does not say
+    solved_at_end: np.ndarray | None  # (n,) bool: solved at the last step
+
+    def rows(self) -> Iterator[tuple]:
+        """Each episode's return, length and successes."""
+        unknown = np.full(len(self.returns), UNKNOWN)
+        ever = unknown if self.successes is None else self.successes
+        last = unknown if self.solved_at_end is None else self.solved_at_end
+        yield from zip(self.returns, self.lengths, ever, last, strict=True)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple]) -> Episodes:
+        """From each episode's return, length and successes."""
+        returns, lengths, ever, last = (np.array(column) for column in zip(*rows, strict=True))
+        says = (ever != UNKNOWN).any()
+        return cls(returns, lengths, ever > 0 if says else None, last > 0 if says else None)
+
+
+class Broken(UserError):
+    """A rollout that ended before its time."""
+
+    def __init__(self, message: str, finished: dict[int, tuple]):
+        super().__init__(message)
+        self.finished = finished
+        """Return, length and successes of the episodes that had ended, by the numbers of their jobs."""
 
 
 def rollout(
-    model: Actor,
-    make_env: Callable[[], gym.Env],
-    interface: str,
-    context: int,
-    seeds: Sequence[int],
-    target_return: float,
+    make_policy: Callable[[int], Policy],
+    interface: Interface,
+    jobs: Sequence[Job],
+    simulators: Simulators,
     device: torch.device | str = "cpu",
     label: str = "roll out",
-    parallel: int = 50,
 ) -> Episodes:
-    """Run one episode for each seed, `parallel` at a time, with greedy actions.
+    """Run one episode for each job.
 
-    The model first asks for `target_return`; every reward received is subtracted from what it asks for next.
-    (Chen et al. 2021, algorithm 1.) It sees the last `context` steps.
+    The policy first asks for the job's target return; every reward received is subtracted from what it asks for next
+    (Chen et al. 2021, algorithm 1). While it chooses actions for one group of episodes, the others' environments step.
+
+    Args:
+        make_policy: a policy for n episodes that begin.
+        interface: which the environments' spaces must fit.
 
     Raises:
-        UserError: if the environment's spaces do not fit the interface, or it returns NaN.
+        UserError: if there are no jobs, or the environment's spaces do not fit.
+        Broken: if an environment fails or returns NaN, or simulators keep dying.
     """
-    seeds = list(seeds)
-    if not seeds:
+    import torch
+
+    if not jobs:
         raise UserError("episodes=0 was given where at least 1 episode was expected.")
-    check_spaces(make_env, model.interfaces[interface])
-    chunks = [seeds[i : i + parallel] for i in range(0, len(seeds), parallel)]
-    with tqdm(total=len(seeds), desc=label, unit="episode", bar_format=BAR) as bar:
-        parts = []
-        for chunk in chunks:
-            envs = SyncVectorEnv([make_env] * len(chunk))
-            try:
-                parts.append(_episodes(model, envs, interface, context, chunk, target_return, device, bar))
-            finally:
-                envs.close()
-    says_success = any(part.successes is not None for part in parts)
-    successes = [np.zeros(len(part.lengths), bool) if part.successes is None else part.successes for part in parts]
-    return Episodes(
-        returns=np.concatenate([part.returns for part in parts]),
-        lengths=np.concatenate([part.lengths for part in parts]),
-        successes=np.concatenate(successes) if says_success else None,
-    )
+    limit = max(check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values())
+    size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
+    groups = deque(_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size))
+    rows: dict[int, tuple] = {}
+    action_size = 1 if interface.action_kind == "discrete" else interface.action_size
+    idle = simulators.provide(len(groups), size, interface.observation_size, action_size)[:]
+    busy: dict[object, _Group] = {}
+    deaths, whole = 0, False
+    bar = tqdm(total=len(jobs), desc=label, unit="episode", bar_format=BAR)
+    with bar, _threads_left(simulators.workers), torch.no_grad():
+        try:
+            while groups or busy:
+                while groups and idle:
+                    simulator, group = idle.pop(), groups.popleft()
+                    busy[simulator] = group
+                    group.begin(make_policy)
+                    simulator.send(group.jobs)
+                for simulator in list(ready(list(busy))):
+                    group = busy[simulator]
+                    try:
+                        simulator.receive()
+                    except Died:
+                        deaths += 1
+                        _report_death(group, deaths)
+                        del busy[simulator]
+                        idle.append(simulators.replace(simulator))
+                        groups.appendleft(group)
+                        continue
+                    if group.advance(simulator.board, interface, device):
+                        simulator.send(None)
+                    else:
+                        rows |= group.ended
+                        idle.append(simulator)
+                        del busy[simulator]
+                bar.n = len(rows) + sum(group.progress(limit) for group in busy.values())
+                bar.update(0)
+            whole = True
+        except UserError as error:
+            for group in busy.values():
+                rows |= group.ended
+            raise Broken(str(error), rows) from error
+        finally:
+            if not whole:
+                simulators.close()  # they may be in the middle of a step
+        bar.n = len(jobs)
+        bar.update(0)
+    return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
-def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> None:
-    """Raise a `UserError` unless the environment's observations and actions are those of `interface`."""
+def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
+    """The environment's time limit in steps, or `LONGEST`.
+
+    Raises:
+        UserError: unless the environment's observations and actions are those of `interface`.
+    """
     env = make_env()
     observations, actions = env.observation_space, env.action_space
     env.close()
@@ -93,78 +173,91 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> None:
             f"but the model's interface '{interface.name}' has observations of size {interface.observation_size} and "
             f"{interface.action_kind} actions of size {interface.action_size}."
         )
+    return (env.spec.max_episode_steps if env.spec else None) or LONGEST
 
 
-def _episodes(
-    model: Actor,
-    envs: SyncVectorEnv,
-    name: str,
-    context: int,
-    seeds: Sequence[int],
-    target_return: float,
-    device: torch.device | str,
-    bar: tqdm,
-) -> Episodes:
-    count, interface, space = envs.num_envs, model.interfaces[name], envs.single_action_space
-    discrete = interface.action_kind == "discrete"
-    history = Batch(
-        observations=torch.zeros(count, context, interface.observation_size, device=device),
-        actions=torch.zeros((count, context), dtype=torch.int64, device=device)
-        if discrete
-        else torch.zeros(count, context, interface.action_size, device=device),
-        returns_to_go=torch.zeros(count, context, device=device),
-        rewards=torch.zeros(count, context, device=device),
-        mask=torch.ones(count, context, dtype=torch.bool, device=device),
-        interface=name,
-    )
-    observations, infos = envs.reset(seed=list(seeds))
-    returns, lengths, running = np.zeros(count), np.zeros(count, np.int64), np.ones(count, bool)
-    says_success = "success" in infos
-    successes = np.zeros(count, bool)
-    wanted = np.full(count, target_return)
-    finished = bar.n
-    spec = envs.envs[0].spec
-    limit = (spec.max_episode_steps if spec else None) or LONGEST
-    step = 0
-    while running.any():
-        if step > max(limit, LONGEST):
-            raise UserError(
-                f"An episode did not end within {step} steps: make the environment with max_episode_steps, or wrap it in "
-                "gymnasium.wrappers.TimeLimit."
+class _Group:
+    """Episodes that step together, from their first step to the last one's end."""
+
+    def __init__(self, numbers: Sequence[int], jobs: Sequence[Job]):
+        self.numbers = numbers
+        self.jobs = [jobs[number] for number in numbers]
+
+    def begin(self, make_policy: Callable[[int], Policy]) -> None:
+        count = len(self.jobs)
+        self.policy = make_policy(count)
+        self.alive = np.arange(count)
+        self.wanted = np.array([job.target_return for job in self.jobs])
+        self.returns, self.lengths = np.zeros(count), np.zeros(count, np.int64)
+        self.solved = np.full((2, count), UNKNOWN, np.int8)  # at any step; at the last
+        self.steps = -1  # none, not even reset
+
+    def advance(self, board: Board, interface: Interface, device: torch.device | str) -> bool:
+        """Take in what the environments did and choose the next actions; False when all episodes have ended."""
+        import torch
+
+        discrete, alive = interface.action_kind == "discrete", self.alive
+        self.steps += 1
+        self.solved[0, alive] = np.maximum(self.solved[0, alive], board.solved[alive])
+        self.solved[1, alive] = board.solved[alive]
+        if self.steps:
+            rewards, done = board.rewards[alive], board.actions[alive]
+            self.returns[alive] += rewards
+            self.lengths[alive] += 1
+            self.wanted[alive] -= rewards
+            going = np.flatnonzero(board.ended[alive] == 0)
+            if not len(going):
+                self.alive = alive[going]
+                return False
+            done = (
+                torch.as_tensor(done[:, 0], dtype=torch.int64)
+                if discrete
+                else torch.as_tensor(done, dtype=torch.float32)
             )
-        if not np.isfinite(observations[running]).all():
-            raise UserError(f"The environment returned observations that are NaN or infinite at step {step}.")
-        position = min(step, context - 1)
-        if step >= context:  # the oldest step leaves
-            for column in (history.observations, history.actions, history.returns_to_go, history.rewards):
-                column[:, :-1] = column[:, 1:].clone()
-        history.observations[:, position] = torch.as_tensor(observations.reshape(count, -1), dtype=torch.float32)
-        history.returns_to_go[:, position] = torch.as_tensor(wanted, dtype=torch.float32)
-        history.actions[:, position] = 0
-        history.rewards[:, position] = 0
-        seen = Batch(**{k: v if k == "interface" else v[:, : position + 1] for k, v in vars(history).items()})
-        chosen = model.act(seen, torch.full((count,), position, device=device))  # (n, act) or (n,)
-        history.actions[:, position] = chosen
-        actions = chosen.cpu().numpy()
-        if discrete:
-            actions = actions + space.start
-        else:
-            actions = np.clip(actions.reshape(count, *space.shape), space.low, space.high).astype(space.dtype)
-            history.actions[:, position] = torch.as_tensor(actions.reshape(count, -1), dtype=torch.float32)
-        observations, rewards, terminations, truncations, infos = envs.step(actions)
-        if not np.isfinite(rewards[running]).all():
-            raise UserError(f"The environment returned a reward that is NaN or infinite at step {step}.")
-        history.rewards[:, position] = torch.as_tensor(rewards, dtype=torch.float32)
-        wanted = wanted - rewards
-        returns += np.where(running, rewards, 0.0)
-        lengths += running
-        if "success" in infos:
-            says_success = True
-            successes |= running & (np.asarray(infos["success"], float) > 0)
-        ended = running & (terminations | truncations)
-        # A running episode counts for its share of the time limit.
-        running &= ~ended
-        step += 1
-        bar.n = finished + int((~running).sum()) + min(step / limit, 1.0) * int(running.sum())
-        bar.update(0)
-    return Episodes(returns, lengths, successes if says_success else None)
+            self.policy.record(done.to(device), torch.as_tensor(rewards, dtype=torch.float32, device=device))
+            if len(going) < len(alive):
+                self.policy.keep(torch.as_tensor(going, device=device))
+                alive = self.alive = alive[going]
+        if self.steps >= LONGEST:
+            raise UserError(
+                f"An episode of '{self.jobs[0].task}' did not end within {self.steps} steps: make the environment with "
+                "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
+            )
+        observations = torch.as_tensor(board.observations[alive], device=device)
+        wanted = torch.as_tensor(self.wanted[alive], dtype=torch.float32, device=device)
+        chosen = self.policy.act(observations, wanted).cpu().numpy()  # (n, act) or (n,)
+        board.actions[alive] = chosen.reshape(len(alive), -1)
+        return True
+
+    def progress(self, limit: int) -> float:
+        """Episodes' worth of steps done, the running ones counting for their share of the time limit."""
+        return len(self.jobs) - len(self.alive) * (1 - min(max(self.steps, 0) / limit, 1.0))
+
+    @property
+    def ended(self) -> dict[int, tuple]:
+        """Return, length and successes of the episodes that have ended, by the numbers of their jobs."""
+        columns = zip(self.numbers, self.returns, self.lengths, *self.solved, strict=True)
+        alive = set(self.alive.tolist())
+        return {number: tuple(row) for i, (number, *row) in enumerate(columns) if i not in alive}
+
+
+def _report_death(group: _Group, deaths: int) -> None:
+    tasks = ", ".join(sorted({job.task for job in group.jobs}))
+    seeds = ", ".join(str(job.seed) for job in group.jobs)
+    sentence = f"A simulator's process died in {tasks} (seeds {seeds})"
+    if deaths > DEATHS:
+        raise UserError(f"{sentence}, the {deaths}th to do so: look for what kills it, such as a lack of memory.")
+    warnings.warn(f"{sentence}; its episodes are run again.", stacklevel=3)
+
+
+@contextmanager
+def _threads_left(workers: int) -> Iterator[None]:
+    """Leave cores to the simulators: threads that wait for each other on too few of them lose more than they win."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - workers)) if workers else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,109 @@
+"""Actions by kept keys and values are those of the whole model on the same windows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_rl.interface import Batch, Interface
+from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
+
+CONTINUOUS = Interface("toy", 3, "continuous", 2, (0.5,) * 3, (2.0,) * 3, (0.1, 0.2), (2.0, 3.0), 10.0, 1.0)
+DISCRETE = Interface("toy", 3, "discrete", 4, (0.5,) * 3, (2.0,) * 3, (), (), 10.0, 1.0)
+TOKENS = [
+    ("return", "state", "action"),
+    ("state",),
+    ("state", "action", "reward", "return"),
+    ("return", "state", "reward"),
+]
+EPISODES, STEPS = 5, 200
+
+
+def make_model(tokens=TOKENS[0], interface=CONTINUOUS, context=8) -> DecisionTransformer:
+    torch.manual_seed(0)
+    model = DecisionTransformer(ModelConfig(3, 2, 16, context, 0.1, tokens), [interface])
+    for p in model.parameters():  # larger than at a start, so that every token matters
+        if p.ndim >= 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def environment(step: int, actions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Observations (n, 3) and rewards (n,) that depend on what was done."""
+    generator = torch.Generator().manual_seed(step)
+    moved = 0 if actions is None else actions.float().reshape(EPISODES, -1).mean(1)
+    return torch.randn(EPISODES, 3, generator=generator) + torch.sin(torch.as_tensor(moved))[
+        ..., None
+    ], torch.as_tensor(moved).cos() * torch.ones(EPISODES)
+
+
+@torch.no_grad()
+def uncached(model: DecisionTransformer, history: list[dict[str, Tensor]], anchor: int) -> Tensor:
+    """The action for the newest step, by a full pass over the steps from `anchor` on."""
+    columns = {name: torch.stack([step[name] for step in history[anchor:]], 1) for name in history[0]}
+    batch = Batch(**columns, mask=torch.ones(columns["rewards"].shape, dtype=torch.bool), interface="toy")
+    count = batch.mask.shape[1]
+    return model.act(batch, torch.full((EPISODES,), count - 1))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("interface", [CONTINUOUS, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("context", [1, 2, 7, 8])
+def test_over_two_hundred_steps_the_actions_are_those_without_a_cache(tokens, interface, context):
+    model = make_model(tokens, interface, context)
+    decoder = Decoder(model, "toy", EPISODES)
+    history, anchor = [], 0
+    observations, rewards = environment(0, None)
+    wanted = torch.full((EPISODES,), 20.0)
+    for step in range(STEPS):
+        if step - anchor == context:
+            anchor = step - context // 2
+        nothing = torch.zeros(EPISODES, dtype=torch.int64) if interface is DISCRETE else torch.zeros(EPISODES, 2)
+        history.append(
+            {
+                "observations": observations,
+                "returns_to_go": wanted,
+                "actions": nothing,
+                "rewards": torch.zeros(EPISODES),
+            }
+        )
+        expected = uncached(model, history, anchor)
+        found = decoder.act(observations, wanted)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        observations, rewards = environment(step + 1, expected)
+        history[-1] |= {"actions": expected, "rewards": rewards}
+        decoder.record(expected, rewards)
+        wanted = wanted - rewards
+
+
+def test_the_toy_models_actions_depend_on_the_past():
+    model = make_model()
+    first, second = Decoder(model, "toy", EPISODES), Decoder(model, "toy", EPISODES)
+    for step in range(4):
+        first.act(torch.randn(EPISODES, 3), torch.full((EPISODES,), 20.0 - step))
+        second.act(torch.randn(EPISODES, 3), torch.full((EPISODES,), 20.0 - step))
+    now = torch.ones(EPISODES, 3), torch.zeros(EPISODES)
+    assert (first.act(*now) - second.act(*now)).abs().min() > 1e-3
+
+
+def test_episodes_that_leave_change_nothing_for_those_that_stay():
+    model = make_model()
+    whole, shrinking = Decoder(model, "toy", EPISODES), Decoder(model, "toy", EPISODES)
+    stay = torch.arange(EPISODES)
+    for step in range(30):
+        if step in (3, 12):
+            left = torch.tensor([0, 2, 3][: len(stay) - 1])
+            shrinking.keep(left)
+            stay = stay[left]
+        observations, rewards = environment(step, None)
+        wanted = torch.arange(EPISODES) - step / 10
+        expected = whole.act(observations, wanted)
+        found = shrinking.act(observations[stay], wanted[stay])
+        torch.testing.assert_close(found, expected[stay], rtol=0, atol=1e-5)
+        whole.record(expected, rewards)
+        shrinking.record(expected[stay], rewards[stay])
+
+
+def test_no_gradient_is_kept():
+    decoder = Decoder(make_model(), "toy", EPISODES)
+    assert not decoder.act(torch.ones(EPISODES, 3), torch.ones(EPISODES)).requires_grad
+    assert not decoder.keys.requires_grad
