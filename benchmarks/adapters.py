@@ -115,7 +115,11 @@ def main() -> None:
     wanted = cells(methods, a.seeds, a.steps, a.episodes)
     if a.table:
         wanted = {name: arguments for name, arguments in wanted.items() if (FOLDER / f"{name}.json").is_file()}
+    if a.episodes < 1:
+        parser.error("--episodes must be at least 1")
     found = run_cells(wanted, FOLDER, a.workers)
+    if not found:
+        parser.error(f"there is no result in {FOLDER}: run without --table first")
     groups = {
         method: runs
         for method in methods

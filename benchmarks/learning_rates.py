@@ -57,6 +57,17 @@ def regrets(found: dict[str, dict], method: str) -> dict[float, float]:
     return {rate: sum(losses[task, rate] / best[task] for task in TASKS) / len(TASKS) for rate in rates}
 
 
+def beyond_the_end(found: dict[str, dict], method: str) -> dict[str, list[str]]:
+    """The cells of the next rate, where the best of those tried is the first or the last of them."""
+    tried = regrets(found, method)
+    if not tried:
+        return {}
+    best = min(tried, key=tried.get)
+    step = (best == max(tried)) - (best == min(tried))
+    index = RATES.index(best) + step
+    return cells([method], [RATES[index]]) if step and 0 <= index < len(RATES) else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", help="default: all with an adapter, and full and head")
@@ -65,20 +76,10 @@ def main() -> None:
     known = [line.split()[0] for line in choices("adapter").splitlines()]
     methods = a.methods or [name for name in known if name not in ("none", "peft", *SAME_AS)]
     found = run_cells(cells(methods, RATES[START]), FOLDER, a.workers)
-    at_the_end: dict[str, list[str]] = {}
-    while True:
-        for method in methods:
-            tried = regrets(found, method)
-            best = min(tried, key=tried.get, default=None)
-            if best in (min(tried, default=None), max(tried, default=None)):
-                step = 1 if best == max(tried) else -1
-                beyond = RATES.index(best) + step
-                if 0 <= beyond < len(RATES) and RATES[beyond] not in tried:
-                    at_the_end |= cells([method], [RATES[beyond]])
-        fresh = {name: arguments for name, arguments in at_the_end.items() if name not in found}
-        if not fresh or not (more := run_cells(fresh, FOLDER, a.workers)).keys() & fresh.keys():
-            break
-        found |= more
+    attempted = cells(methods, RATES[START])
+    while fresh := {n: c for method in methods for n, c in beyond_the_end(found, method).items() if n not in attempted}:
+        attempted |= fresh
+        found |= run_cells(fresh, FOLDER, a.workers)
     rows = []
     for method in methods:
         tried = regrets(found, method)

@@ -133,6 +133,11 @@ class AdapterSettings:
             raise UserError(
                 f"adapter.trainable={self.trainable} was given where adapter, interface, all or none was expected."
             )
+        if (self.config is None) == (self.trainable == "adapter"):
+            raise UserError(
+                f"adapter.trainable={self.trainable} does not go with {'no' if self.config is None else 'an'} "
+                "adapter.config: a peft config trains the adapter, and nothing else does."
+            )
         for name in ("rank", "start_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"adapter.{name}={getattr(self, name)} was given where at least 1 was expected.")
@@ -337,7 +342,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             return float(value)
     if get_origin(hint) is dict and isinstance(value, dict):
-        return value
+        kind = get_args(hint)[1]
+        return value if kind is Any else {k: _convert(v, kind, f"{key}.{k}") for k, v in value.items()}
     plain = hint if isinstance(hint, type) else None
     if plain in (int, str, bool) and type(value) is plain:
         return value

@@ -144,7 +144,10 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
                 evaluate=lambda step: to_scalars(play()),
                 ratios=method.ratios,
                 companion=adapter and adapter.companion,
+                frozen=adapter and adapter.frozen(),
             )
+        if config.resume:  # also the seconds before the interruption
+            clock.seconds["train"] = trained.seconds
         if adapter is not None:
             notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
             save_adapter(adapter, run_dir / "adapter", config.base, {NOTES: asdict(notes)})

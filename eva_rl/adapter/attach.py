@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,15 @@ class Adapter:
     initial: dict[str, tuple[Tensor, Tensor]]
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
 
+    def frozen(self) -> dict[str, Tensor]:
+        """What the start decided and training does not change: a resumed run needs it as it was, to the sign of every
+        singular vector."""
+        tensors = {n: p.data for n, p in self.model.named_parameters() if "lora_" in n and not p.requires_grad}
+        layers = dict(self.model.base_model.model.named_modules())
+        for name, (a, b) in self.initial.items():
+            tensors |= {f"{name}.a": a, f"{name}.b": b, f"{name}.weight": layers[name].get_base_layer().weight.data}
+        return tensors
+
     @property
     def companion(self) -> Allocator | None:
         """What else takes part in training, see `eva_rl.training.Companion`."""
@@ -67,32 +77,63 @@ def attach(
     Raises:
         UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
     """
-    data = TaskData(batches, token_mask, loss, few, progress)
-    if getattr(config, "init_lora_weights", None) == "eva":
+    data, config = TaskData(batches, token_mask, loss, few, progress), copy.deepcopy(config)
+    own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
+    if own:
         _check_targets(model, config)
     _check_ranks(model, config)
+    if getattr(config, "total_step", None) is not None and config.total_step - config.tfinal < 2:
+        raise UserError(
+            f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
+        )
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    moves = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
-    weights = {name: p.detach().clone() for name, p in targets(model, config).items()} if moves else {}
+    weights = {name: layer.weight.detach().clone() for name, layer in _linear_layers(model) if own}
     with _undone_on_failure(model, weights):
         try:
             peft_model, found = (start or start_of(config))(model, config, data)
         except (ValueError, TypeError) as error:
             raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
-        initial = {}
-        for name, layer in lora_layers(model) if weights else []:
-            if not torch.equal(layer.get_base_layer().weight, weights[name]):
-                pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                initial[name] = tuple(p.detach().clone() for p in pair)
+        initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
     return Adapter(peft_model, found, initial)
+
+
+@torch.no_grad()
+def _taken_out(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer, if the base's weights are no longer these.
+
+    Raises:
+        UserError: if what was taken out of a weight is not what its A and B put in.
+    """
+    layers = [(name, layer) for name, layer in lora_layers(model) if name in weights]
+    if all(torch.equal(layer.get_base_layer().weight, weights[name]) for name, layer in layers):
+        return {}
+    initial = {}
+    for name, layer in layers:
+        a, b = (p["default"].weight.detach().clone() for p in (layer.lora_A, layer.lora_B))
+        put_in = layer.scaling["default"] * b.float() @ a.float()
+        now = layer.get_base_layer().weight.float() + (put_in.T if layer.fan_in_fan_out else put_in)
+        before = weights[name].float()
+        rounding = 64 * torch.finfo(weights[name].dtype).eps * (before.norm() + put_in.norm())
+        if (now - before).norm() > rounding:
+            raise UserError(f"The initialisation changed what layer '{name}' computes: choose another for this model.")
+        initial[name] = (a, b)
+    return initial
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            yield name, module
 
 
 def targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Parameter]:
     """The weights, by their modules' names, that the adapter is for."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    if config.target_modules == "all-linear":
+        return {name: layer.weight for name, layer in _linear_layers(model)}
     return {
         name: module.weight
         for name, module in model.named_modules()
@@ -126,9 +167,12 @@ def _undone_on_failure(model: nn.Module, weights: Mapping[str, Tensor]) -> Itera
     """If the block raises, the model's submodules, these weights and what was trainable are again what they were."""
     children = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = set(vars(model))
     try:
         yield
     except BaseException:
+        for name in vars(model).keys() - attributes:  # peft's config
+            delattr(model, name)
         for module, name, child in children:
             setattr(module, name, child)
         for parameter, requires_grad in trainable:
@@ -172,11 +216,30 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             f"'{folder}' holds no adapter (there is no adapter_config.json in it): name a run's adapter/ folder."
         )
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        return _merged(PeftModel.from_pretrained(model, str(folder)))
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({in_one_line(error)[:200]})."
         ) from error
+
+
+def _merged(peft_model: PeftModel) -> nn.Module:
+    """The base with the adapter in its weights and the trained modules in their places.
+
+    peft's own `merge_and_unload` can't take modules without a `weight` back, such as an embedder, for most methods.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    peft_model.merge_adapter()
+    model = peft_model.base_model.model
+    for name, module in list(model.named_modules()):
+        parent, _, own_name = name.rpartition(".")
+        if isinstance(module, BaseTunerLayer):
+            setattr(model.get_submodule(parent), own_name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            setattr(model.get_submodule(parent), own_name, module.modules_to_save["default"])
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> int:

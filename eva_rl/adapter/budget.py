@@ -129,7 +129,9 @@ def _around(weights: Callable[[int], int | None], budget: int) -> list[int]:
         number = weights(size)
         return number is None or (number <= budget if falling else number >= budget)
 
-    while not beyond(high) and high < 2**24:
+    while not beyond(high):
+        if falling and (weights(2 * high) or 0) >= (weights(high) or 0):
+            break  # RandLora's falls until the rank is that of the layers, then rises
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

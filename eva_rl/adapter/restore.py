@@ -32,7 +32,7 @@ def restored(
     config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {name: growth * alpha for name, alpha in config.alpha_pattern.items()}
     config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
-    tensors = get_peft_model_state_dict(peft_model)
+    tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     for name, (a, b) in initial.items():
         key_a, key_b = (f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B"))
         tensors[key_a] = torch.cat([tensors[key_a], a])

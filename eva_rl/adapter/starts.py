@@ -89,6 +89,7 @@ def eva(
 
 def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
     """Random orthonormal rows in A, B zero: rows as long as EVA's, in directions that know nothing of the task."""
+    config.init_lora_weights = True
     peft_model, _ = plain(model, config, data)
     for _, layer in lora_layers(model):
         weight = layer.lora_A["default"].weight
@@ -103,35 +104,65 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
     W = U S V^T; with the r smallest singular values: s B A = U_r S_r V_r^T, A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s),
     and W - s B A stays frozen, s being LoRA's scale.
     """
+    config.init_lora_weights = True
     peft_model, _ = plain(model, config, data)
     for _, layer in lora_layers(model):
         base = layer.get_base_layer().weight
         rank, scale = layer.r["default"], layer.scaling["default"]
-        oriented = base.T if layer.fan_in_fan_out else base
-        u, s, vt = torch.linalg.svd(oriented.float(), full_matrices=False)  # (out, m), (m,), (m, in)
+        u, s, vt = torch.linalg.svd(_oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
         root = (s[-rank:] / scale).sqrt()
-        a, b = root[:, None] * vt[-rank:], u[:, -rank:] * root  # (r, in), (out, r)
-        layer.lora_A["default"].weight.data = a.to(base.dtype).contiguous()
-        layer.lora_B["default"].weight.data = b.to(base.dtype).contiguous()
-        moved = scale * b @ a
-        base.data = base.data - (moved.T if layer.fan_in_fan_out else moved).to(base.dtype)
+        _take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
     return peft_model, {}
 
 
 def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """A and B from the singular vectors of the loss's mean gradient: peft's `preprocess_loraga`."""
-    from peft.tuners.lora.loraga import preprocess_loraga
+    """A and B from the singular vectors of the loss's mean gradient G = U S V^T (Wang et al. 2024, arXiv 2407.05000,
+    algorithm 1): A = c V_[1..r]^T and B = c U_[r+1..2r] with c = d_out^(1/4) / sqrt(gamma), and W loses s B A.
 
+    Written anew because peft's scales B by the singular values, and so with the loss, and A not at all.
+    """
     if data.loss is None:
         raise UserError("LoRA-GA needs the loss of a batch: give `loss`.")
-
-    def run() -> None:
+    gamma = config.lora_ga_config.stable_gamma if config.lora_ga_config else 16
+    config.init_lora_weights, config.lora_ga_config = True, None
+    peft_model, _ = plain(model, config, data)
+    layers = [layer for _, layer in lora_layers(model)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
         for batch in data.first("LoRA-GA"):
-            data.loss(batch).backward()
+            for total, gradient in zip(gradients, torch.autograd.grad(data.loss(batch), weights), strict=True):
+                total += gradient
+        for weight in weights:
+            weight.requires_grad_(False)
+    with torch.no_grad():
+        for layer, gradient in zip(layers, gradients, strict=True):
+            rank = layer.r["default"]
+            u, _, vt = torch.linalg.svd(_oriented(layer, gradient).float(), full_matrices=False)
+            if 2 * rank > len(vt):
+                raise UserError(
+                    f"LoRA-GA needs twice the rank in dimensions; {rank} was asked for where there are {len(vt)}."
+                )
+            c = u.shape[0] ** 0.25 / gamma**0.5
+            _take_out(layer, c * vt[:rank], c * u[:, rank : 2 * rank])
+    return peft_model, {}
 
-    with as_it_was(model):
-        preprocess_loraga(model, config, run)
-    return plain(model, config, data)
+
+def _oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The weight as (out, in), also where the layer keeps its transpose."""
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+    """Start LoRA at A (r, in) and B (out, r), and take their product out of the base's weight."""
+    pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for parameter, value in zip(pair, (a, b), strict=True):
+        parameter.data = value.to(parameter.dtype).contiguous()
+    base = layer.get_base_layer().weight
+    product = layer.scaling["default"] * pair[1].data.float() @ pair[0].data.float()
+    base.data = (base.data.float() - _oriented(layer, product)).to(base.dtype)
 
 
 @torch.no_grad()

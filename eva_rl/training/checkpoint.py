@@ -44,6 +44,8 @@ class TrainingState:
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     companion: Companion | None
+    frozen: Mapping[str, Tensor]
+    """What the run's start decided and training does not change."""
     identity: Mapping[str, Any]
     """What must be the same for one run to continue another, such as its steps, task and seed."""
 
@@ -82,6 +84,7 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
     for name, p in state.parameters.items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.optimizer.state[p].items()}
+    tensors |= {f"frozen.{name}": value for name, value in state.frozen.items()}
     if state.companion is not None:
         tensors |= {f"companion.{key}": value for key, value in state.companion.state_dict().items()}
     tensors |= {"losses": losses, "rng.cpu": torch.get_rng_state()}
@@ -130,6 +133,8 @@ def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> 
             state.optimizer.state[p] = {
                 key.removeprefix(prefix): value.to(p.device) for key, value in tensors.items() if key.startswith(prefix)
             }
+    for name, value in state.frozen.items():
+        value.copy_(tensors[f"frozen.{name}"])
     if state.companion is not None:
         device = next(iter(state.parameters.values())).device
         prefix = "companion."

@@ -108,6 +108,7 @@ def train(
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     ratios: Mapping[str, float] | None = None,
     companion: Companion | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
@@ -123,6 +124,7 @@ def train(
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
         ratios: parameters whose names contain this word learn at this multiple of the learning rate.
         companion: what else takes part; its penalty is not part of the losses returned and logged.
+        frozen: tensors that training does not change and that a resumed run might not make again bit for bit.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
@@ -135,7 +137,7 @@ def train(
         return TrainingResult([], 0.0)
     device = next(iter(trainable.values())).device
     optimizer = torch.optim.AdamW(_groups(trainable, config, ratios or {}), lr=config.learning_rate, fused=True)
-    state = TrainingState(trainable, optimizer, companion, {"steps": steps, **identity})
+    state = TrainingState(trainable, optimizer, companion, frozen or {}, {"steps": steps, **identity})
     losses: list[float] = []
     started = time.perf_counter()
     if resume:

@@ -172,16 +172,16 @@ def eva_init(
     """
     if settings.weighting == "gradient" and loss is None:
         raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
-    widths = {name: _checked_width(model, name, rank) for name, rank in ranks.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    costs = {name: widths[name] + output_width(model.get_submodule(name)) for name in ranks}
-    budget = Budget(ranks, settings.rho, costs if settings.budget == "weights" else dict.fromkeys(ranks, 1))
     peers, streams = Peers(device, together), []
     peers.check_alike("ranks or settings", (sorted(ranks.items()), settings))
+    widths = peers.attempt(lambda: {name: _checked_width(model, name, rank) for name, rank in ranks.items()})
+    costs = {name: widths[name] + output_width(model.get_submodule(name)) for name in ranks}
+    budget = Budget(ranks, settings.rho, costs if settings.budget == "weights" else dict.fromkeys(ranks, 1))
 
-    def take(batch: Any) -> Callable[[], None]:
-        """Run the model on a batch; return what there is to do with its activations."""
-        active, weights = _needed(streams), None
+    def take(active: Sequence[_Stream], batch: Any) -> Callable[[], None]:
+        """Run the model on a batch, for these streams; return what there is to do with its activations."""
+        weights = None
         run, mask = partial(forward, model, batch), None if token_mask is None else token_mask(batch)
         chosen = rows(batch) if rows else masked_rows(mask, _room(active, updates, settings))
         if not streams:
@@ -198,17 +198,23 @@ def eva_init(
         peers.attempt(update)
         _judge(streams, budget, settings, peers)
 
+    needed: Sequence[_Stream] = ()  # as of the last update waited for, so that no result depends on timing
     taken, bar = 0, tqdm(total=settings.max_batches, desc="EVA", unit="batch", leave=False, disable=not progress)
     with as_it_was(model), bar, _Updates(device) as updates:
         for batch in _limited(batches, settings.max_batches, peers, updates):
-            update = _nothing if batch is _ENDED else _deferring_errors(take, batch, peers)
+            update = _nothing if batch is _ENDED else _deferring_errors(partial(take, needed), batch, peers)
             updates.wait()
+            if taken and not _needed(streams):
+                break
+            needed = _needed(streams)
             updates.start(partial(step, update))
             taken += 1
             bar.update()
             bar.set_postfix_str(f"{sum(s.converged for s in streams)}/{len(streams)} inputs converged", refresh=False)
-            if all(stream.converged for stream in streams):
-                break
+            if updates.thread is None:
+                needed = _needed(streams)
+                if not needed:
+                    break
     if not taken:
         raise UserError("EVA was given no batch of data: the dataset is empty.")
     if not float(peers.sum(sum(stream.moments.mass.sum() for stream in streams))):
@@ -282,7 +288,8 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
         means = means.split([stream.candidates for stream in streams] * 2)
         measures, worths = means[: len(streams)], means[len(streams) :]
         if subspace:  # the loss left shrinks with the number of rows, and all rows are merged
-            measures = [1 - (1 - measure) / peers.count for measure in measures]
+            shared = [1 - (1 - measure) / peers.count for measure in measures]
+            measures = [torch.where(m > 0, s, 0) for m, s in zip(measures, shared, strict=True)]  # 0: no estimate yet
     given = budget.spent(streams, worths)
     for stream, measure in zip(streams, measures, strict=True):
         stream.rank = max(given[name] for name in stream.group.layers)
