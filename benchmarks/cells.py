@@ -59,6 +59,9 @@ def _settings(cells: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
             name: parse(compose("finetune", overrides=arguments), FinetuneConfig) for name, arguments in cells.items()
         }
     decides = {name: identity(config) | {"episodes": config.episodes} for name, config in configs.items()}
+    for settings in decides.values():
+        if settings["training"]["learning_rate"] is not None:
+            del settings["adapter"]["learning_rate"]  # it does not count
     return json.loads(json.dumps(decides))
 
 
