@@ -6,6 +6,8 @@ Observations: 39 numbers (hand, gripper, two objects, now and one step ago; the 
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -77,6 +79,8 @@ class SeededMetaWorld(gym.Env):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         self.render_mode = render_mode
+        if render_mode is not None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
         self._env = ALL_V3_ENVIRONMENTS[name](render_mode=render_mode, camera_name="corner2")
         self._env._partially_observable = False  # the goal is observed
         # The observation space is cached and observations are clipped to it: one made before would zero the goal.
@@ -97,7 +101,10 @@ class SeededMetaWorld(gym.Env):
         return observation, float(reward), terminated, truncated, {"success": float(info["success"])}
 
     def render(self):
-        return self._env.render()
+        picture = self._env.render()
+        if self.render_mode == "rgb_array":
+            picture = np.rot90(picture, 2)  # the camera hangs upside down
+        return picture
 
     def close(self):
         self._env.close()

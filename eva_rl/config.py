@@ -181,6 +181,7 @@ class FinetuneConfig:
     seed: int
     episodes: int
     target_return: float | None
+    video: bool
     workers: int | None
     device: str
     run_dir: str | None
@@ -195,6 +196,7 @@ class EvaluateConfig:
     episodes: int
     seed: int
     target_return: float | None
+    video: bool
     workers: int | None
     precision: str
     device: str
@@ -401,7 +403,7 @@ def to_yaml(config: Any) -> str:
 
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
-    free = ("run_dir", "output", "resume", "device", "episodes", "target_return", "workers")
+    free = ("run_dir", "output", "resume", "device", "episodes", "target_return", "video", "workers")
     settings = {name: value for name, value in _plain(config).items() if name not in free}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings

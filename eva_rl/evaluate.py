@@ -13,8 +13,8 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import Decoder, find_adapter, load_base, load_notes
-    from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, scores, to_json, to_scalars, versions
-    from eva_rl.rollout import Broken, Episodes, Job, Simulators, check_spaces, rollout
+    from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, save_film, scores, to_json, to_scalars, versions
+    from eva_rl.rollout import Broken, Episodes, Job, Simulators, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, check_precision, choose_device
 
@@ -81,7 +81,11 @@ def main(config: EvaluateConfig) -> None:
             tensorboard.log(number, to_scalars(found))
             results[source.task] = {"target_return": targets[source.task], **to_json(found)}
             rows.append((source.task, *(found[name] for name in SCORES)))
-    write_json(run_dir / "result.json", _result(config, results, clock, broken is None, versions()))
+        write_json(run_dir / "result.json", _result(config, results, clock, broken is None, versions()))
+        for job in {job.task: job for job in reversed(jobs)}.values() if config.video and broken is None else ():
+            with autocast(config.precision, device):
+                frames = film(make_policy, model.interfaces[interface], job, device)
+            save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if broken is not None:
         raise UserError(f"{broken} The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'.")
     print("\n" + markdown(["mean [95 % interval]", *(name.replace("_", " ") for name in SCORES)], rows))

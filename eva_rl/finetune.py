@@ -28,8 +28,19 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, Decoder, load_base, save_base
-    from eva_rl.report import Stopwatch, TensorBoard, eva_figures, run_result, scores, summary, to_scalars
-    from eva_rl.rollout import Job, check_spaces, rollout
+    from eva_rl.report import (
+        Stopwatch,
+        TensorBoard,
+        eva_figures,
+        read_curve,
+        run_result,
+        save_film,
+        scores,
+        summary,
+        to_json,
+        to_scalars,
+    )
+    from eva_rl.rollout import Job, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
 
@@ -120,8 +131,16 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     }
 
     # Train, save, score again.
+    curve = read_curve(run_dir) if config.resume else {}
+
+    def evaluate(step):
+        found = play()
+        curve[str(step)] = to_json(found)
+        write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None, curve=curve))
+        return to_scalars(found)
+
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
-    write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None))
+    write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None, curve=curve))
     print(f"run folder: {run_dir}")
     with TensorBoard(run_dir) as tensorboard:
         if adapter and adapter.eva:
@@ -141,7 +160,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
                 config.resume,
                 identity(config),
                 tensorboard.log,
-                evaluate=lambda step: to_scalars(play()),
+                evaluate=evaluate,
                 ratios=method.ratios,
                 companion=adapter and adapter.companion,
                 frozen=adapter and adapter.frozen(),
@@ -156,8 +175,13 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
             save_base(run_dir / "model", model, base.tasks | {config.task: statistics})
         tuned = play() if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))
-    write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned, trained.tenths()))
-    print("\n" + summary(facts, clock, zero_shot, tuned))
+        write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned, trained.tenths(), curve))
+        print("\n" + summary(facts, clock, zero_shot, tuned))
+        if config.video and seeds:
+            job = Job(config.task, source.make_env, seeds[0], target_return)
+            with autocast(training.precision, device):
+                frames = film(partial(Decoder, model, interface.name), model.interfaces[interface.name], job, device)
+            save_film(run_dir, tensorboard, config.steps, config.task, job.seed, frames)
     print(f"tensorboard --logdir {run_dir}")
 
 

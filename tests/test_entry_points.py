@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DummyEnv
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -171,6 +173,76 @@ def test_a_run_tells_its_losses_and_its_memory(run, base):
     assert len(result["loss"]) == 10
     assert all(loss > 0 for loss in result["loss"])
     assert result["peak_memory_mib"] > 50
+
+
+def test_scores_while_training_make_a_curve_that_a_resumed_run_goes_on_with(run, base, monkeypatch):
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", *QUICK, "training.evaluate_every=1"]
+    assert run("finetune", *arguments, "run_dir=whole")[0] == 0
+    whole = result_of(Path("whole"))["curve"]
+    assert list(whole) == ["1", "2", "3"]
+    assert all(scores["success_rate"]["n"] == 3 for scores in whole.values())
+    events = EventAccumulator("whole").Reload()
+    assert [e.step for e in events.Scalars("evaluation/success_rate")] == [0, 1, 2, 3, 4]
+
+    from eva_rl.data import WindowSampler
+
+    original = WindowSampler.batch
+
+    def stop(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowSampler, "batch", stop)
+        assert run("finetune", *arguments, "run_dir=cut")[0] == 130
+    assert result_of(Path("cut"))["status"] == "partial"
+    assert run("finetune", *arguments, "run_dir=cut", "resume=true")[0] == 0
+    assert result_of(Path("cut"))["curve"] == whole
+
+
+def test_a_film_is_made_of_an_episode(run, base, monkeypatch):
+    def render(self):
+        return np.full((60, 90, 3), 20 * self.step_number, np.uint8)
+
+    monkeypatch.setattr(DummyEnv, "render", render)
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", "run_dir=run", "video=true", *QUICK]
+    status, _, err = run("finetune", *arguments)
+    assert status == 0, err
+    [film], [sheet] = Path("run/videos").glob("*.gif"), Path("run/videos").glob("*.png")
+    assert Image.open(film).n_frames == 3  # at the start, at step 4, and at the end, 5 to 7
+    assert Image.open(sheet).size == (6 * 90, 2 * 60)
+    events = EventAccumulator("run", size_guidance={"images": 0}).Reload()
+    [name] = [name for name in events.Tags()["images"] if name.startswith("video/")]
+    assert events.Images(name)[0].encoded_image_string == film.read_bytes()
+    arguments = ["adapter=run", f"task={TASK}", "episodes=2", "workers=0", "video=true", "run_dir=again"]
+    assert run("evaluate", *arguments)[0] == 0
+    assert len(list(Path("again/videos").iterdir())) == 2
+
+
+def test_an_environment_that_cannot_be_seen_is_named_and_the_scores_are_kept(run, base):
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", "run_dir=run", "video=true", *QUICK]
+    status, _, err = run("finetune", *arguments)
+    assert status == 1
+    assert "can't be rendered" in sentence(err)
+    assert result_of(Path("run"))["status"] == "complete"
+
+
+def test_an_evaluation_that_breaks_keeps_the_episodes_that_had_ended(run, base, monkeypatch):
+    original = DummyEnv.step
+
+    def step(self, action):
+        if self.length == 7 and self.step_number == 6:
+            raise ValueError("the gripper is gone")
+        return original(self, action)
+
+    monkeypatch.setattr(DummyEnv, "step", step)
+    status, _, err = run("evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=12", "workers=0", "run_dir=run")
+    assert status == 1
+    assert "raised ValueError at step 7: the gripper is gone" in sentence(err)
+    result = result_of(Path("run"))
+    assert result["status"] == "partial"
+    assert 0 < result["tasks"][TASK]["success_rate"]["n"] < 12
 
 
 def test_the_adapter_loads_with_peft_alone(run, base, tmp_path):

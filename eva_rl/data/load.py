@@ -62,7 +62,7 @@ def load_dataset(dataset_id: str, task: str, demonstrations: int | None = None) 
     return pack(task, episodes, observation_space, action_space)
 
 
-def environment_of(dataset_id: str) -> gym.Env:
+def environment_of(dataset_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment that the dataset says it is to be evaluated in.
 
     Raises:
@@ -75,7 +75,7 @@ def environment_of(dataset_id: str) -> gym.Env:
             f"The dataset '{dataset_id}' names no environment: set episodes=0 to fine-tune without rollouts."
         )
     try:
-        return dataset.recover_environment(eval_env=True)
+        return dataset.recover_environment(eval_env=True, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
         needed = dataset.storage.metadata.get("requirements") or ["what its page names"]
         raise UserError(

@@ -25,7 +25,8 @@ class TaskSource:
     """The name of the interface its observations and actions go through."""
     dataset_id: str | None
     """The Minari dataset of its trajectories; None where the task's expert collects one."""
-    make_env: Callable[[], gym.Env]
+    make_env: Callable[..., gym.Env]
+    """Takes a `render_mode`."""
     score_scale: tuple[float, float] | None
     """Episode returns of a random policy and of the expert, the 0 and the 1 of normalised scores."""
 

@@ -1,13 +1,14 @@
 """Runs -> tables, confidence intervals, TensorBoard."""
 
 from eva_rl.report.eva import eva_figures
-from eva_rl.report.result import run_result, summary
+from eva_rl.report.result import read_curve, run_result, summary
 from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
 from eva_rl.report.stopwatch import Stopwatch
 from eva_rl.report.table import markdown
 from eva_rl.report.tensorboard import TensorBoard
 from eva_rl.report.versions import versions
+from eva_rl.report.video import save_film
 
 __all__ = [
     "SCORES",
@@ -19,7 +20,9 @@ __all__ = [
     "markdown",
     "mean",
     "proportion",
+    "read_curve",
     "run_result",
+    "save_film",
     "scores",
     "summary",
     "to_json",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from eva_rl.files import read_json
 from eva_rl.report.scores import Scores, to_json
 from eva_rl.report.stopwatch import Stopwatch, peak_memory
 from eva_rl.report.table import markdown
@@ -17,14 +19,16 @@ def run_result(
     zero_shot: Scores,
     tuned: Scores | None,
     losses: Sequence[float] = (),
+    curve: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of result.json; `tuned` is None while the run is under way.
 
-    `losses`: the mean training loss of each tenth of the steps.
+    `losses`: the mean training loss of each tenth of the steps. `curve`: the scores while training, by optimiser steps.
     """
     return {
         **facts,
         "loss": [round(loss, 6) for loss in losses],
+        "curve": dict(curve or {}),
         "peak_memory_mib": peak_memory(),
         **(to_json(tuned) if tuned else {}),
         "zero_shot": to_json(zero_shot),
@@ -32,6 +36,12 @@ def run_result(
         "status": "complete" if tuned else "partial",
         "versions": versions(),
     }
+
+
+def read_curve(run_dir: Path) -> dict[str, Any]:
+    """The scores while training of a run that is to be resumed; none if it has not written any."""
+    path = run_dir / "result.json"
+    return dict(read_json(path).get("curve", {})) if path.is_file() else {}
 
 
 def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:

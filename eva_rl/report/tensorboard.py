@@ -26,6 +26,13 @@ class TensorBoard:
         for name, figure in figures.items():
             self.writer.add_figure(name, figure, step)
 
+    def animation(self, name: str, step: int, gif: bytes, size: tuple[int, int]) -> None:
+        """An animated GIF of this width and height; the browser plays it among the images."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
     def __enter__(self) -> TensorBoard:
         return self
 

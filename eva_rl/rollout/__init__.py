@@ -1,6 +1,7 @@
 """Policies and environments -> episodes."""
 
+from eva_rl.rollout.film import film
 from eva_rl.rollout.rollout import Broken, Episodes, Policy, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 
-__all__ = ["Broken", "Episodes", "Job", "Policy", "Simulators", "check_spaces", "rollout"]
+__all__ = ["Broken", "Episodes", "Job", "Policy", "Simulators", "check_spaces", "film", "rollout"]

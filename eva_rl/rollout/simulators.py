@@ -25,7 +25,7 @@ class Job:
     """One episode: everything random in it follows from the seed."""
 
     task: str
-    make_env: Callable[[], gym.Env]
+    make_env: Callable[..., gym.Env]
     """Must be a function that pickle can name, if other processes are to call it."""
     seed: int
     target_return: float

@@ -1,0 +1,74 @@
+"""Episodes to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.rollout.rollout import Policy, rollout
+from eva_rl.rollout.simulators import Job, Simulators
+
+if TYPE_CHECKING:
+    import torch
+
+    from eva_rl.interface import Interface
+
+EVERY = 4
+"""Steps from one frame to the next."""
+
+
+def film(
+    make_policy: Callable[[int], Policy], interface: Interface, job: Job, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """(T, height, width, 3) uint8: the job's episode, every fourth step of it. `job.make_env` takes a `render_mode`.
+
+    Raises:
+        UserError: if the environment can't be rendered here.
+    """
+    frames: list[np.ndarray] = []
+
+    def make_env() -> gym.Env:
+        return _Filmed(job.make_env(render_mode="rgb_array"), frames)
+
+    with Simulators(0) as simulators:
+        rollout(make_policy, interface, [replace(job, make_env=make_env)], simulators, device, f"film {job.task}")
+    return np.stack(frames)
+
+
+class _Filmed(gym.Wrapper):
+    def __init__(self, env: gym.Env, frames: list[np.ndarray]):
+        super().__init__(env)
+        self.frames, self.steps = frames, 0
+
+    def reset(self, **options: Any):
+        result = self.env.reset(**options)
+        self._keep()
+        return result
+
+    def step(self, action: Any):
+        result = self.env.step(action)
+        self.steps += 1
+        if self.steps % EVERY == 0 or result[2] or result[3]:
+            self._keep()
+        return result
+
+    def _keep(self) -> None:
+        try:
+            frame = self.env.render()
+        except Exception as error:
+            raise _unseen(f"{type(error).__name__}: {in_one_line(error)}") from error
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+            raise _unseen("it returned no picture")
+        self.frames.append(frame.astype(np.uint8))
+
+
+def _unseen(why: str) -> UserError:
+    return UserError(
+        f"can't be rendered ({why[:200]}; without a display MuJoCo needs MUJOCO_GL=egl or osmesa and its library): leave out "
+        "video=true; it failed"
+    )
