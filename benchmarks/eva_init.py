@@ -70,6 +70,12 @@ class Job:
     device: str
 
 
+def model_config(preset: str) -> ModelConfig:
+    """The trunk of `configs/model/<preset>.yaml`."""
+    settings = OmegaConf.to_container(OmegaConf.load(Path(configs.__file__).parent / "model" / f"{preset}.yaml"))
+    return ModelConfig(**{**settings, "tokens": tuple(settings["tokens"])})
+
+
 def load(preset: str, count: int, device: str) -> tuple[DecisionTransformer, list[Batch]]:
     source = find_source(TASK, None)
     trajectories = load_dataset(source.dataset(None, 0), TASK, None)
@@ -78,9 +84,7 @@ def load(preset: str, count: int, device: str) -> tuple[DecisionTransformer, lis
         model = load_base("mt40-small", torch.device(device)).model
     else:
         torch.manual_seed(0)
-        settings = OmegaConf.to_container(OmegaConf.load(Path(configs.__file__).parent / "model" / "paper.yaml"))
-        config = ModelConfig(**{**settings, "tokens": tuple(settings["tokens"])})
-        model = DecisionTransformer(config, [interface]).to(device)
+        model = DecisionTransformer(model_config(preset), [interface]).to(device)
     sampler = WindowSampler([trajectories], interface.name, model.config.context, BATCH_SIZES[preset], 0)
     return model.eval().requires_grad_(False), [sampler.batch(n).to(device) for n in range(count)]
 

@@ -33,17 +33,30 @@ def film(
     frames: list[np.ndarray] = []
 
     def make_env() -> gym.Env:
-        return _Filmed(job.make_env(render_mode="rgb_array"), frames)
+        try:
+            return _Filmed(job.make_env(render_mode="rgb_array"), frames, job.task)
+        except (TypeError, gym.error.Error) as error:  # it knows no such mode
+            raise Unseen(job.task, in_one_line(error)) from error
 
     with Simulators(0) as simulators:
         rollout(make_policy, interface, [replace(job, make_env=make_env)], simulators, device, f"film {job.task}")
     return np.stack(frames)
 
 
+class Unseen(UserError):
+    """An environment that can't be rendered here."""
+
+    def __init__(self, task: str, why: str):
+        super().__init__(
+            f"The environment of '{task}' can't be rendered ({why[:200]}): leave out video=true; where there is no display, "
+            "MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa and that library."
+        )
+
+
 class _Filmed(gym.Wrapper):
-    def __init__(self, env: gym.Env, frames: list[np.ndarray]):
+    def __init__(self, env: gym.Env, frames: list[np.ndarray], task: str):
         super().__init__(env)
-        self.frames, self.steps = frames, 0
+        self.frames, self.task, self.steps = frames, task, 0
 
     def reset(self, **options: Any):
         result = self.env.reset(**options)
@@ -61,14 +74,7 @@ class _Filmed(gym.Wrapper):
         try:
             frame = self.env.render()
         except Exception as error:
-            raise _unseen(f"{type(error).__name__}: {in_one_line(error)}") from error
+            raise Unseen(self.task, f"{type(error).__name__}: {in_one_line(error)}") from error
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise _unseen("it returned no picture")
+            raise Unseen(self.task, "it returned no picture")
         self.frames.append(frame.astype(np.uint8))
-
-
-def _unseen(why: str) -> UserError:
-    return UserError(
-        f"can't be rendered ({why[:200]}; without a display MuJoCo needs MUJOCO_GL=egl or osmesa and its library): leave out "
-        "video=true; it failed"
-    )

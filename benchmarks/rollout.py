@@ -1,0 +1,154 @@
+"""Steps a second of rollouts: the simulator alone, ours, and a plain loop over one environment.
+
+    python -m benchmarks.rollout
+
+- raw: the simulators' processes with random actions and nobody to wait for: the limit.
+- ours: `eva_rl.rollout` with a model of the preset's size.
+- plain: what one would write with Hugging Face's `DecisionTransformerModel` of that size: one environment, the whole window
+  computed again for every step.
+
+Weights are random; every episode lasts 200 steps whatever the actions. Medians of the repeats, the three in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import DecisionTransformerConfig, DecisionTransformerModel
+
+from benchmarks.eva_init import RESULTS, model_config
+from eva_rl.data import find_source
+from eva_rl.files import write_text
+from eva_rl.model import DecisionTransformer, Decoder, load_base
+from eva_rl.report import markdown, versions
+from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.rollout.simulators import ready
+
+TASK = "metaworld/push-v3"
+STEPS = 200
+
+
+def jobs_of(episodes: int) -> list[Job]:
+    make_env = find_source(TASK).make_env
+    return [Job(TASK, make_env, seed, 1000.0) for seed in range(episodes)]
+
+
+def raw(simulators: Simulators, episodes: int) -> float:
+    """Steps a second of as many simulators, each with its share of the episodes."""
+    jobs = jobs_of(episodes)
+    size = -(-episodes // max(simulators.workers, 1))
+    running = simulators.provide(-(-episodes // size), size, 39, 4)
+    for number, simulator in enumerate(running):
+        simulator.board.actions[:] = np.random.default_rng(number).uniform(-1, 1, simulator.board.actions.shape)
+        simulator.send(jobs[number * size : (number + 1) * size])
+    for simulator in running:
+        simulator.receive()
+    left = dict.fromkeys(running, STEPS)
+    start = time.perf_counter()
+    for simulator in running:
+        simulator.send(None)
+    while left:
+        for simulator in ready(list(left)):
+            simulator.receive()
+            left[simulator] -= 1
+            if left[simulator]:
+                simulator.send(None)
+            else:
+                del left[simulator]
+    return episodes * STEPS / (time.perf_counter() - start)
+
+
+def ours(model: DecisionTransformer, simulators: Simulators, episodes: int) -> float:
+    interface = model.interfaces["metaworld"]
+    start = time.perf_counter()
+    found = rollout(partial(Decoder, model, "metaworld"), interface, jobs_of(episodes), simulators)
+    return found.lengths.sum() / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def plain(model: DecisionTransformer, episodes: int) -> float:
+    config = model.config
+    theirs = DecisionTransformerModel(
+        DecisionTransformerConfig(
+            state_dim=39,
+            act_dim=4,
+            hidden_size=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            n_positions=3 * config.context,
+            max_ep_len=STEPS,
+        )
+    ).eval()
+    env = find_source(TASK).make_env()
+    start = time.perf_counter()
+    steps = 0
+    for seed in range(episodes):
+        observation, _ = env.reset(seed=seed)
+        states, actions, rewards = [], [], []
+        wanted, over = [1000.0], False
+        while not over:
+            states.append(observation)
+            actions.append(np.zeros(4))
+            rewards.append(0.0)
+            first = max(0, len(states) - config.context)
+            window = [np.array(x[first:], np.float32)[None] for x in (states, actions, rewards, wanted)]
+            s, a, r, g = (torch.from_numpy(x) for x in window)
+            positions = torch.arange(first, len(states))[None]
+            action = theirs(
+                states=s,
+                actions=a,
+                rewards=r[..., None],
+                returns_to_go=g[..., None],
+                timesteps=positions,
+                attention_mask=torch.ones(1, s.shape[1]),
+            ).action_preds[0, -1]
+            actions[-1] = action.numpy()
+            observation, rewards[-1], terminated, truncated, _ = env.step(np.clip(actions[-1], -1, 1))
+            wanted.append(wanted[-1] - rewards[-1])
+            over = terminated or truncated
+            steps += 1
+    return steps / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=["small", "paper"], default=["small", "paper"])
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    a = parser.parse_args()
+    interface = load_base("mt40-small").model.interfaces["metaworld"]
+    rows = []
+    for preset in a.presets:
+        model = DecisionTransformer(model_config(preset), [interface]).eval()
+        speeds: dict[str, list[float]] = {"raw": [], "ours": [], "plain": []}
+        with Simulators(a.workers) as simulators:
+            raw(simulators, a.episodes)  # makes the environments
+            for _ in tqdm(range(a.repeats), desc=preset):
+                speeds["raw"].append(raw(simulators, a.episodes))
+                speeds["ours"].append(ours(model, simulators, a.episodes))
+                speeds["plain"].append(plain(model, 1))
+        medians = {name: statistics.median(found) for name, found in speeds.items()}
+        rows += [
+            [preset, name, f"{speed:.0f}", f"{speed / medians['raw']:.2f}", f"{speed / medians['plain']:.1f}"]
+            for name, speed in medians.items()
+        ]
+    table = markdown(["preset", "what", "steps a second", "of raw", "x plain"], rows)
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = (
+        f"`python -m benchmarks.rollout --episodes {a.episodes} --workers {a.workers} --repeats {a.repeats}` ({TASK})"
+    )
+    write_text(RESULTS / "rollout.md", f"{head}\n\n{platform.machine()}, {os.cpu_count()} cores; {used}\n\n{table}\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
