@@ -180,7 +180,7 @@ class FinetuneConfig:
     steps: int
     seed: int
     episodes: int
-    target_return: float | None
+    target_return: str | None
     video: bool
     workers: int | None
     device: str
@@ -195,7 +195,7 @@ class EvaluateConfig:
     task: str
     episodes: int
     seed: int
-    target_return: float | None
+    target_return: str | None
     video: bool
     workers: int | None
     precision: str

@@ -13,8 +13,19 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import Decoder, find_adapter, load_base, load_notes
-    from eva_rl.report import SCORES, Stopwatch, TensorBoard, markdown, save_film, scores, to_json, to_scalars, versions
-    from eva_rl.rollout import Broken, Episodes, Job, Simulators, check_spaces, film, rollout
+    from eva_rl.report import (
+        SCORES,
+        Stopwatch,
+        TensorBoard,
+        markdown,
+        save_film,
+        save_sweep,
+        scores,
+        to_json,
+        to_scalars,
+        versions,
+    )
+    from eva_rl.rollout import Broken, Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, check_precision, choose_device
 
@@ -24,6 +35,7 @@ def main(config: EvaluateConfig) -> None:
     device, clock = choose_device(config.device), Stopwatch("load", "rollout")
 
     check_precision(config.precision)
+    asked = TargetReturn(config.target_return)
     run_dir = run_folder(config.run_dir)
     check_run_folder(run_dir)
 
@@ -49,19 +61,19 @@ def main(config: EvaluateConfig) -> None:
         if source.interface not in model.interfaces:
             raise UserError(f"The checkpoint '{name}' knows no interface '{source.interface}': fine-tune it first.")
         check_spaces(source.make_env, model.interfaces[source.interface])
-        if config.target_return is None and source.task not in known:
+        if not asked.known and source.task not in known:
             raise UserError(
                 f"The checkpoint '{name}' has not seen '{source.task}' and can't know what return to ask for: "
                 "set target_return=..., or name an adapter of that task."
             )
 
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
-    jobs, targets = [], {}
-    for source in sources:
-        target = known[source.task].return_max if config.target_return is None else config.target_return
-        targets[source.task] = target
-        seeds = evaluation_seeds(source.task, config.seed, config.episodes)
-        jobs += [Job(source.task, source.make_env, seed, target) for seed in seeds]
+    jobs = [
+        Job(source.task, source.make_env, seed, target)
+        for source in sources
+        for target in asked.returns(source.task, known.get(source.task))
+        for seed in evaluation_seeds(source.task, config.seed, config.episodes)
+    ]
     interface = sources[0].interface
     make_policy = partial(Decoder, model, interface)
     with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):
@@ -71,16 +83,21 @@ def main(config: EvaluateConfig) -> None:
             finished, broken = error.finished, error
         else:
             finished, broken = dict(enumerate(episodes.rows())), None
+    parts = {}  # by task and return asked for
+    for i, row in sorted(finished.items()):
+        parts.setdefault((jobs[i].task, jobs[i].target_return), []).append(row)
+    scales = {source.task: source.score_scale for source in sources}
     results, rows = {}, []
     with TensorBoard(run_dir) as tensorboard:
-        for number, source in enumerate(sources):
-            own = [row for i, row in finished.items() if jobs[i].task == source.task]
-            if not own:
-                continue
-            found = scores(Episodes.of(own), source.score_scale)
+        for number, ((task, target), own) in enumerate(parts.items()):
+            found = scores(Episodes.of(own), scales[task])
             tensorboard.log(number, to_scalars(found))
-            results[source.task] = {"target_return": targets[source.task], **to_json(found)}
-            rows.append((source.task, *(found[name] for name in SCORES)))
+            results.setdefault(task, []).append({"target_return": target, **to_json(found)})
+            rows.append((task, *([f"{target:.1f}"] if asked.sweeps else []), *(found[name] for name in SCORES)))
+        if asked.sweeps:
+            tensorboard.figures(0, {"evaluation/sweep": save_sweep(run_dir, results)})
+        else:
+            results = {task: found for task, [found] in results.items()}
         write_json(run_dir / "result.json", _result(config, results, clock, broken is None, versions()))
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and broken is None else ():
             with autocast(config.precision, device):
@@ -88,8 +105,9 @@ def main(config: EvaluateConfig) -> None:
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if broken is not None:
         raise UserError(f"{broken} The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'.")
-    print("\n" + markdown(["mean [95 % interval]", *(name.replace("_", " ") for name in SCORES)], rows))
-    if len(sources) > 1:
+    header = ["mean [95 % interval]", *(["asked for"] if asked.sweeps else [])]
+    print("\n" + markdown([*header, *(name.replace("_", " ") for name in SCORES)], rows))
+    if len(sources) > 1 and not asked.sweeps:
         for name in SCORES:
             means = [result[name]["mean"] for result in results.values() if result[name] is not None]
             if len(means) == len(sources):

@@ -26,6 +26,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
 
     from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
+    from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, Decoder, load_base, save_base
     from eva_rl.report import (
@@ -40,7 +41,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         to_json,
         to_scalars,
     )
-    from eva_rl.rollout import Job, check_spaces, film, rollout
+    from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
 
@@ -53,7 +54,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     if eva_options:
         start = partial(start or starts.eva, settings=EvaSettings(**eva_options, seed=config.seed))
     device, run_dir = choose_device(config.device), run_folder(config.run_dir)
-    seeds = evaluation_seeds(config.task, config.seed, config.episodes)
+    seeds, target = evaluation_seeds(config.task, config.seed, config.episodes), TargetReturn(config.target_return)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     check_run_folder(run_dir, config.resume)
     source = find_source(config.task, config.dataset)
@@ -80,7 +81,9 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         )
 
     # The base as it is.
-    target_return = statistics.return_max if config.target_return is None else config.target_return
+    target_return, *others = target.returns(config.task, statistics)
+    if others:
+        raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
     if seeds:
         check_spaces(source.make_env, model.interfaces[interface.name])
 

@@ -64,6 +64,8 @@ class TaskStatistics:
     return_mean: float
     success_rate: float | None
     """Share of the episodes that solved the task; None where the dataset does not say."""
+    return_deciles: tuple[float, ...] = ()
+    """(11,) the quantiles 0, 0.1, ..., 1 of the episodes' returns."""
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,40 @@ def test_an_environment_that_cannot_be_seen_is_named_and_the_scores_are_kept(run
     assert result_of(Path("run"))["status"] == "complete"
 
 
+def test_a_sweep_asks_for_several_returns_and_draws_what_came_of_them(run, base):
+    arguments = [f"checkpoint={base}", f"task={TASK}", "episodes=3", "workers=0", "target_return=sweep", "run_dir=run"]
+    status, out, err = run("evaluate", *arguments)
+    assert status == 0, err
+    found = result_of(Path("run"))["tasks"][TASK]
+    asked = [scores["target_return"] for scores in found]
+    assert len(asked) == 6
+    assert asked == sorted(asked)
+    assert all(scores["success_rate"]["n"] == 3 for scores in found)
+    assert "asked for" in out
+    assert Path("run/sweep.png").read_bytes().startswith(b"\x89PNG")
+    tags = EventAccumulator("run", size_guidance={"images": 0}).Reload().Tags()
+    assert tags["images"] == ["evaluation/sweep"]
+
+
+def test_a_quantile_of_the_trajectories_returns_is_asked_for(run, base):
+    arguments = [f"checkpoint={base}", f"task={TASK}", "episodes=3", "workers=0"]
+    asked = {}
+    for target in ("q0", "q0.5", "q1", "max", "2.5"):
+        assert run("evaluate", *arguments, f"target_return={target}", f"run_dir={target}")[0] == 0
+        asked[target] = result_of(Path(target))["tasks"][TASK]["target_return"]
+    assert asked["q0"] <= asked["q0.5"] <= asked["q1"] == pytest.approx(asked["max"])
+    assert asked["2.5"] == 2.5
+
+
+@pytest.mark.parametrize("target", ["most", "q2", "q", "nan", "qx"])
+def test_a_return_that_means_nothing_is_refused(run, base, target):
+    for name, argument in (("evaluate", f"checkpoint={base}"), ("finetune", f"base={base}")):
+        status, _, err = run(name, argument, f"task={TASK}", f"target_return={target}", "run_dir=run")
+        assert status == 1
+        assert f"target_return={target} was given" in sentence(err)
+        assert not Path("run").exists()
+
+
 def test_an_evaluation_that_breaks_keeps_the_episodes_that_had_ended(run, base, monkeypatch):
     original = DummyEnv.step
 

@@ -42,6 +42,9 @@ class Trajectories:
             return_max=float(self.episode_returns.max()),
             return_mean=float(self.episode_returns.mean()),
             success_rate=None if self.successes is None else float(self.successes.float().mean()),
+            return_deciles=tuple(
+                torch.quantile(self.episode_returns.double(), torch.linspace(0, 1, 11).double()).tolist()
+            ),
         )
 
 

@@ -90,7 +90,7 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
         model = DecisionTransformer(
             ModelConfig(**_tuples(config["architecture"])), [interface_from_json(i) for i in config["interfaces"]]
         )
-        tasks = {task: TaskStatistics(**statistics) for task, statistics in config["tasks"].items()}
+        tasks = {task: TaskStatistics(**_tuples(statistics)) for task, statistics in config["tasks"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / 'config.json'}' is incomplete or of another version ({error}).") from error
     try:
@@ -152,7 +152,7 @@ def load_notes(folder: Path) -> AdapterNotes:
             fields["base"],
             fields["task"],
             interface_from_json(fields["interface"]),
-            TaskStatistics(**fields["statistics"]),
+            TaskStatistics(**_tuples(fields["statistics"])),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / NOTES}' is incomplete ({error}): make the adapter again.") from error

@@ -5,6 +5,7 @@ from eva_rl.report.result import read_curve, run_result, summary
 from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
 from eva_rl.report.stopwatch import Stopwatch
+from eva_rl.report.sweep import save_sweep
 from eva_rl.report.table import markdown
 from eva_rl.report.tensorboard import TensorBoard
 from eva_rl.report.versions import versions
@@ -23,6 +24,7 @@ __all__ = [
     "read_curve",
     "run_result",
     "save_film",
+    "save_sweep",
     "scores",
     "summary",
     "to_json",
