@@ -46,6 +46,14 @@ def settings(name: str, *overrides: str) -> AdapterSettings:
         return parse(compose("finetune", overrides=arguments), FinetuneConfig).adapter
 
 
+@functools.cache
+def config_of(name: str, *overrides: str) -> peft.PeftConfig:
+    """The method's config, of the size that meets its budget. `attach` leaves it as it is."""
+    method = settings(name, *overrides)
+    make, budget = method.peft_config, method.budget
+    return within_budget(make_model(), make, budget, method.rank, method.tolerance, method.sizes)
+
+
 def make_model() -> DecisionTransformer:
     """A trunk of two blocks whose weights are large enough for their singular vectors to matter."""
     torch.manual_seed(0)
@@ -71,8 +79,8 @@ def make_batch(number: int) -> Batch:
 
 def attached(name: str, model: DecisionTransformer, *overrides: str) -> Adapter:
     method = settings(name, *overrides)
+    config = config_of(name, *overrides)
     torch.manual_seed(0)
-    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
     start = method.start_function()
     if method.eva is not None:
         chosen = {key: value for key, value in vars(method.eva).items() if key != "tokens"}
@@ -178,9 +186,7 @@ def test_on_the_shipped_bases_trunk_the_budget_is_met(name, tolerance):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counted_without_memory_there_are_as_many_weights_as_are_trained(trainings, name):
-    method, model = settings(name), make_model()
-    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
-    counted = count(model, config)
+    method, counted = settings(name), count(make_model(), config_of(name))
     if name.startswith("eva_") and method.eva.rho > 1:
         assert trainings(name).trainable == pytest.approx(counted, rel=0.05)  # less than a rank is left over
     else:
@@ -297,7 +303,7 @@ def test_a_fresh_embedder_and_head_are_trained_saved_and_loaded_with_any_method(
 
     model, fresh = connected()
     method = settings(name)
-    config = within_budget(model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes)
+    config = config_of(name)
     start = method.start_function() or (partial(starts.eva, settings=EvaSettings()) if method.eva else None)
     adapter = attach(model, config, map(batch, itertools.count()), model.token_mask, fresh, start, model.loss, few=2)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save" in n}
