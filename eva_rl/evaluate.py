@@ -67,13 +67,13 @@ def main(config: EvaluateConfig) -> None:
                 "set target_return=..., or name an adapter of that task."
             )
 
-    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     jobs = [
         Job(source.task, source.make_env, seed, target)
         for source in sources
         for target in asked.returns(source.task, known.get(source.task))
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]
+    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     interface = sources[0].interface
     make_policy = partial(Decoder, model, interface)
     with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):

@@ -55,6 +55,8 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         start = partial(start or starts.eva, settings=EvaSettings(**eva_options, seed=config.seed))
     device, run_dir = choose_device(config.device), run_folder(config.run_dir)
     seeds, target = evaluation_seeds(config.task, config.seed, config.episodes), TargetReturn(config.target_return)
+    if target.sweeps:
+        raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     check_run_folder(run_dir, config.resume)
     source = find_source(config.task, config.dataset)
@@ -81,9 +83,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         )
 
     # The base as it is.
-    target_return, *others = target.returns(config.task, statistics)
-    if others:
-        raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
+    [target_return] = target.returns(config.task, statistics)
     if seeds:
         check_spaces(source.make_env, model.interfaces[interface.name])
 

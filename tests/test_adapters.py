@@ -97,6 +97,13 @@ def trained(
     return train(model, batches, model.loss, steps, training(name), folder, resume, **options(adapter, name)).losses
 
 
+def interrupted(number: int) -> Batch:
+    """The batches of `trained`, until three steps after the first checkpoint."""
+    if number == STEPS // 2 + 3:
+        raise InterruptedError
+    return make_batch(number % 4)
+
+
 def training(name: str) -> TrainingConfig:
     return replace(TRAINING, learning_rate=settings(name).learning_rate)
 
@@ -235,18 +242,10 @@ def test_a_fresh_process_loads_the_same_actions(trainings, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
-    class Stop(Exception):
-        pass
-
-    def interrupted(number: int) -> Batch:
-        if number == STEPS // 2 + 3:
-            raise Stop
-        return make_batch(number % 4)
-
     model = make_model()
     adapter = attached(name, model)
     torch.manual_seed(1)
-    with pytest.raises(Stop):
+    with pytest.raises(InterruptedError):
         train(model, interrupted, model.loss, STEPS, training(name), tmp_path, **options(adapter, name))
     model = make_model()
     adapter = attached(name, model)
@@ -258,12 +257,6 @@ def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
 @pytest.mark.parametrize("name", ["mica", *CHANGE_THE_BASE])
 def test_a_resumed_run_has_the_start_it_began_with(trainings, name, tmp_path):
     """Even where another machine would find singular vectors of the other sign."""
-
-    def interrupted(number: int) -> Batch:
-        if number == STEPS // 2 + 3:
-            raise InterruptedError
-        return make_batch(number % 4)
-
     model = make_model()
     adapter = attached(name, model)
     with pytest.raises(InterruptedError):

@@ -262,6 +262,22 @@ def test_a_return_that_means_nothing_is_refused(run, base, target):
         assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("name", ["evaluate", "finetune"])
+def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(run, base, name):
+    settings = json.loads((base / "config.json").read_text())
+    for statistics in settings["tasks"].values():
+        del statistics["return_deciles"]  # as a checkpoint of an earlier version
+    (base / "config.json").write_text(json.dumps(settings))
+    arguments = {
+        "evaluate": [f"checkpoint={base}", "target_return=q0.5"],
+        "finetune": [f"base={base}", "target_return=sweep"],
+    }
+    status, _, err = run(name, *arguments[name], f"task={TASK}", "workers=0", "run_dir=run")
+    assert status == 1
+    assert {"evaluate": "keeps no quantiles", "finetune": "sweep is for"}[name] in sentence(err)
+    assert not Path("run").exists()
+
+
 def test_an_evaluation_that_breaks_keeps_the_episodes_that_had_ended(run, base, monkeypatch):
     original = DummyEnv.step
 

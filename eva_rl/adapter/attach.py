@@ -112,8 +112,8 @@ def _taken_out(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tup
     initial = {}
     for name, layer in layers:
         a, b = (p["default"].weight.detach().clone() for p in (layer.lora_A, layer.lora_B))
-        put_in = layer.scaling["default"] * b.float() @ a.float()
-        now = layer.get_base_layer().weight.float() + (put_in.T if layer.fan_in_fan_out else put_in)
+        put_in = layer.get_delta_weight("default").float()
+        now = layer.get_base_layer().weight.float() + put_in
         before = weights[name].float()
         rounding = 64 * torch.finfo(weights[name].dtype).eps * (before.norm() + put_in.norm())
         if (now - before).norm() > rounding:

@@ -161,8 +161,7 @@ def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
     for parameter, value in zip(pair, (a, b), strict=True):
         parameter.data = value.to(parameter.dtype).contiguous()
     base = layer.get_base_layer().weight
-    product = layer.scaling["default"] * pair[1].data.float() @ pair[0].data.float()
-    base.data = (base.data.float() - _oriented(layer, product)).to(base.dtype)
+    base.data = (base.data.float() - layer.get_delta_weight("default")).to(base.dtype)
 
 
 @torch.no_grad()

@@ -36,9 +36,7 @@ class Board:
     """What a group's environments and its policy tell each other, a row an episode."""
 
     observations: np.ndarray  # (n, obs) float32
-    actions: (
-        np.ndarray
-    )  # (n, act) float64, in the environment's units; the simulator clips them; choices are numbered from 0
+    actions: np.ndarray  # (n, act) float64, in the environment's units, which clips them; choices count from 0
     rewards: np.ndarray  # (n,) float64
     ended: np.ndarray  # (n,) uint8: terminated or truncated at the last step or before
     solved: np.ndarray  # (n,) int8: at this moment; or `UNKNOWN`

@@ -204,9 +204,9 @@ def eva_init(
         for batch in _limited(batches, settings.max_batches, peers, updates):
             update = _nothing if batch is _ENDED else _deferring_errors(partial(take, needed), batch, peers)
             updates.wait()
-            if taken and not _needed(streams):
-                break
             needed = _needed(streams)
+            if taken and not needed:
+                break
             updates.start(partial(step, update))
             taken += 1
             bar.update()
