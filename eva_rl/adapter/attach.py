@@ -96,6 +96,11 @@ def attach(
         initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        # Then inputs of another type are autocast's, which would only turn peft's copies of them back.
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
     return Adapter(peft_model, found, initial)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from eva_rl.interface import Batch
-from eva_rl.model.decision_transformer import Block, DecisionTransformer
+from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend
 
 
 class Decoder:
@@ -101,19 +100,15 @@ class Decoder:
     def _extend(self, x: Tensor) -> Tensor:
         """Run the trunk on new tokens (n, m, d), keep their keys and values; return the last one's features (n, d)."""
         start, end = self.kept, self.kept + x.shape[1]
-        mask = None
-        if x.shape[1] > 1:  # token i sees those up to itself
-            mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start)
         blocks: list[Block] = list(self.model.trunk.blocks)
         for number, block in enumerate(blocks):
             attention, normed = block.attention, block.attention_norm(x)
             for layer, kept in ((attention.k, self.keys), (attention.v, self.values)):
                 kept[number, :, :, start:end] = rearrange(layer(normed), "n m (h e) -> n h m e", h=attention.heads)
             if number == len(blocks) - 1:  # the others' outputs would go nowhere
-                x, normed, mask = x[:, -1:], normed[:, -1:], None
+                x, normed = x[:, -1:], normed[:, -1:]
             q = rearrange(attention.q(normed), "n m (h e) -> n h m e", h=attention.heads)
-            past = self.keys[number, :, :, :end], self.values[number, :, :, :end]
-            y = F.scaled_dot_product_attention(q, *past, attn_mask=mask)
+            y = attend(q.to(self.keys.dtype), self.keys[number, :, :, :end], self.values[number, :, :, :end])
             x = x + attention.o(rearrange(y, "n h m e -> n m (h e)"))
             x = x + block.feed_forward(block.feed_forward_norm(x))
         self.kept = end
