@@ -31,9 +31,10 @@ def measure(task: str, episodes: int) -> dict[str, float]:
     solved = []
     for policy, totals in returns.items():
         for episode in range(episodes):
-            rng, expert = episode_rng(task, SEED, episode), domain.expert(name)
+            rng = episode_rng(task, SEED, episode)
             env.action_space.seed(int(rng.integers(2**31)))
             observation, _ = env.reset(seed=episode_seed("collect", task, SEED, episode))
+            expert = domain.expert(name, env)
             total, ended, success = 0.0, False, False
             while not ended:
                 action = env.action_space.sample() if policy == "random" else expert(observation)

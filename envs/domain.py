@@ -34,7 +34,7 @@ class ReferenceScores:
 
 
 class Domain(ABC):
-    """A family of tasks that share a simulator and one observation and action interface.
+    """A family of tasks that share a simulator.
 
     Environments of a domain follow Gymnasium's API; `reset(seed=s)` decides everything random in the episode, and every
     step's `info["success"]` says whether the task is solved in the state reached.
@@ -45,16 +45,21 @@ class Domain(ABC):
     """The optional dependency group that installs the simulator: `pip install eva_rl[extra]`."""
     tasks: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, tuple[str, ...]]]
-    episode_length: ClassVar[int]
-    """Steps after which an episode is truncated."""
 
     @abstractmethod
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
-        """The environment of task `name`, truncated at `episode_length`; its `spec` recreates it."""
+        """The environment of task `name`, truncated after so many steps; its `spec` recreates it."""
 
     @abstractmethod
-    def expert(self, name: str) -> Policy:
-        """A scripted policy that solves task `name`. It may be stateful within an episode: ask for a new one each."""
+    def expert(self, name: str, env: gym.Env) -> Policy:
+        """A scripted policy that solves task `name`, for one episode of `env`, which has just been reset.
+
+        It may look into the environment, and keep a state of its own.
+        """
+
+    def interface(self, name: str) -> str:
+        """The name of the interface that task `name` goes through; tasks of one interface share their spaces."""
+        return self.name
 
     def reference_scores(self, name: str) -> ReferenceScores | None:
         """The score scale of task `name`, from `<domain>_scores.json` beside the domain's file; None if not measured."""

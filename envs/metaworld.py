@@ -40,7 +40,6 @@ class MetaWorld(Domain):
     extra = "metaworld"
     tasks = tuple(sorted(MT40 + CW10))
     splits = {"mt40": MT40, "cw10": CW10, "mt50": tuple(sorted(MT40 + CW10))}  # noqa: RUF012
-    episode_length = EPISODE_LENGTH
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("metaworld")
@@ -53,7 +52,7 @@ class MetaWorld(Domain):
         )
         return gym.make(spec, render_mode=render_mode)
 
-    def expert(self, name: str) -> Policy:
+    def expert(self, name: str, env: gym.Env) -> Policy:
         policy = self.require("metaworld.policies").ENV_POLICY_MAP[name]()
 
         def act(observation: np.ndarray) -> np.ndarray:

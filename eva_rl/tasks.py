@@ -13,9 +13,7 @@ def main(config: TaskListConfig) -> None:
     for name, domain in domains().items():
         if config.domain not in (None, name):
             continue
-        print(
-            f"{name}: {len(domain.tasks)} tasks of {domain.episode_length} steps (pip install 'eva_rl[{domain.extra}]')"
-        )
+        print(f"{name}: {len(domain.tasks)} tasks (pip install 'eva_rl[{domain.extra}]')")
         for split, members in domain.splits.items():
             print(f"  {name}/{split} ({len(members)} tasks)")
         for task in domain.tasks:

@@ -56,12 +56,11 @@ class DummyDomain(Domain):
     extra = "dummy"
     tasks = ("Steps-v0", "Broken-v0")
     splits: ClassVar[dict[str, tuple[str, ...]]] = {"all": ("Steps-v0", "Broken-v0")}
-    episode_length = 7
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         return gym.make("ContinuousDummy-v0")
 
-    def expert(self, name: str):
+    def expert(self, name: str, env: gym.Env):
         return lambda observation: np.array([0.5, 2.0], np.float32)
 
 

@@ -166,7 +166,7 @@ def test_the_noise_mixture_is_taken_in_turn(dummy_domain, datasets_root):
     recipe = Recipe("dummy/Steps-v0", episodes=7, noise=(0.0, 0.05, 0.0, 0.5))
     collect([recipe])
     content = contents(datasets_root, recipe)
-    expert = dummy_domain.expert("Steps-v0")(None)
+    expert = dummy_domain.expert("Steps-v0", dummy_domain.make("Steps-v0"))(None)
     spread = [np.abs(content[f"episode_{n}/actions"] - expert).max() for n in range(7)]
     assert [distance == 0 for distance in spread] == [True, False, True, False, True, False, True]
     assert spread[3] > spread[1]

@@ -128,10 +128,11 @@ def _environment(task: str) -> gym.Env:
 def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
     """Roll out one episode of the noisy expert and write it to `path` (runs in a worker process)."""
     domain, name = find_task(recipe.task)
-    env, expert = _environment(recipe.task), domain.expert(name)
+    env = _environment(recipe.task)
     rng = episode_rng(recipe.task, recipe.seed, episode)
     noise = recipe.noise[episode % len(recipe.noise)]
     observation, info = env.reset(seed=episode_seed("collect", recipe.task, recipe.seed, episode))
+    expert = domain.expert(name, env)
     observations, successes = [observation], [float(info.get("success", 0.0))]
     actions, rewards, terminations, truncations = [], [], [], []
     while not actions or not (terminations[-1] or truncations[-1]):

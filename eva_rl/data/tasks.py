@@ -55,7 +55,7 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
         score_scale_of(dataset)  # met here, before anything is written, if it is not there
     return TaskSource(
         task=task,
-        interface=domain.name,
+        interface=domain.interface(name),
         dataset_id=dataset,
         make_env=partial(domain.make, name),
         score_scale=(scores.random, scores.expert) if scores else None,
