@@ -87,17 +87,17 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     if seeds:
         check_spaces(source.make_env, model.interfaces[interface.name])
 
-    def play():
+    def play(policy):
         if not seeds:
             return scores(None, None)
         jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
             episodes = rollout(
-                partial(Decoder, model, interface.name), model.interfaces[interface.name], jobs, simulators, device
+                partial(Decoder, policy, interface.name), policy.interfaces[interface.name], jobs, simulators, device
             )
         return scores(episodes, source.score_scale)
 
-    zero_shot = play()
+    zero_shot = play(model)
 
     # Frozen base + batches -> adapter with initialised weights.
     adapter = None
@@ -137,7 +137,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     curve = read_curve(run_dir) if config.resume else {}
 
     def evaluate(step):
-        found = play()
+        found = play(adapter.merged() if adapter else model)
         curve[str(step)] = to_json(found)
         write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, None, curve=curve))
         return to_scalars(found)
@@ -173,17 +173,17 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         if adapter is not None:
             notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
             save_adapter(adapter, run_dir / "adapter", config.base, {NOTES: asdict(notes)})
-            adapter.model.merge_adapter()  # rollouts run at the base's speed
         elif facts["trainable_parameters"]:
             save_base(run_dir / "model", model, base.tasks | {config.task: statistics})
-        tuned = play() if facts["trainable_parameters"] else zero_shot
+        policy = adapter.merged() if adapter else model
+        tuned = play(policy) if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))
         write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned, trained.tenths(), curve))
         print("\n" + summary(facts, clock, zero_shot, tuned))
         if config.video and seeds:
             job = Job(config.task, source.make_env, seeds[0], target_return)
             with autocast(training.precision, device):
-                frames = film(partial(Decoder, model, interface.name), model.interfaces[interface.name], job, device)
+                frames = film(partial(Decoder, policy, interface.name), policy.interfaces[interface.name], job, device)
             save_film(run_dir, tensorboard, config.steps, config.task, job.seed, frames)
     print(f"tensorboard --logdir {run_dir}")
 

@@ -103,7 +103,45 @@ def test_episodes_that_leave_change_nothing_for_those_that_stay():
         shrinking.record(expected[stay], rewards[stay])
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_episodes_actions_do_not_depend_by_a_bit_on_how_many_are_beside_it(precision):
+    model = make_model()
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        decoders = {count: Decoder(model, "toy", count) for count in (1, 2, 3, EPISODES)}
+        for step in range(30):
+            observations, rewards = environment(step, None)
+            expected = decoders[EPISODES].act(observations, 20.0 - rewards)
+            for count, decoder in decoders.items():
+                if count < EPISODES:
+                    assert torch.equal(decoder.act(observations[:count], 20.0 - rewards[:count]), expected[:count])
+                decoder.record(expected[:count], rewards[:count])
+
+
+def test_under_autocast_the_actions_are_nearly_those_in_float32():
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = Decoder(model, "toy", EPISODES)
+    exact = Decoder(model, "toy", EPISODES)
+    assert rounded.cache.dtype == torch.bfloat16
+    for step in range(30):
+        observations, rewards = environment(step, None)
+        expected = exact.act(observations, 20.0 - rewards)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = rounded.act(observations, 20.0 - rewards)
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+        for decoder in (exact, rounded):
+            decoder.record(expected, rewards)
+
+
+def test_an_adapter_that_is_not_merged_is_refused():
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q"]))
+    with pytest.raises(TypeError, match="merge the adapter"):
+        Decoder(model, "toy", EPISODES)
+
+
 def test_no_gradient_is_kept():
     decoder = Decoder(make_model(), "toy", EPISODES)
     assert not decoder.act(torch.ones(EPISODES, 3), torch.ones(EPISODES)).requires_grad
-    assert not decoder.keys.requires_grad
+    assert not decoder.cache.requires_grad

@@ -45,6 +45,10 @@ class Adapter:
             tensors |= {f"{name}.a": a, f"{name}.b": b, f"{name}.weight": layers[name].get_base_layer().weight.data}
         return tensors
 
+    def merged(self) -> nn.Module:
+        """A copy of the base with the adapter in its weights: it acts at the base's speed, and training goes on untouched."""
+        return _merged(copy.deepcopy(self.model))
+
     @property
     def companion(self) -> Allocator | None:
         """What else takes part in training, see `eva_rl.training.Companion`."""

@@ -81,23 +81,20 @@ class CausalSelfAttention(nn.Module):
         return self.o(rearrange(attend(q, k, v), "b h n e -> b n (h e)"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of n queries to the n past keys and themselves, and to all m - n before those.
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+    """Causal attention, softmax(q k^T / sqrt(e)) v: query i sees the keys 0 ... start + i.
 
     Args:
         q: (..., n, e).
-        k, v: (..., m, e), m >= n.
+        k, v: (..., m, e), m >= start + n.
     """
-    queries, keys = q.shape[-2], k.shape[-2]
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(start)  # (n, m)
     if q.device.type != "cpu":
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if queries == 1 else mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     # On CPUs the fused kernel is up to three times slower than its formula, at these lengths.
     with torch.autocast("cpu", enabled=False):  # whose softmax would go to float32 and back
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (..., n, m)
-        if queries > 1:
-            scores = scores + torch.full((queries, keys), -torch.inf, dtype=scores.dtype).triu(keys - queries + 1)
-        return scores.softmax(-1) @ v
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 class FeedForward(nn.Module):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.interface import Batch
 from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend
+
+LEAST = 4
+"""Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
 
 
 class Decoder:
@@ -20,17 +24,26 @@ class Decoder:
     So an action sees between context / 2 and context steps (fewer only at the start of an episode), for the price of one
     pass over half a window every context / 2 steps. Training predicts the action of every step of a window, so that the
     model knows windows of every length.
+
+    The model's weights are read once, here: under autocast they are cast once, and not at every step. Its adapter must be
+    merged into them.
+
+    An episode's actions do not depend on those beside it, bit for bit on CPUs.
     """
 
     @torch.no_grad()
     def __init__(self, model: DecisionTransformer, interface: str, episodes: int):
         config = model.config
-        self.model = model
+        self.model, self.episodes = model, episodes
         self.kinds, self.state = len(config.tokens), config.tokens.index("state")
         self.embedder, self.head = model.embedders[interface], model.heads[interface]
         spec, device = self.embedder.interface, model.trunk.positions.weight.device
+        self.dtype = model.trunk.positions.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            self.dtype = torch.get_autocast_dtype(device.type)
+        self.blocks = [_Weights.of(block, self.dtype) for block in model.trunk.blocks]
         discrete = spec.action_kind == "discrete"
-        shape = (episodes, config.context)
+        shape = (max(episodes, LEAST), config.context)
         self.window = Batch(
             observations=torch.zeros(*shape, spec.observation_size, device=device),
             actions=torch.zeros(*shape, dtype=torch.int64, device=device)
@@ -43,9 +56,10 @@ class Decoder:
         )
         self.length = 0
         """Steps in the window."""
-        tokens = (len(model.trunk.blocks), episodes, config.heads, config.context * self.kinds, -1)
-        self.keys = torch.zeros(*tokens[:-1], config.width // config.heads, device=device)  # (L, n, h, N, e)
-        self.values = torch.zeros_like(self.keys)
+        self.heads, tokens = config.heads, config.context * self.kinds
+        # (layers, keys and values, n h, N, e)
+        kept = (config.layers, 2, shape[0] * self.heads, tokens, config.width // self.heads)
+        self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
         self.kept = 0
         """Tokens whose keys and values are there."""
 
@@ -60,25 +74,28 @@ class Decoder:
         if self.length == self.model.config.context:
             self._start_anew()
         step = self.length
-        self.window.observations[:, step] = observations
-        self.window.returns_to_go[:, step] = returns_to_go
+        self.window.observations[: self.episodes, step] = observations
+        self.window.returns_to_go[: self.episodes, step] = returns_to_go
         self.length += 1
         features = self._extend(self._new_tokens())
-        predicted = self.head(self.model.trunk.norm(features)).float()  # (n, act)
+        predicted = self.head(self.model.trunk.norm(features))[: self.episodes].float()  # (n, act)
         if self.embedder.interface.action_kind == "discrete":
             return predicted.argmax(-1)
         return self.embedder.denormalize_actions(predicted)
 
     def record(self, actions: Tensor, rewards: Tensor) -> None:
         """What was done (n, act) or (n,), and what it earned (n,)."""
-        self.window.actions[:, self.length - 1] = actions
-        self.window.rewards[:, self.length - 1] = rewards
+        self.window.actions[: self.episodes, self.length - 1] = actions
+        self.window.rewards[: self.episodes, self.length - 1] = rewards
 
     def keep(self, episodes: Tensor) -> None:
         """Go on with these episodes (m,) only, in this order."""
+        self.episodes = len(episodes)
+        rows = torch.cat([episodes, episodes[:1].expand(max(LEAST - len(episodes), 0))])
         tensors = {k: v for k, v in vars(self.window).items() if k != "interface"}
-        self.window = replace(self.window, **{k: v[episodes] for k, v in tensors.items()})
-        self.keys, self.values = self.keys[:, episodes], self.values[:, episodes]
+        self.window = replace(self.window, **{k: v[rows] for k, v in tensors.items()})
+        rows = (rows[:, None] * self.heads + torch.arange(self.heads, device=rows.device)).flatten()
+        self.cache = self.cache[:, :, rows]
 
     def _start_anew(self) -> None:
         half = max(1, self.model.config.context // 2) if self.model.config.context > 1 else 0
@@ -99,17 +116,53 @@ class Decoder:
 
     def _extend(self, x: Tensor) -> Tensor:
         """Run the trunk on new tokens (n, m, d), keep their keys and values; return the last one's features (n, d)."""
-        start, end = self.kept, self.kept + x.shape[1]
-        blocks: list[Block] = list(self.model.trunk.blocks)
-        for number, block in enumerate(blocks):
-            attention, normed = block.attention, block.attention_norm(x)
-            for layer, kept in ((attention.k, self.keys), (attention.v, self.values)):
-                kept[number, :, :, start:end] = rearrange(layer(normed), "n m (h e) -> n h m e", h=attention.heads)
-            if number == len(blocks) - 1:  # the others' outputs would go nowhere
-                x, normed = x[:, -1:], normed[:, -1:]
-            q = rearrange(attention.q(normed), "n m (h e) -> n h m e", h=attention.heads)
-            y = attend(q.to(self.keys.dtype), self.keys[number, :, :, :end], self.values[number, :, :, :end])
-            x = x + attention.o(rearrange(y, "n h m e -> n m (h e)"))
-            x = x + block.feed_forward(block.feed_forward_norm(x))
+        start, end, d = self.kept, self.kept + x.shape[1], x.shape[2]
+        for (keys, values), block in zip(self.cache, self.blocks, strict=True):
+            normed = block.attention_norm(x).to(self.dtype)
+            last = block is self.blocks[-1]  # the others' outputs would go nowhere
+            first = d if last else 0  # of qkv's outputs
+            qkv = F.linear(normed, block.qkv[first:], block.qkv_bias[first:])  # (n, m, 3 d), or 2 d
+            keys[:, start:end], values[:, start:end] = (self._split(part) for part in qkv.split(d, -1)[-2:])
+            if last:
+                # A product with a view in three dimensions would copy the weights for each episode.
+                x, q = x[:, -1:], F.linear(normed[:, -1].contiguous(), block.qkv[:d], block.qkv_bias[:d])[:, None]
+            else:
+                q = qkv[..., :d]
+            # All the cache, not [:end] of it: a contiguous tensor is multiplied faster, and the rest is masked.
+            y = attend(self._split(q), keys, values, end - q.shape[1])  # (n h, m, e)
+            x = x + F.linear(rearrange(y, "(n h) m e -> n m (h e)", h=self.heads), block.o, block.o_bias)
+            hidden = F.linear(block.feed_forward_norm(x).to(self.dtype), block.up, block.up_bias)
+            x = x + F.linear(F.gelu(hidden, approximate="tanh"), block.down, block.down_bias)
         self.kept = end
         return x[:, -1]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "n m (h e) -> (n h) m e", h=self.heads)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A block's weights as the decoder multiplies by them: queries, keys and values in one product."""
+
+    attention_norm: nn.LayerNorm
+    qkv: Tensor  # (3 d, d)
+    qkv_bias: Tensor
+    o: Tensor
+    o_bias: Tensor
+    feed_forward_norm: nn.LayerNorm
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
+    @classmethod
+    def of(cls, block: Block, dtype: torch.dtype) -> _Weights:
+        attention, feed_forward = block.attention, block.feed_forward
+        layers = {"o": attention.o, "up": feed_forward.up, "down": feed_forward.down}
+        inputs = [attention.q, attention.k, attention.v]
+        if any(type(layer) is not nn.Linear for layer in (*inputs, *layers.values())):
+            raise TypeError("A decoder reads plain linear layers: merge the adapter into them first.")
+        qkv, qkv_bias = (torch.cat([getattr(x, part) for x in inputs]).to(dtype) for part in ("weight", "bias"))
+        plain = {name: layer.weight.to(dtype) for name, layer in layers.items()}
+        biases = {f"{name}_bias": layer.bias.to(dtype) for name, layer in layers.items()}
+        return cls(block.attention_norm, qkv, qkv_bias, **plain, **biases, feed_forward_norm=block.feed_forward_norm)

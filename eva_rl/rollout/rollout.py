@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from eva_rl.interface import Interface
 
-GROUP = 25
+GROUP = 50
 """Episodes that step together: enough for efficient matrix products, few enough for several simulators to be busy."""
 LONGEST = 10_000
 """Steps after which an episode of an environment without a time limit is given up."""
