@@ -276,11 +276,11 @@ def entry_point(
                 sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
-            except KeyboardInterrupt:
-                resume = (
-                    " A run continues with its run_dir and resume=true." if "resume" in get_type_hints(schema) else ""
-                )
-                print(f"\nInterrupted. Collected episodes are kept.{resume}", file=sys.stderr)
+            except KeyboardInterrupt as interruption:
+                kept = str(interruption) or "Collected episodes are kept."
+                if "resume" in get_type_hints(schema):
+                    kept += " A run continues with its run_dir and resume=true."
+                print(f"\nInterrupted. {kept}", file=sys.stderr)
                 sys.exit(130)
 
         return run

@@ -25,7 +25,7 @@ def main(config: EvaluateConfig) -> None:
         to_scalars,
         versions,
     )
-    from eva_rl.rollout import Broken, Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
+    from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, check_precision, choose_device
 
@@ -76,13 +76,12 @@ def main(config: EvaluateConfig) -> None:
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
     interface = sources[0].interface
     make_policy = partial(Decoder, model, interface)
+    finished, stopped = {}, None
     with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):
         try:
-            episodes = rollout(make_policy, model.interfaces[interface], jobs, simulators, device, config.task)
-        except Broken as error:
-            finished, broken = error.finished, error
-        else:
-            finished, broken = dict(enumerate(episodes.rows())), None
+            rollout(make_policy, model.interfaces[interface], jobs, simulators, device, config.task, finished)
+        except (UserError, KeyboardInterrupt) as error:
+            stopped = error
     parts = {}  # by task and return asked for
     for i, row in sorted(finished.items()):
         parts.setdefault((jobs[i].task, jobs[i].target_return), []).append(row)
@@ -98,13 +97,14 @@ def main(config: EvaluateConfig) -> None:
             tensorboard.figures(0, {"evaluation/sweep": save_sweep(run_dir, results)})
         else:
             results = {task: found for task, [found] in results.items()}
-        write_json(run_dir / "result.json", _result(config, results, clock, broken is None, versions()))
-        for job in {job.task: job for job in reversed(jobs)}.values() if config.video and broken is None else ():
+        write_json(run_dir / "result.json", _result(config, results, clock, stopped is None, versions()))
+        for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
             with autocast(config.precision, device):
                 frames = film(make_policy, model.interfaces[interface], job, device)
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
-    if broken is not None:
-        raise UserError(f"{broken} The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'.")
+    if stopped is not None:
+        kept = f"The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'."
+        raise KeyboardInterrupt(kept) if isinstance(stopped, KeyboardInterrupt) else UserError(f"{stopped} {kept}")
     header = ["mean [95 % interval]", *(["asked for"] if asked.sweeps else [])]
     print("\n" + markdown([*header, *(name.replace("_", " ") for name in SCORES)], rows))
     if len(sources) > 1 and not asked.sweeps:

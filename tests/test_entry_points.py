@@ -278,18 +278,27 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(run, bas
     assert not Path("run").exists()
 
 
-def test_an_evaluation_that_breaks_keeps_the_episodes_that_had_ended(run, base, monkeypatch):
+@pytest.mark.parametrize(
+    ("happens", "status", "said"),
+    [
+        (ValueError("the gripper is gone"), 1, "raised ValueError at step 7: the gripper is gone"),
+        (KeyboardInterrupt(), 130, "Interrupted. The "),
+    ],
+)
+def test_an_evaluation_that_breaks_off_keeps_the_episodes_that_had_ended(run, base, monkeypatch, happens, status, said):
     original = DummyEnv.step
 
     def step(self, action):
         if self.length == 7 and self.step_number == 6:
-            raise ValueError("the gripper is gone")
+            raise happens
         return original(self, action)
 
     monkeypatch.setattr(DummyEnv, "step", step)
-    status, _, err = run("evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=12", "workers=0", "run_dir=run")
-    assert status == 1
-    assert "raised ValueError at step 7: the gripper is gone" in sentence(err)
+    arguments = [f"checkpoint={base}", f"task={TASK}", "episodes=12", "workers=0", "run_dir=run"]
+    found, _, err = run("evaluate", *arguments)
+    assert found == status
+    assert said in err
+    assert "episodes that had ended are in 'run/result.json'." in err
     result = result_of(Path("run"))
     assert result["status"] == "partial"
     assert 0 < result["tasks"][TASK]["success_rate"]["n"] < 12

@@ -1,8 +1,8 @@
 """Policies and environments -> episodes."""
 
 from eva_rl.rollout.film import film
-from eva_rl.rollout.rollout import Broken, Episodes, Policy, check_spaces, rollout
+from eva_rl.rollout.rollout import Episodes, Policy, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 from eva_rl.rollout.target import TargetReturn
 
-__all__ = ["Broken", "Episodes", "Job", "Policy", "Simulators", "TargetReturn", "check_spaces", "film", "rollout"]
+__all__ = ["Episodes", "Job", "Policy", "Simulators", "TargetReturn", "check_spaces", "film", "rollout"]

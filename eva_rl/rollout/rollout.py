@@ -72,15 +72,6 @@ class Episodes:
         return cls(returns, lengths, ever > 0 if says else None, last > 0 if says else None)
 
 
-class Broken(UserError):
-    """A rollout that ended before its time."""
-
-    def __init__(self, message: str, finished: dict[int, tuple]):
-        super().__init__(message)
-        self.finished = finished
-        """Return, length and successes of the episodes that had ended, by the numbers of their jobs."""
-
-
 def rollout(
     make_policy: Callable[[int], Policy],
     interface: Interface,
@@ -88,6 +79,7 @@ def rollout(
     simulators: Simulators,
     device: torch.device | str = "cpu",
     label: str = "roll out",
+    finished: dict[int, tuple] | None = None,
 ) -> Episodes:
     """Run one episode for each job.
 
@@ -97,10 +89,12 @@ def rollout(
     Args:
         make_policy: a policy for n episodes that begin.
         interface: which the environments' spaces must fit.
+        finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
+            the rollout breaks off.
 
     Raises:
-        UserError: if there are no jobs, or the environment's spaces do not fit.
-        Broken: if an environment fails or returns NaN, or simulators keep dying.
+        UserError: if there are no jobs, an environment's spaces do not fit, it fails or returns NaN, or simulators keep
+            dying.
     """
     import torch
 
@@ -109,7 +103,7 @@ def rollout(
     limit = max(check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values())
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
     groups = deque(_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size))
-    rows: dict[int, tuple] = {}
+    rows = {} if finished is None else finished
     action_size = 1 if interface.action_kind == "discrete" else interface.action_size
     idle = simulators.provide(len(groups), size, interface.observation_size, action_size)[:]
     busy: dict[object, _Group] = {}
@@ -137,18 +131,16 @@ def rollout(
                     if group.advance(simulator.board, interface, device):
                         simulator.send(None)
                     else:
-                        rows |= group.ended
+                        rows.update(group.ended)
                         idle.append(simulator)
                         del busy[simulator]
                 bar.n = len(rows) + sum(group.progress(limit) for group in busy.values())
                 bar.update(0)
             whole = True
-        except UserError as error:
-            for group in busy.values():
-                rows |= group.ended
-            raise Broken(str(error), rows) from error
         finally:
             if not whole:
+                for group in busy.values():
+                    rows.update(group.ended)
                 simulators.close()  # they may be in the middle of a step
         bar.n = len(jobs)
         bar.update(0)
