@@ -2,12 +2,13 @@
 
     python -m benchmarks.rollout
 
-- raw: the simulators' processes with random actions and nobody to wait for: the limit.
+- raw: the simulators' processes with random actions, new at every step, and no model to wait for: the limit.
 - ours: `eva_rl.rollout` with a model of the preset's size.
 - plain: what one would write with Hugging Face's `DecisionTransformerModel` of that size: one environment, the whole window
   computed again for every step.
 
-Weights are random; every episode lasts 200 steps whatever the actions. Medians of the repeats, the three in turn.
+Weights are random; every episode lasts 200 steps whatever the actions. Medians of the repeats, the three in turn. Resets
+count; making the environments does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from eva_rl.model import DecisionTransformer, Decoder, load_base
 from eva_rl.report import markdown, versions
 from eva_rl.rollout import Job, Simulators, rollout
 from eva_rl.rollout.simulators import ready
+from eva_rl.training import autocast
 
 TASK = "metaworld/push-v3"
 STEPS = 200
@@ -42,24 +44,20 @@ def jobs_of(episodes: int) -> list[Job]:
 
 
 def raw(simulators: Simulators, episodes: int) -> float:
-    """Steps a second of as many simulators, each with its share of the episodes."""
-    jobs = jobs_of(episodes)
+    """Steps a second of as many simulators, each with its share of the episodes, from their resets to their ends."""
+    jobs, rng = jobs_of(episodes), np.random.default_rng(0)
     size = -(-episodes // max(simulators.workers, 1))
     running = simulators.provide(-(-episodes // size), size, 39, 4)
-    for number, simulator in enumerate(running):
-        simulator.board.actions[:] = np.random.default_rng(number).uniform(-1, 1, simulator.board.actions.shape)
-        simulator.send(jobs[number * size : (number + 1) * size])
-    for simulator in running:
-        simulator.receive()
     left = dict.fromkeys(running, STEPS)
     start = time.perf_counter()
-    for simulator in running:
-        simulator.send(None)
+    for number, simulator in enumerate(running):
+        simulator.send(jobs[number * size : (number + 1) * size])
     while left:
         for simulator in ready(list(left)):
             simulator.receive()
-            left[simulator] -= 1
             if left[simulator]:
+                left[simulator] -= 1
+                simulator.board.actions[:] = rng.uniform(-1, 1, simulator.board.actions.shape)
                 simulator.send(None)
             else:
                 del left[simulator]
@@ -69,7 +67,8 @@ def raw(simulators: Simulators, episodes: int) -> float:
 def ours(model: DecisionTransformer, simulators: Simulators, episodes: int) -> float:
     interface = model.interfaces["metaworld"]
     start = time.perf_counter()
-    found = rollout(partial(Decoder, model, "metaworld"), interface, jobs_of(episodes), simulators)
+    with autocast("auto", torch.device("cpu")):  # as the entry points do
+        found = rollout(partial(Decoder, model, "metaworld"), interface, jobs_of(episodes), simulators)
     return found.lengths.sum() / (time.perf_counter() - start)
 
 
@@ -121,7 +120,7 @@ def plain(model: DecisionTransformer, episodes: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=["small", "paper"], default=["small", "paper"])
-    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()

@@ -204,6 +204,12 @@ def test_the_episodes_of_a_simulator_that_is_killed_are_run_again(tmp_path):
     assert same(found, expected)
 
 
+def test_more_simulators_than_cores_are_warned_about():
+    cores = os.cpu_count() or 1
+    with pytest.warns(UserWarning, match=rf"workers={cores + 1} was given on {cores} cores"):
+        Simulators(cores + 1)
+
+
 def test_simulators_that_keep_dying_end_the_rollout():
     with pytest.warns(UserWarning, match="died"), pytest.raises(UserError, match="4th to do so"):
         rollout(Stub(repeat(1), make_interface()), Mortal, "toy", 3, SEEDS[:1], 1.0, workers=1)

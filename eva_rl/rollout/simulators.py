@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -208,6 +209,11 @@ class Simulators:
         self.workers = (os.cpu_count() or 1) if workers is None else workers
         if self.workers < 0:
             raise UserError(f"workers={workers} was given where a whole number of at least 0 was expected.")
+        if self.workers > (cores := os.cpu_count() or 1):
+            warnings.warn(
+                f"workers={workers} was given on {cores} cores: simulators beyond these wait for each other.",
+                stacklevel=2,
+            )
         self.sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.running: list[Simulator | LocalSimulator] = []
 
