@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.errors import UserError
+from eva_rl.spaces import Part, dtype_of
 
 OBSERVATION_CLIP = 10.0
 """Normalised observations are clipped to this range: a target task may move what the statistics never saw move."""
@@ -18,37 +20,65 @@ OBSERVATION_CLIP = 10.0
 class Interface:
     """The observations, actions and returns of a domain or a dataset, with the statistics that normalise them.
 
-    Discrete actions are numbered from 0; `action_size` is then the number of choices, and `action_mean` and
-    `action_scale` are empty.
+    Discrete actions are numbered from 0; `action_size` is then the number of choices of all their components, and
+    `action_mean` and `action_scale` are empty.
     """
 
     name: str
     observation_size: int
-    action_kind: Literal["continuous", "discrete"]
+    """Numbers in a flat observation."""
+    action_kind: Literal["continuous", "discrete", "multi_discrete"]
     action_size: int
     observation_mean: tuple[float, ...]
+    """Of the numbers in vectors; images, grids, tokens and choices have none."""
     observation_std: tuple[float, ...]
     action_mean: tuple[float, ...]
     action_scale: tuple[float, ...]
     return_scale: float
     reward_scale: float
+    parts: tuple[Part, ...] = ()
+    """What an observation consists of; by default one vector."""
+    choices: tuple[int, ...] = ()
+    """The choices of each component of a discrete action; by default `action_size` of one."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, "parts", (Part("vector", (self.observation_size,)),))
+        if not self.choices and self.action_kind == "discrete":
+            object.__setattr__(self, "choices", (self.action_size,))
+
+    @property
+    def observation_dtype(self) -> str:
+        return dtype_of(self.parts)
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Of one action: (act,), (components,), or () for one choice."""
+        return {"continuous": (self.action_size,), "discrete": (), "multi_discrete": (len(self.choices),)}[
+            self.action_kind
+        ]
+
+    @property
+    def sizes(self) -> tuple[tuple[Part, ...], str, int, tuple[int, ...]]:
+        """What tensors of this interface must have in common."""
+        return (self.parts, self.action_kind, self.action_size, self.choices)
 
     def fits(self, other: Interface) -> bool:
         """Whether tensors of the other interface have this one's shapes and kinds."""
         return self.sizes == other.sizes
 
-    @property
-    def sizes(self) -> tuple[int, str, int]:
-        return (self.observation_size, self.action_kind, self.action_size)
-
     def require(self, other: Interface, what: str) -> None:
         """Raise a `UserError` that names `what` unless the other interface fits this one."""
         if not self.fits(other):
-            raise UserError(
-                f"{what} has observations of size {other.observation_size} and {other.action_kind} actions of size "
-                f"{other.action_size}, but the interface '{self.name}' expects observations of size "
-                f"{self.observation_size} and {self.action_kind} actions of size {self.action_size}."
-            )
+            raise UserError(f"{what} has {other.in_words}, but the interface '{self.name}' expects {self.in_words}.")
+
+    @property
+    def in_words(self) -> str:
+        """Its observations and actions, to stand in a sentence."""
+        vector = [part.kind for part in self.parts] == ["vector"]
+        seen = f"of size {self.observation_size}" if vector else f"of {' and '.join(map(str, self.parts))}"
+        size = " x ".join(map(str, self.choices)) if self.action_kind == "multi_discrete" else self.action_size
+        return f"observations {seen} and {self.action_kind.replace('_', '-')} actions of size {size}"
 
     def renamed(self, name: str) -> Interface:
         return replace(self, name=name)
@@ -75,15 +105,52 @@ class Batch:
     Under a causal mask no real token attends to padding on its right, so models ignore `mask`; losses do not.
     """
 
-    observations: Tensor  # (B, T, obs) float32
-    actions: Tensor  # (B, T, act) float32, or (B, T) int64 for discrete actions
+    observations: Tensor  # (B, T, obs) flat: float32, or uint8 where bytes hold all of it
+    actions: Tensor  # (B, T, act) float32, or int64 choices: (B, T) of one, (B, T, components) of several
     returns_to_go: Tensor  # (B, T) float32: undiscounted sum of the rewards from this step to the episode's end
     rewards: Tensor  # (B, T) float32
     mask: Tensor  # (B, T) bool: True where the step is real
     interface: str
 
+    @property
+    def parts(self) -> tuple[Batch, ...]:
+        """The batches of one interface each that it consists of: itself."""
+        return (self,)
+
+    @property
+    def steps(self) -> Tensor:
+        """How many steps are real."""
+        return self.mask.sum()
+
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "interface"
-        }
+        return self._mapped(lambda value: value.to(device, non_blocking=True))
+
+    def share(self, index: int, count: int) -> Batch:
+        """Its windows `index`, `index + count` and so on: `count` shares make up the whole."""
+        return self._mapped(lambda value: value[index::count])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: change(value) for name, value in vars(self).items() if name != "interface"}
         return Batch(**tensors, interface=self.interface)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Windows of several interfaces that make up one batch."""
+
+    parts: tuple[Batch, ...]
+
+    @property
+    def steps(self) -> Tensor:
+        return torch.stack([part.steps for part in self.parts]).sum()
+
+    def to(self, device: torch.device | str) -> Mixture:
+        return Mixture(tuple(part.to(device) for part in self.parts))
+
+    def share(self, index: int, count: int) -> Mixture:
+        """As `Batch.share`; the parts' remainders are dealt out in turn, so that shares are of equal size."""
+        shares, first = [], index
+        for part in self.parts:
+            shares.append(part.share(first % count, count))
+            first -= len(part.mask)
+        return Mixture(tuple(part for part in shares if len(part.mask)))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
-LEAVES = {"errors", "files", "interface", "seeding"}
+LEAVES = {"errors", "files", "interface", "seeding", "spaces"}
 ROOMS = {"adapter", "configs", "data", "envs", "model", "report", "rollout", "training"}
 ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
 

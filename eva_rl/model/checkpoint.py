@@ -17,6 +17,7 @@ from eva_rl.errors import UserError, did_you_mean
 from eva_rl.files import read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
+from eva_rl.spaces import Part
 
 FORMAT = "eva_rl.decision_transformer.1"
 CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
@@ -160,7 +161,8 @@ def load_notes(folder: Path) -> AdapterNotes:
 
 def interface_from_json(fields: Mapping[str, Any]) -> Interface:
     """The inverse of `dataclasses.asdict` for an `Interface` that went through JSON."""
-    return Interface(**_tuples(fields))
+    parts = tuple(Part(**_tuples(part)) for part in fields.get("parts", ()))
+    return Interface(**{**_tuples(fields), "parts": parts})
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

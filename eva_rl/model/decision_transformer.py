@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from eva_rl.errors import UserError
-from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
+from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface, Mixture
+from eva_rl.model.observations import make_encoder
 
 TOKENS = ("return", "state", "action", "reward")
 TRUNK_LAYERS = ("q", "k", "v", "o", "up", "down")
@@ -149,43 +150,70 @@ class Embedder(nn.Module):
         super().__init__()
         self.tokens, self.interface = config.tokens, interface
         width = config.width
-        self.state = nn.Linear(interface.observation_size, width)
+        self.state = make_encoder(interface.parts, width)
         if "return" in self.tokens:
             self.return_to_go = nn.Linear(1, width)
         if "action" in self.tokens:
-            discrete = interface.action_kind == "discrete"
+            discrete = interface.action_kind != "continuous"
             self.action = (
                 nn.Embedding(interface.action_size, width) if discrete else nn.Linear(interface.action_size, width)
             )
         if "reward" in self.tokens:
             self.reward = nn.Linear(1, width)
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("observation_mean", torch.tensor(interface.observation_mean), persistent=False)
-        self.register_buffer("observation_std", torch.tensor(interface.observation_std), persistent=False)
-        self.register_buffer("action_mean", torch.tensor(interface.action_mean), persistent=False)
-        self.register_buffer("action_scale", torch.tensor(interface.action_scale), persistent=False)
+        first_choices = torch.tensor((0, *interface.choices[:-1])).cumsum(0)  # components have rows of their own
+        for name, value in {
+            "observation_mean": torch.tensor(interface.observation_mean),
+            "observation_std": torch.tensor(interface.observation_std),
+            "action_mean": torch.tensor(interface.action_mean),
+            "action_scale": torch.tensor(interface.action_scale),
+            "first_choices": first_choices,
+        }.items():
+            self.register_buffer(name, value, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Actions in the environment's units (..., act) -> the model's units; discrete actions as they are."""
-        return actions if self.interface.action_kind == "discrete" else (actions - self.action_mean) / self.action_scale
+        if self.interface.action_kind != "continuous":
+            return actions
+        return (actions - self.action_mean) / self.action_scale
 
-    def denormalize_actions(self, actions: Tensor) -> Tensor:
-        return actions * self.action_scale + self.action_mean
+    def greedy(self, predicted: Tensor) -> Tensor:
+        """The head's output (..., act) -> actions in the environment's units (..., *action_shape)."""
+        if self.interface.action_kind == "continuous":
+            return predicted * self.action_scale + self.action_mean
+        best = torch.stack([logits.argmax(-1) for logits in predicted.split(self.interface.choices, -1)], -1)
+        return best if self.interface.action_kind == "multi_discrete" else best[..., 0]
+
+    def normalize_observations(self, observations: Tensor) -> Tensor:
+        """(..., obs) with its vectors normalised and clipped, all else as it is."""
+        vectors = [part.kind == "vector" for part in self.interface.parts]
+        if not any(vectors):
+            return observations
+        columns = list(observations.split([part.size for part in self.interface.parts], -1))
+        seen = torch.cat([column for column, vector in zip(columns, vectors, strict=True) if vector], -1)
+        seen = ((seen - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        if all(vectors):
+            return seen
+        sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
+        normalised = iter(seen.split(sizes, -1))
+        return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
+
+    def embed(self, kind: str, batch: Batch) -> Tensor:
+        """The tokens of one kind, (B, T, d)."""
+        if kind == "return":
+            token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
+        elif kind == "state":
+            token = self.state(self.normalize_observations(batch.observations))
+        elif kind == "reward":
+            token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
+        elif self.interface.action_kind == "multi_discrete":
+            token = self.action(batch.actions + self.first_choices).sum(-2)
+        else:
+            token = self.action(self.normalize_actions(batch.actions))
+        return self.norm(token)
 
     def forward(self, batch: Batch) -> Tensor:
-        kinds = []
-        for kind in self.tokens:
-            if kind == "return":
-                token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
-            elif kind == "state":
-                observations = (batch.observations - self.observation_mean) / self.observation_std
-                token = self.state(observations.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP))
-            elif kind == "action":
-                token = self.action(self.normalize_actions(batch.actions))
-            else:
-                token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
-            kinds.append(token)
-        return self.norm(rearrange(torch.stack(kinds), "k b t d -> b (t k) d"))
+        return rearrange(torch.stack([self.embed(kind, batch) for kind in self.tokens]), "k b t d -> b (t k) d")
 
 
 class DecisionTransformer(nn.Module):
@@ -245,19 +273,37 @@ class DecisionTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""
-        features = self.trunk(self.embedders[batch.interface](batch))  # (B, T * kinds, d)
-        states = features[:, self.config.tokens.index("state") :: len(self.config.tokens)]  # (B, T, d)
-        return self.heads[batch.interface](states).float()
+        [predicted] = self.predict(batch)
+        return predicted
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean over the real steps (and action dimensions); padding counts in neither sum nor divisor."""
-        predicted = self(batch)  # (B, T, act)
+    def predict(self, batch: Batch | Mixture) -> list[Tensor]:
+        """For each part of the batch, what `forward` returns; they go through the trunk together."""
+        parts, kinds = batch.parts, self.config.tokens
+        tokens = [self.embedders[part.interface](part) for part in parts]  # (b, T * kinds, d) each
+        features = self.trunk(torch.cat(tokens) if len(tokens) > 1 else tokens[0])  # (B, T * kinds, d)
+        states = features[:, kinds.index("state") :: len(kinds)].split([len(part.mask) for part in parts])
+        return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
+
+    def losses(self, batch: Batch | Mixture) -> dict[str, Tensor]:
+        """By interface, the sum over the real steps of each step's loss, the mean over the action's components."""
+        predictions = zip(batch.parts, self.predict(batch), strict=True)
+        return {part.interface: (self._errors(part, found) * part.mask).sum() for part, found in predictions}
+
+    def loss(self, batch: Batch | Mixture) -> Tensor:
+        """Mean over the real steps (and action components); padding counts in neither sum nor divisor."""
+        return torch.stack(list(self.losses(batch).values())).sum() / batch.steps
+
+    def _errors(self, batch: Batch, predicted: Tensor) -> Tensor:
+        """Each step's loss, (B, T)."""
         embedder = self.embedders[batch.interface]
-        if embedder.interface.action_kind == "discrete":
-            losses = F.cross_entropy(predicted.transpose(1, 2), batch.actions, reduction="none")  # (B, T)
-        else:
-            losses = (predicted - embedder.normalize_actions(batch.actions)).square().mean(-1)  # (B, T)
-        return (losses * batch.mask).sum() / batch.mask.sum()
+        if embedder.interface.action_kind == "continuous":
+            return (predicted - embedder.normalize_actions(batch.actions)).square().mean(-1)
+        choices = batch.actions if embedder.interface.action_kind == "multi_discrete" else batch.actions[..., None]
+        logits = predicted.split(embedder.interface.choices, -1)
+        losses = [
+            F.cross_entropy(own.transpose(1, 2), choices[..., i], reduction="none") for i, own in enumerate(logits)
+        ]
+        return torch.stack(losses).mean(0)
 
     def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
         """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""
@@ -266,9 +312,6 @@ class DecisionTransformer(nn.Module):
 
     @torch.no_grad()
     def act(self, history: Batch, step: Tensor) -> Tensor:
-        """The greedy action for step `step` (B,) of each history, in the environment's units: (B, act) or (B,) int64."""
+        """The greedy action for step `step` (B,) of each history, in the environment's units: (B, *action_shape)."""
         predicted = self(history)[torch.arange(len(step), device=step.device), step]  # (B, act)
-        embedder = self.embedders[history.interface]
-        if embedder.interface.action_kind == "discrete":
-            return predicted.argmax(-1)
-        return embedder.denormalize_actions(predicted)
+        return self.embedders[history.interface].greedy(predicted)

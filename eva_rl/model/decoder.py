@@ -42,30 +42,30 @@ class Decoder:
         if torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
         self.blocks = [_Weights.of(block, self.dtype) for block in model.trunk.blocks]
-        discrete = spec.action_kind == "discrete"
-        shape = (max(episodes, LEAST), config.context)
-        self.window = Batch(
-            observations=torch.zeros(*shape, spec.observation_size, device=device),
-            actions=torch.zeros(*shape, dtype=torch.int64, device=device)
-            if discrete
-            else torch.zeros(*shape, spec.action_size, device=device),
-            returns_to_go=torch.zeros(shape, device=device),
-            rewards=torch.zeros(shape, device=device),
-            mask=torch.ones(shape, dtype=torch.bool, device=device),
+        rows = max(episodes, LEAST)
+        self.now = Batch(
+            observations=torch.zeros(rows, 1, spec.observation_size, device=device),
+            actions=torch.zeros(rows, 1, *spec.action_shape, device=device),
+            returns_to_go=torch.zeros(rows, 1, device=device),
+            rewards=torch.zeros(rows, 1, device=device),
+            mask=torch.ones(rows, 1, dtype=torch.bool, device=device),
             interface=interface,
         )
+        """The newest step."""
+        self.tokens = torch.zeros(rows, config.context * self.kinds, config.width, device=device)
+        """The window, embedded: (n, N, d)."""
         self.length = 0
         """Steps in the window."""
         self.heads, tokens = config.heads, config.context * self.kinds
         # (layers, keys and values, n h, N, e)
-        kept = (config.layers, 2, shape[0] * self.heads, tokens, config.width // self.heads)
+        kept = (config.layers, 2, rows * self.heads, tokens, config.width // self.heads)
         self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
         self.kept = 0
         """Tokens whose keys and values are there."""
 
     @torch.no_grad()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
-        """The next action of each episode, in the environment's units: (n, act), or (n,) int64 where they are discrete.
+        """The next action of each episode, in the environment's units: (n, *action_shape), int64 where it is a choice.
 
         Args:
             observations: (n, obs).
@@ -73,46 +73,48 @@ class Decoder:
         """
         if self.length == self.model.config.context:
             self._start_anew()
-        step = self.length
-        self.window.observations[: self.episodes, step] = observations
-        self.window.returns_to_go[: self.episodes, step] = returns_to_go
         self.length += 1
-        features = self._extend(self._new_tokens())
+        self._show(observations=observations, returns_to_go=returns_to_go)
+        self._embed(0, self.state + 1)
+        end = (self.length - 1) * self.kinds + self.state + 1  # later tokens of this step are not known yet
+        positions = self.model.trunk.positions.weight[self.kept : end]
+        features = self._extend(self.tokens[:, self.kept : end] + positions)
         predicted = self.head(self.model.trunk.norm(features))[: self.episodes].float()  # (n, act)
-        if self.embedder.interface.action_kind == "discrete":
-            return predicted.argmax(-1)
-        return self.embedder.denormalize_actions(predicted)
+        return self.embedder.greedy(predicted)
 
+    @torch.no_grad()
     def record(self, actions: Tensor, rewards: Tensor) -> None:
-        """What was done (n, act) or (n,), and what it earned (n,)."""
-        self.window.actions[: self.episodes, self.length - 1] = actions
-        self.window.rewards[: self.episodes, self.length - 1] = rewards
+        """What was done (n, *action_shape), and what it earned (n,)."""
+        self._show(actions=actions, rewards=rewards)
+        self._embed(self.state + 1, self.kinds)
 
     def keep(self, episodes: Tensor) -> None:
         """Go on with these episodes (m,) only, in this order."""
         self.episodes = len(episodes)
         rows = torch.cat([episodes, episodes[:1].expand(max(LEAST - len(episodes), 0))])
-        tensors = {k: v for k, v in vars(self.window).items() if k != "interface"}
-        self.window = replace(self.window, **{k: v[rows] for k, v in tensors.items()})
+        tensors = {k: v for k, v in vars(self.now).items() if k != "interface"}
+        self.now = replace(self.now, **{k: v[rows] for k, v in tensors.items()})
+        self.tokens = self.tokens[rows]
         rows = (rows[:, None] * self.heads + torch.arange(self.heads, device=rows.device)).flatten()
         self.cache = self.cache[:, :, rows]
 
+    def _show(self, **known: Tensor) -> None:
+        """Put what is known of the newest step, a row an episode, into `now`."""
+        for name, value in known.items():
+            spare = value[:1].expand(len(self.now.mask) - len(value), *value.shape[1:])
+            self.now = replace(self.now, **{name: torch.cat([value, spare])[:, None]})
+
+    def _embed(self, first: int, last: int) -> None:
+        """Embed the newest step's tokens of the kinds from number `first` to `last` (excluded)."""
+        for number in range(first, last):
+            place = (self.length - 1) * self.kinds + number
+            self.tokens[:, place] = self.embedder.embed(self.model.config.tokens[number], self.now)[:, 0]
+
     def _start_anew(self) -> None:
         half = max(1, self.model.config.context // 2) if self.model.config.context > 1 else 0
-        first = self.length - half
-        for name, column in vars(self.window).items():
-            if name not in ("interface", "mask"):
-                column[:, :half] = column[:, first : self.length].clone()
+        first = (self.length - half) * self.kinds
+        self.tokens[:, : half * self.kinds] = self.tokens[:, first : self.length * self.kinds].clone()
         self.length, self.kept = half, 0
-
-    def _new_tokens(self) -> Tensor:
-        """Embeddings (n, m, d) of the tokens up to the newest state's that are not kept yet, with their positions."""
-        first = self.kept // self.kinds  # the step they begin in
-        steps = {k: v if k == "interface" else v[:, first : self.length] for k, v in vars(self.window).items()}
-        tokens = self.embedder(Batch(**steps))  # (n, steps * kinds, d)
-        end = (self.length - 1) * self.kinds + self.state + 1
-        tokens = tokens[:, self.kept - first * self.kinds : end - first * self.kinds]
-        return tokens + self.model.trunk.positions.weight[self.kept : end]
 
     def _extend(self, x: Tensor) -> Tensor:
         """Run the trunk on new tokens (n, m, d), keep their keys and values; return the last one's features (n, d)."""

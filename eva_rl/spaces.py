@@ -1,0 +1,129 @@
+"""Gymnasium's spaces as a model sees them: the parts of an observation, and observations as flat rows of numbers.
+
+Observations are kept, sent and sampled flat; a model cuts the row into its parts again and embeds each as its kind asks.
+Nothing here needs torch: simulators' processes import it too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+
+from eva_rl.errors import UserError
+
+SMALLEST_IMAGE = 32
+"""Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the things an observation consists of."""
+
+    kind: Literal["vector", "image", "grid", "tokens", "choice"]
+    shape: tuple[int, ...]
+    """(n,) of a vector or tokens; (channels, height, width) of images and grids; () of a choice."""
+    values: int = 0
+    """How many values each number of a grid, of tokens or of a choice may take, counted from 0."""
+    channels_last: bool = False
+    """Whether the environment shows images or grids as (height, width, channels)."""
+
+    @property
+    def size(self) -> int:
+        """Numbers in the flat observation."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        sizes = " x ".join(map(str, self.shape))
+        return f"{self.kind} {sizes}".rstrip() + (f" of {self.values}" if self.values else "")
+
+
+def parts_of(space: gym.Space) -> tuple[Part, ...]:
+    """The parts of the space's observations, in the order of their flat form; a Dict's in the order of its keys.
+
+    - vector: boxes of real numbers, bytes in one dimension, MultiBinary;
+    - image: bytes in two or three dimensions, at least 32 pixels a side; grid: smaller ones, each number of a cell one of
+      so many values;
+    - tokens: whole numbers from 0 in one dimension, MultiDiscrete; choice: Discrete.
+
+    Raises:
+        UserError: if the space has parts of other kinds.
+    """
+    if isinstance(space, gym.spaces.Dict):
+        return tuple(part for key in space for part in parts_of(space[key]))
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(part for member in space for part in parts_of(member))
+    if isinstance(space, gym.spaces.Discrete):
+        return (Part("choice", (), int(space.n)),)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return (Part("tokens", (space.nvec.size,), int(space.nvec.max())),)
+    if isinstance(space, gym.spaces.MultiBinary):
+        return (Part("vector", (math.prod(space.shape),)),)
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(
+            f"Observations of {space} can't be embedded: Box, Discrete, MultiDiscrete, MultiBinary and Dict or Tuple of "
+            "those can; turn text into token ids with an observation wrapper."
+        )
+    if space.dtype == np.uint8 and len(space.shape) in (2, 3):
+        return (_picture(space),)
+    whole = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
+    if whole and len(space.shape) == 1 and (space.low == 0).all() and space.high.max() < 2**16:
+        return (Part("tokens", space.shape, int(space.high.max()) + 1),)
+    return (Part("vector", (math.prod(space.shape),)),)
+
+
+def _picture(space: gym.spaces.Box) -> Part:
+    height, width, *channels = space.shape
+    channels_last = True
+    if channels and space.shape[0] < space.shape[-1]:
+        channels, height, width, channels_last = [space.shape[0]], *space.shape[1:], False
+    shape = (channels[0] if channels else 1, height, width)
+    if min(height, width) >= SMALLEST_IMAGE:
+        return Part("image", shape, channels_last=channels_last)
+    return Part("grid", shape, int(space.high.max()) + 1, channels_last)
+
+
+def dtype_of(parts: tuple[Part, ...]) -> str:
+    """The type of flat observations: bytes where they hold all of it, `float32` otherwise."""
+    return "uint8" if all(p.kind == "image" or 0 < p.values <= 256 for p in parts) else "float32"
+
+
+def flatten(space: gym.Space, observation: Any) -> np.ndarray:
+    """One observation, or any number along leading axes, as rows (..., size) of numbers.
+
+    A Dict's observations are a dict, whose values have the same leading axes.
+    """
+    columns = _columns(space, observation)
+    return (columns[0] if len(columns) == 1 else np.concatenate(columns, -1)).astype(
+        dtype_of(parts_of(space)), copy=False
+    )
+
+
+def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
+    if isinstance(space, gym.spaces.Dict):
+        return [column for key in space for column in _columns(space[key], observation[key])]
+    if isinstance(space, gym.spaces.Tuple):
+        return [column for i, member in enumerate(space) for column in _columns(member, observation[i])]
+    numbers = np.asarray(observation)
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        numbers = numbers - space.start
+    leading = numbers.shape[: numbers.ndim - len(space.shape)]
+    return [numbers.reshape(*leading, math.prod(space.shape))]
+
+
+def action_choices(space: gym.Space) -> tuple[int, ...]:
+    """How many choices each component of a discrete action has; none for continuous actions.
+
+    Raises:
+        UserError: if actions are neither a Box nor choices.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+        return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return ()
+    raise UserError(f"Actions of {space} were met where a Box of real numbers, Discrete or MultiDiscrete was expected.")
