@@ -28,6 +28,7 @@ from transformers import DecisionTransformerConfig, DecisionTransformerModel
 from benchmarks.eva_init import RESULTS, model_config
 from eva_rl.data import find_source
 from eva_rl.files import write_text
+from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, Decoder, load_base
 from eva_rl.report import markdown, versions
 from eva_rl.rollout import Job, Simulators, rollout
@@ -43,11 +44,11 @@ def jobs_of(episodes: int) -> list[Job]:
     return [Job(TASK, make_env, seed, 1000.0) for seed in range(episodes)]
 
 
-def raw(simulators: Simulators, episodes: int) -> float:
+def raw(simulators: Simulators, interface: Interface, episodes: int) -> float:
     """Steps a second of as many simulators, each with its share of the episodes, from their resets to their ends."""
     jobs, rng = jobs_of(episodes), np.random.default_rng(0)
     size = -(-episodes // max(simulators.workers, 1))
-    running = simulators.provide(-(-episodes // size), size, 39, 4)
+    running = simulators.provide(-(-episodes // size), size, interface)
     left = dict.fromkeys(running, STEPS)
     start = time.perf_counter()
     for number, simulator in enumerate(running):
@@ -130,9 +131,9 @@ def main() -> None:
         model = DecisionTransformer(model_config(preset), [interface]).eval()
         speeds: dict[str, list[float]] = {"raw": [], "ours": [], "plain": []}
         with Simulators(a.workers) as simulators:
-            raw(simulators, a.episodes)  # makes the environments
+            raw(simulators, interface, a.episodes)  # makes the environments
             for _ in tqdm(range(a.repeats), desc=preset):
-                speeds["raw"].append(raw(simulators, a.episodes))
+                speeds["raw"].append(raw(simulators, interface, a.episodes))
                 speeds["ours"].append(ours(model, simulators, a.episodes))
                 speeds["plain"].append(plain(model, 1))
         medians = {name: statistics.median(found) for name, found in speeds.items()}

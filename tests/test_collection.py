@@ -370,11 +370,18 @@ def test_without_noise_an_action_is_left_as_it_is(space, action):
     assert space.contains(perturbed)
 
 
+def test_noise_replaces_that_share_of_the_choices():
+    space, action, rng = gym.spaces.MultiDiscrete([5, 5], start=[1, 0]), np.array([2, 4]), np.random.default_rng(0)
+    drawn = np.stack([collection._perturbed(action, 0.5, space, rng) for _ in range(2000)])
+    assert all(space.contains(row) for row in drawn)
+    np.testing.assert_allclose((drawn != action).mean(0), 0.5 * 0.8, atol=0.04)
+
+
 @pytest.mark.parametrize(
     ("space", "action"),
     [
         (gym.spaces.Box(-np.inf, np.inf, (2,)), np.array([0.5, -3.0], np.float32)),
-        (gym.spaces.MultiDiscrete([3, 3]), np.array([0, 2])),
+        (gym.spaces.MultiBinary(2), np.array([0, 1])),
     ],
 )
 def test_noise_without_a_range_to_measure_it_by_is_refused(space, action):

@@ -1,6 +1,8 @@
 """Datasets that users bring: whole ones load, missing and damaged ones are explained in a sentence."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -49,8 +51,10 @@ def write_dataset(
     )
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("Continuous", (3, "continuous", 2)), ("Discrete", (3, "discrete", 3))])
-def test_a_users_own_dataset_loads(make_dataset, kind, sizes):
+@pytest.mark.parametrize(
+    ("kind", "actions"), [("Continuous", "continuous actions of size 2"), ("Discrete", "discrete actions of size 3")]
+)
+def test_a_users_own_dataset_loads(make_dataset, kind, actions):
     dataset = make_dataset("mine/random-v0", kind, episodes=4)
     trajectories = load_dataset("mine/random-v0", "minari/mine/random-v0")
     episodes = list(dataset.iterate_episodes())
@@ -61,7 +65,7 @@ def test_a_users_own_dataset_loads(make_dataset, kind, sizes):
     np.testing.assert_array_equal(trajectories.actions, np.concatenate([e.actions for e in episodes]) - first_action)
     np.testing.assert_array_equal(trajectories.episode_returns, [e.rewards.sum() for e in episodes])
     assert trajectories.statistics().success_rate == 1.0
-    assert interface_of("mine", [trajectories]).sizes == sizes
+    assert interface_of("mine", [trajectories]).in_words == f"observations of size 3 and {actions}"
 
 
 def test_a_dataset_without_infos_loads_with_an_unknown_success_rate(make_dataset):
@@ -201,37 +205,93 @@ def test_metadata_of_another_kind_is_a_user_error_that_names_the_folder(make_dat
         load_dataset("mine/random-v0", "mine")
 
 
-IMAGE = gym.spaces.Box(0, 1, (2, 2))
-DICTIONARY = gym.spaces.Dict({"position": gym.spaces.Box(-1, 1, (2,))})
+MATRIX = gym.spaces.Box(-1, 1, (2, 2))
+DICTIONARY = gym.spaces.Dict({"position": gym.spaces.Box(-1, 1, (2,)), "door": gym.spaces.Discrete(3, start=1)})
 FLAT = gym.spaces.Box(-1, 1, (2,))
+BYTES = gym.spaces.Box(0, 255, (4, 40, 40), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("space", "observations"),
+    ("space", "observations", "flat"),
     [
-        (IMAGE, np.zeros((3, 2, 2), np.float32)),
-        (DICTIONARY, {"position": np.zeros((3, 2), np.float32)}),
-        (gym.spaces.Discrete(4), np.zeros(3, np.int64)),
+        (MATRIX, np.arange(12.0, dtype=np.float32).reshape(3, 2, 2), np.arange(8.0).reshape(2, 4)),
+        (gym.spaces.Discrete(4), np.array([3, 0, 1]), [[3], [0]]),
+        (
+            DICTIONARY,
+            {"position": np.ones((3, 2), np.float32), "door": np.array([1, 3, 2])},
+            [[0, 1, 1], [2, 1, 1]],
+        ),
     ],
 )
-def test_observations_that_are_not_flat_are_refused_with_what_to_do(space, observations):
+def test_observations_of_several_shapes_and_dicts_of_them_are_flattened(space, observations, flat):
     write_dataset("mine/odd-v0", observations, np.zeros((2, 2), np.float32), space, FLAT)
-    with pytest.raises(UserError, match=r"'mine/odd-v0' has observations of .*flatten them"):
+    found = load_dataset("mine/odd-v0", "mine").observations
+    np.testing.assert_array_equal(found, flat)
+
+
+def test_several_choices_are_numbered_from_zero():
+    space = gym.spaces.MultiDiscrete([3, 3], start=[1, 5])
+    write_dataset("mine/odd-v0", np.zeros((3, 2), np.float32), np.array([[1, 7], [3, 5]]), FLAT, space)
+    trajectories = load_dataset("mine/odd-v0", "mine")
+    assert trajectories.actions.tolist() == [[0, 2], [2, 0]]
+    assert interface_of("mine", [trajectories]).choices == (3, 3)
+
+
+def test_observations_of_spaces_that_no_model_can_take_are_refused_with_what_to_do():
+    text = gym.spaces.Dict({"mission": gym.spaces.Text(9), "position": FLAT})
+    observations = {"mission": ["go left"] * 3, "position": np.zeros((3, 2), np.float32)}
+    write_dataset("mine/odd-v0", observations, np.zeros((2, 2), np.float32), text, FLAT)
+    with pytest.raises(UserError, match=r"'mine/odd-v0' can't be used: Observations of Text.*token ids"):
         load_dataset("mine/odd-v0", "mine")
 
 
-@pytest.mark.parametrize(
-    ("space", "actions"),
-    [
-        (IMAGE, np.zeros((2, 2, 2), np.float32)),
-        (DICTIONARY, {"position": np.zeros((2, 2), np.float32)}),
-        (gym.spaces.MultiDiscrete([3, 3]), np.zeros((2, 2), np.int64)),
-    ],
-)
-def test_actions_of_other_spaces_are_refused(space, actions):
+def test_actions_of_other_spaces_are_refused():
+    actions = {"position": np.zeros((2, 2), np.float32)}
+    space = gym.spaces.Dict({"position": FLAT})
     write_dataset("mine/odd-v0", np.zeros((3, 2), np.float32), actions, FLAT, space)
-    with pytest.raises(UserError, match="'mine/odd-v0' has actions of"):
+    with pytest.raises(UserError, match="'mine/odd-v0' can't be used: Actions of Dict"):
         load_dataset("mine/odd-v0", "mine")
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """A dataset of pictures that is too large for memory."""
+    monkeypatch.setattr("eva_rl.data.load.IN_MEMORY", 1000)
+    shown = np.random.default_rng(0).integers(256, size=(3, 4, 40, 40), dtype=np.uint8)
+    write_dataset("mine/pictures-v0", shown, np.zeros((2, 2), np.float32), BYTES, FLAT)
+    return shown
+
+
+def test_large_observations_are_mapped_from_a_file_that_is_made_once(pictures, datasets_root, monkeypatch):
+    first = load_dataset("mine/pictures-v0", "mine")
+    monkeypatch.setattr(minari.MinariDataset, "iterate_episodes", None)
+    second = load_dataset("mine/pictures-v0", "mine")
+    for found in (first, second):
+        np.testing.assert_array_equal(found.observations, pictures[:2].reshape(2, -1))
+        assert found.observations.dtype == torch.uint8
+        assert found.returns_to_go.tolist() == [2.0, 1.0]
+        assert found.starts.tolist() == [0, 2]
+        assert found.statistics().success_rate is None
+    assert list((datasets_root / ".packed").rglob("observations.bin"))
+    assert "mine/pictures-v0" in minari.list_local_datasets()
+
+
+def test_a_dataset_that_was_written_again_is_packed_again(pictures, datasets_root):
+    load_dataset("mine/pictures-v0", "mine")
+    shutil.rmtree(datasets_root / "mine/pictures-v0")
+    write_dataset("mine/pictures-v0", 255 - pictures, np.zeros((2, 2), np.float32), BYTES, FLAT)
+    found = load_dataset("mine/pictures-v0", "mine")
+    np.testing.assert_array_equal(found.observations, 255 - pictures[:2].reshape(2, -1))
+
+
+def test_a_full_disk_leaves_no_half_of_a_packed_dataset(pictures, datasets_root, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=r"no space left for .*pictures"):
+        load_dataset("mine/pictures-v0", "mine")
+    assert not [path for path in (datasets_root / ".packed").rglob("*") if path.is_file()]
 
 
 def test_the_evaluation_environment_is_the_datasets_own(make_dataset):

@@ -1,5 +1,8 @@
 """Packing episodes, returns-to-go, and the statistics a model normalises with."""
 
+import dataclasses
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from eva_rl.data import Trajectories, interface_of, pack, returns_to_go
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
+from eva_rl.spaces import Part
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
 BOUNDED = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32))
@@ -103,7 +107,7 @@ def test_discrete_actions_are_numbered_from_zero():
     trajectories = pack("dummy", [episode], OBSERVATIONS, DISCRETE)
     assert trajectories.actions.tolist() == [0, 2, 1, 0]
     assert trajectories.actions.dtype == torch.int64
-    assert interface_of("dummy", [trajectories]).sizes == (3, "discrete", 3)
+    assert interface_of("dummy", [trajectories]).in_words == "observations of size 3 and discrete actions of size 3"
 
 
 def test_statistics_say_what_the_episodes_achieved():
@@ -294,7 +298,8 @@ def test_an_interface_holds_plain_numbers_that_json_can_write():
     assert isinstance(interface, Interface)
     for value in vars(interface).values():
         assert type(value) in (str, int, float, tuple)
-        assert not isinstance(value, tuple) or {type(number) for number in value} <= {float}
+        assert not isinstance(value, tuple) or {type(number) for number in value} <= {float, Part}
+    json.dumps(dataclasses.asdict(interface))
 
 
 def test_a_batch_moves_all_its_tensors_and_keeps_its_interface():

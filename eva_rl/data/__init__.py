@@ -4,14 +4,16 @@ from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import load_dataset
 from eva_rl.data.tasks import TaskSource, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
-from eva_rl.data.windows import WindowSampler
+from eva_rl.data.windows import MixtureSampler, WindowSampler, domain_weights
 
 __all__ = [
+    "MixtureSampler",
     "Recipe",
     "TaskSource",
     "Trajectories",
     "WindowSampler",
     "collect",
+    "domain_weights",
     "find_source",
     "find_sources",
     "interface_of",

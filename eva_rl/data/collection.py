@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import minari
@@ -133,7 +134,7 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
     noise = recipe.noise[episode % len(recipe.noise)]
     observation, info = env.reset(seed=episode_seed("collect", recipe.task, recipe.seed, episode))
     expert = domain.expert(name, env)
-    observations, successes = [observation], [float(info.get("success", 0.0))]
+    observations, successes = [observation], [info.get("success", np.nan)]
     actions, rewards, terminations, truncations = [], [], [], []
     while not actions or not (terminations[-1] or truncations[-1]):
         action = _perturbed(expert(observation), noise, env.action_space, rng)
@@ -143,17 +144,32 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
         rewards.append(float(reward))
         terminations.append(bool(terminated))
         truncations.append(bool(truncated))
-        successes.append(float(info.get("success", 0.0)))
+        successes.append(info.get("success", np.nan))
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            observations=np.stack(observations),  # (T + 1, obs_dim)
-            actions=np.stack(actions),  # (T, act_dim)
+            **_columns(env.observation_space, observations),  # (T + 1, ...)
+            actions=np.stack(actions),  # (T, ...)
             rewards=np.array(rewards),  # (T,)
             terminations=np.array(terminations),
             truncations=np.array(truncations),
-            success=np.array(successes, np.float32),  # (T + 1,)
+            success=np.array(successes, np.float32),  # (T + 1,), NaN where the environment does not say
         )
+
+
+def _columns(space: gym.Space, observations: Sequence[Any], name: str = "observations") -> dict[str, np.ndarray]:
+    """Observations as one array, or one for each key of a Dict."""
+    if not isinstance(space, gym.spaces.Dict):
+        return {name: np.stack(observations)}
+    parts = (_columns(member, [o[key] for o in observations], f"{name}/{key}") for key, member in space.items())
+    return {key: column for part in parts for key, column in part.items()}
+
+
+def _joined(space: gym.Space, columns: Mapping[str, np.ndarray], name: str = "observations") -> Any:
+    """The inverse of `_columns`, as Minari wants observations."""
+    if not isinstance(space, gym.spaces.Dict):
+        return columns[name]
+    return {key: _joined(member, columns, f"{name}/{key}") for key, member in space.items()}
 
 
 def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.random.Generator) -> np.ndarray:
@@ -166,6 +182,9 @@ def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.rando
         return np.clip(noisy, space.low, space.high).astype(space.dtype)
     if isinstance(space, gym.spaces.Discrete):
         return np.int64(space.start + rng.integers(space.n)) if rng.random() < noise else np.int64(action)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        drawn = space.start + rng.integers(space.nvec)
+        return np.where(rng.random(space.shape) < noise, drawn, action).astype(space.dtype)
     raise UserError(f"Noise can't be added to actions of {space}: set noise=[0].")
 
 
@@ -177,12 +196,15 @@ def _assemble(recipe: Recipe) -> None:
     for episode in range(recipe.episodes):
         with np.load(_staged(recipe, episode), allow_pickle=False) as arrays:
             fields = dict(arrays)
+        successes = fields.pop("success")
+        says = not np.isnan(successes).any()
         buffers.append(
             EpisodeBuffer(
                 id=episode,
                 seed=episode_seed("collect", recipe.task, recipe.seed, episode),
-                infos={"success": fields.pop("success")},
-                **fields,
+                observations=_joined(env.observation_space, fields),
+                infos={"success": successes} if says else None,
+                **{name: values for name, values in fields.items() if not name.startswith("observations")},
             )
         )
     scores = domain.reference_scores(name)
@@ -209,7 +231,9 @@ def _assemble(recipe: Recipe) -> None:
                 {
                     "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
                     "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
-                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])),
+                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers]))
+                    if all(b.infos for b in buffers)
+                    else None,
                     "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
                     "eva_rl_version": eva_rl.__version__,
                 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import gymnasium as gym
 import minari
@@ -12,54 +13,59 @@ import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from eva_rl.data.collection import datasets_root
+from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError, did_you_mean, in_one_line
+from eva_rl.spaces import action_choices, dtype_of, parts_of
 
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
 """What h5py and Minari raise for damaged files."""
+IN_MEMORY = 256 * 2**20
+"""Bytes of a task's observations that are read into memory."""
 
 
 def load_dataset(dataset_id: str, task: str, demonstrations: int | None = None) -> Trajectories:
     """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
 
-    Only the first `demonstrations` of them, where that is given.
+    Only the first `demonstrations` of them, where that is given. Those whose observations take more than `IN_MEMORY` bytes
+    are packed on disk, once, and mapped into memory.
 
     Raises:
-        UserError: if it is neither here nor to be had, is damaged, or has spaces other than flat observations (a Box)
-            and continuous (Box) or discrete actions.
+        UserError: if it is neither here nor to be had, is damaged, or has spaces that no model here can take.
     """
     dataset = _open(dataset_id)
-    observation_space, action_space = dataset.observation_space, dataset.action_space
-    if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise UserError(
-            f"The dataset '{dataset_id}' has observations of {observation_space}, where a one-dimensional Box was "
-            "expected: flatten them with minari.DataCollector's step_data_callback and write the dataset again."
-        )
-    if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete) or len(action_space.shape) > 1:
-        raise UserError(
-            f"The dataset '{dataset_id}' has actions of {action_space}, where a one-dimensional Box or Discrete was "
-            "expected."
-        )
+    spaces = dataset.observation_space, dataset.action_space
     count = dataset.total_episodes if demonstrations is None else demonstrations
     if not 1 <= count <= dataset.total_episodes:
         raise UserError(
             f"demonstrations={count} was given, but the dataset '{dataset_id}' holds {dataset.total_episodes} episodes."
         )
     try:
-        episodes = [
-            {
+        parts = parts_of(spaces[0])
+        action_choices(spaces[1])
+    except UserError as error:
+        raise UserError(f"The dataset '{dataset_id}' can't be used: {error}") from error
+    row = sum(part.size for part in parts) * np.dtype(dtype_of(parts)).itemsize
+    episodes = _episodes(dataset, dataset_id, count)
+    if row * dataset.total_steps * count / dataset.total_episodes <= IN_MEMORY:
+        return pack(task, episodes, *spaces)
+    data = datasets_root() / dataset_id / "data"
+    stamp = {"episodes": count, **{f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(data.iterdir())}}
+    return pack_on_disk(datasets_root() / ".packed" / f"{dataset_id}-{count}", stamp, task, episodes, *spaces)
+
+
+def _episodes(dataset: minari.MinariDataset, dataset_id: str, count: int) -> Iterator[dict[str, Any]]:
+    """The first episodes, one after the other, as `pack` takes them."""
+    try:
+        for episode in dataset.iterate_episodes(range(count)):
+            yield {
                 "observations": episode.observations,
                 "actions": episode.actions,
                 "rewards": episode.rewards,
-                "success": np.asarray(episode.infos["success"])
-                if episode.infos and "success" in episode.infos
-                else None,
+                "success": (episode.infos or {}).get("success"),
             }
-            for episode in dataset.iterate_episodes(range(count))
-        ]
     except UNREADABLE as error:
         raise _damaged(dataset_id, error) from error
-    return pack(task, episodes, observation_space, action_space)
 
 
 def environment_of(dataset_id: str, render_mode: str | None = None) -> gym.Env:

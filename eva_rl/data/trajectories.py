@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
+from eva_rl.spaces import Part, action_choices, flatten, parts_of
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class Trajectories:
     """All episodes of one task, end to end: episode e is rows `starts[e]` to `starts[e + 1]` (excluded)."""
 
     task: str
-    observations: Tensor  # (N, obs) float32
-    actions: Tensor  # (N, act) float32, or (N,) int64 for discrete actions
+    observations: Tensor  # (N, obs) flat: float32, or uint8 where bytes hold all of it; may be mapped from disk
+    actions: Tensor  # (N, act) float32, or int64 choices: (N,) of one, (N, components) of several
     rewards: Tensor  # (N,) float32
     returns_to_go: Tensor  # (N,) float32
     starts: Tensor  # (E + 1,) int64
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box | gym.spaces.Discrete
+    observation_space: gym.Space
+    action_space: gym.Space
     successes: Tensor | None = None  # (E,) bool
 
     @property
@@ -54,65 +56,110 @@ def returns_to_go(rewards: np.ndarray) -> np.ndarray:
 
 
 def pack(
-    task: str,
-    episodes: Sequence[dict[str, np.ndarray]],
-    observation_space: gym.spaces.Box,
-    action_space: gym.spaces.Box | gym.spaces.Discrete,
+    task: str, episodes: Iterable[Mapping[str, Any]], observation_space: gym.Space, action_space: gym.Space
 ) -> Trajectories:
-    """Join episodes, each a dict of observations (T or T + 1, obs), actions (T, act) or (T,), rewards (T,), success.
+    """Join episodes, each of observations (T or T + 1, ...), actions (T, ...), rewards (T,) and success, or None for it.
 
-    An observation after the last action is dropped: nothing was done there.
+    Observations are flattened, see `eva_rl.spaces`. One after the last action is dropped: nothing was done there.
 
     Raises:
         UserError: if an episode is empty, of other shapes, or holds NaN or infinite numbers; it names the episode.
     """
-    if not episodes:
-        raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
-    observation_size = int(np.prod(observation_space.shape))
-    discrete = isinstance(action_space, gym.spaces.Discrete)
-    columns: dict[str, list[np.ndarray]] = {"observations": [], "actions": [], "rewards": [], "returns_to_go": []}
-    for number, episode in enumerate(episodes):
-        rewards = np.asarray(episode["rewards"], np.float32)
-        length = len(rewards)
-        if length == 0:
-            raise UserError(f"Episode {number} of the dataset of '{task}' is empty: remove it from the dataset.")
-        if len(episode["actions"]) != length or len(episode["observations"]) not in (length, length + 1):
-            raise UserError(
-                f"Episode {number} of the dataset of '{task}' has {length} rewards, {len(episode['actions'])} actions "
-                f"and {len(episode['observations'])} observations, where T, T and T + 1 were expected."
-            )
-        observations = np.asarray(episode["observations"][:length], np.float32)
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused below
-            actions = np.asarray(episode["actions"], None if discrete else np.float32)
-        expected = () if discrete else action_space.shape
-        shapes = observations.shape[1:], actions.shape[1:], rewards.shape[1:]
-        if shapes != (observation_space.shape, expected, ()):
-            raise UserError(
-                f"Episode {number} of the dataset of '{task}' has observations, actions and rewards of the shapes "
-                f"{shapes}, where the dataset's spaces ask for {(observation_space.shape, expected, ())}."
-            )
-        if discrete and not all(action_space.contains(action) for action in np.unique(actions)):
-            raise UserError(f"Episode {number} of the dataset of '{task}' has actions outside {action_space}.")
-        if not (np.isfinite(observations).all() and np.isfinite(rewards).all() and np.isfinite(actions).all()):
-            raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
-        columns["observations"].append(observations.reshape(length, observation_size))
-        columns["actions"].append(
-            actions.astype(np.int64) - action_space.start
-            if discrete
-            else actions.astype(np.float32).reshape(length, -1)
-        )
-        columns["rewards"].append(rewards)
-        columns["returns_to_go"].append(returns_to_go(rewards))
-    lengths = [len(rewards) for rewards in columns["rewards"]]
-    successes = [episode["success"].max() > 0 for episode in episodes if episode.get("success") is not None]
+    columns: dict[str, list[np.ndarray]] = {}
+    for episode in checked(task, episodes, observation_space, action_space):
+        for name, values in episode.items():
+            columns.setdefault(name, []).append(values)
+    joined = {name: np.concatenate(parts) for name, parts in columns.items() if name != "success"}
+    return joined_up(task, joined, columns, observation_space, action_space)
+
+
+def joined_up(
+    task: str,
+    joined: Mapping[str, np.ndarray],
+    columns: Mapping[str, Sequence[np.ndarray]],
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> Trajectories:
+    """The trajectories whose columns were joined; of `columns`, the lengths and successes of the episodes are read."""
+    successes = columns["success"]
     return Trajectories(
         task=task,
-        **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()},
-        starts=torch.from_numpy(np.cumsum([0, *lengths])),
+        **{name: torch.from_numpy(values) for name, values in joined.items()},
+        starts=torch.from_numpy(np.cumsum([0, *map(len, columns["rewards"])])),
         observation_space=observation_space,
         action_space=action_space,
-        successes=torch.tensor(successes) if len(successes) == len(episodes) else None,
+        successes=None if any(s is None for s in successes) else torch.tensor([bool(s.max() > 0) for s in successes]),
     )
+
+
+def checked(
+    task: str, episodes: Iterable[Mapping[str, Any]], observation_space: gym.Space, action_space: gym.Space
+) -> Iterator[dict[str, Any]]:
+    """The columns of each episode as they are kept: observations (T, obs), actions, rewards, returns_to_go, success.
+
+    Raises:
+        UserError: see `pack`.
+    """
+    choices, number = action_choices(action_space), -1
+    for number, episode in enumerate(episodes):
+        rewards, actions = np.asarray(episode["rewards"], np.float32), np.asarray(episode["actions"])
+        length, seen = len(rewards), _lengths(observation_space, episode["observations"])
+        if length == 0:
+            raise UserError(f"Episode {number} of the dataset of '{task}' is empty: remove it.")
+        if len(actions) != length or len(seen) > 1 or not seen <= {length, length + 1}:
+            raise UserError(
+                f"Episode {number} of the dataset of '{task}' has {length} rewards, {len(actions)} actions and "
+                f"{' or '.join(map(str, sorted(seen)))} observations, where as many were expected, or one observation more."
+            )
+        shapes = _shapes(observation_space, episode["observations"]), actions.shape[1:], rewards.shape[1:]
+        expected = _expected(observation_space), tuple(action_space.shape), ()
+        if shapes != expected:
+            raise UserError(
+                f"Episode {number} of the dataset of '{task}' has observations, actions and rewards of the shapes "
+                f"{shapes}, where the dataset's spaces ask for {expected}."
+            )
+        if choices and not all(action_space.contains(action) for action in np.unique(actions, axis=0)):
+            raise UserError(f"Episode {number} of the dataset of '{task}' has actions outside {action_space}.")
+        observations = flatten(observation_space, episode["observations"])[:length]
+        actions = (
+            actions.astype(np.int64) - action_space.start if choices else actions.astype(np.float32).reshape(length, -1)
+        )
+        if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
+            raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
+        yield {
+            "observations": observations,
+            "actions": actions,
+            "rewards": rewards,
+            "returns_to_go": returns_to_go(rewards),
+            "success": None if episode.get("success") is None else np.asarray(episode["success"]),
+        }
+    if number < 0:
+        raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
+
+
+def _members(space: gym.Space) -> list[tuple[Any, gym.Space]]:
+    """The keys and spaces of a Dict or Tuple."""
+    return list(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+
+
+def _nested(space: gym.Space) -> bool:
+    return isinstance(space, gym.spaces.Dict | gym.spaces.Tuple)
+
+
+def _lengths(space: gym.Space, observations: Any) -> set[int]:
+    if _nested(space):
+        return {n for key, member in _members(space) for n in _lengths(member, observations[key])}
+    return {len(observations)}
+
+
+def _shapes(space: gym.Space, observations: Any) -> Any:
+    if _nested(space):
+        return {key: _shapes(member, observations[key]) for key, member in _members(space)}
+    return np.shape(observations)[1:]
+
+
+def _expected(space: gym.Space) -> Any:
+    return {key: _expected(member) for key, member in _members(space)} if _nested(space) else tuple(space.shape)
 
 
 def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: float = 0.01) -> Interface:
@@ -131,37 +178,47 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
     if not std_floor > 0:
         raise UserError(f"std_floor={std_floor} was given where a number above 0 was expected.")
     first = trajectories[0]
+    parts, choices = parts_of(first.observation_space), action_choices(first.action_space)
     for other in trajectories[1:]:
-        if (
-            other.observations.shape[1:] != first.observations.shape[1:]
-            or other.actions.shape[1:] != first.actions.shape[1:]
-            or other.action_space != first.action_space
-        ):
+        if parts_of(other.observation_space) != parts or other.action_space != first.action_space:
             raise UserError(
                 f"The tasks '{first.task}' and '{other.task}' differ in their spaces "
-                f"({first.observation_space.shape}, {first.action_space} and {other.observation_space.shape}, "
-                f"{other.action_space}): train them apart."
+                f"({first.observation_space}, {first.action_space} and {other.observation_space}, "
+                f"{other.action_space}): give them interfaces of their own, or train them apart."
             )
-    means = torch.stack([t.observations.double().mean(0) for t in trajectories])  # (tasks, obs)
-    squares = torch.stack([t.observations.double().square().mean(0) for t in trajectories])
-    mean = means.mean(0)
-    std = (squares.mean(0) - mean.square()).clamp(min=0).sqrt()
+    mean, std = _moments(trajectories, parts)
     moving = std[std > 1e-6 * (1 + mean.abs())]
     std = std.clamp(min=std_floor * float(moving.median()) if len(moving) else 1.0)
-    discrete = isinstance(first.action_space, gym.spaces.Discrete)
-    action_mean, action_scale = ((), ()) if discrete else _action_range(trajectories)
+    action_mean, action_scale = ((), ()) if choices else _action_range(trajectories)
     return Interface(
         name=name,
         observation_size=first.observations.shape[1],
-        action_kind="discrete" if discrete else "continuous",
-        action_size=int(first.action_space.n) if discrete else first.actions.shape[1],
+        action_kind=("discrete" if first.actions.ndim == 1 else "multi_discrete") if choices else "continuous",
+        action_size=sum(choices) or first.actions.shape[1],
         observation_mean=tuple(mean.tolist()),
         observation_std=tuple(std.tolist()),
         action_mean=action_mean,
         action_scale=action_scale,
         return_scale=max(float(t.returns_to_go.abs().max()) for t in trajectories) or 1.0,
         reward_scale=max(float(t.rewards.abs().max()) for t in trajectories) or 1.0,
+        parts=parts,
+        choices=choices,
     )
+
+
+def _moments(trajectories: Sequence[Trajectories], parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the vectors' dimensions, (vectors,) each, every task weighing the same."""
+    ends = np.cumsum([part.size for part in parts])
+    columns = [slice(end - p.size, end) for p, end in zip(parts, ends, strict=True) if p.kind == "vector"]
+    if not columns:
+        return torch.zeros(0), torch.zeros(0)
+    means, squares = [], []
+    for own in trajectories:
+        vectors = torch.cat([own.observations[:, at] for at in columns], 1).double()  # (N, vectors)
+        means.append(vectors.mean(0))
+        squares.append(vectors.square().mean(0))
+    mean = torch.stack(means).mean(0)
+    return mean, (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
 
 
 def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ...], tuple[float, ...]]:

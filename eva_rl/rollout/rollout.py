@@ -5,6 +5,7 @@ torch is imported where it is used: simulators' processes import this package to
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import deque
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, Simulators, ready
+from eva_rl.spaces import action_choices, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,7 @@ class Policy(Protocol):
     """What a rollout needs of a model: it acts for n episodes that step together."""
 
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
-        """(n, obs), (n,) -> actions in the environment's units (n, act), or (n,) int64 numbered from 0."""
+        """(n, obs), (n,) -> actions in the environment's units (n, *action_shape), choices numbered from 0."""
 
     def record(self, actions: Tensor, rewards: Tensor) -> None:
         """What was done in the end (clipped to the environment's space), and what it earned (n,)."""
@@ -104,8 +106,7 @@ def rollout(
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
     groups = deque(_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size))
     rows = {} if finished is None else finished
-    action_size = 1 if interface.action_kind == "discrete" else interface.action_size
-    idle = simulators.provide(len(groups), size, interface.observation_size, action_size)[:]
+    idle = simulators.provide(len(groups), size, interface)[:]
     busy: dict[object, _Group] = {}
     deaths, whole = 0, False
     bar = tqdm(total=len(jobs), desc=label, unit="episode", bar_format=BAR)
@@ -154,16 +155,17 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
         UserError: unless the environment's observations and actions are those of `interface`.
     """
     env = make_env()
-    observations, actions = env.observation_space, env.action_space
     env.close()
-    discrete = isinstance(actions, gym.spaces.Discrete)
-    size = int(actions.n) if discrete else int(np.prod(actions.shape or ()))
-    found = (int(np.prod(observations.shape or ())), "discrete" if discrete else "continuous", size)
-    if found != interface.sizes:
+    name = f"The environment '{env.spec.id if env.spec else env}'"
+    try:
+        choices = action_choices(env.action_space)
+        found = (parts_of(env.observation_space), choices, math.prod(env.action_space.shape))
+    except UserError as error:
+        raise UserError(f"{name} can't be used: {error}") from error
+    if found != (interface.parts, interface.choices, math.prod(interface.action_shape)):
         raise UserError(
-            f"The environment '{env.spec.id if env.spec else env}' has observations {observations} and actions {actions}, "
-            f"but the model's interface '{interface.name}' has observations of size {interface.observation_size} and "
-            f"{interface.action_kind} actions of size {interface.action_size}."
+            f"{name} has observations {env.observation_space} and actions {env.action_space}, but the model's interface "
+            f"'{interface.name}' has {interface.in_words}."
         )
     return (env.spec.max_episode_steps if env.spec else None) or LONGEST
 
@@ -188,7 +190,7 @@ class _Group:
         """Take in what the environments did and choose the next actions; False when all episodes have ended."""
         import torch
 
-        discrete, alive = interface.action_kind == "discrete", self.alive
+        alive = self.alive
         self.steps += 1
         self.solved[0, alive] = np.maximum(self.solved[0, alive], board.solved[alive])
         self.solved[1, alive] = board.solved[alive]
@@ -201,11 +203,8 @@ class _Group:
             if not len(going):
                 self.alive = alive[going]
                 return False
-            done = (
-                torch.as_tensor(done[:, 0], dtype=torch.int64)
-                if discrete
-                else torch.as_tensor(done, dtype=torch.float32)
-            )
+            kind = torch.int64 if interface.choices else torch.float32
+            done = torch.as_tensor(done, dtype=kind).reshape(len(done), *interface.action_shape)
             self.policy.record(done.to(device), torch.as_tensor(rewards, dtype=torch.float32, device=device))
             if len(going) < len(alive):
                 self.policy.keep(torch.as_tensor(going, device=device))

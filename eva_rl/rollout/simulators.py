@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError, in_one_line
+from eva_rl.spaces import flatten
+
+if TYPE_CHECKING:  # it needs torch, and simulators' processes start sooner without it
+    from eva_rl.interface import Interface
 
 UNKNOWN = -1
 """An environment that does not say whether its task is solved."""
@@ -36,18 +41,18 @@ class Job:
 class Board:
     """What a group's environments and its policy tell each other, a row an episode."""
 
-    observations: np.ndarray  # (n, obs) float32
+    observations: np.ndarray  # (n, obs) flat, see `eva_rl.spaces`
     actions: np.ndarray  # (n, act) float64, in the environment's units, which clips them; choices count from 0
     rewards: np.ndarray  # (n,) float64
     ended: np.ndarray  # (n,) uint8: terminated or truncated at the last step or before
     solved: np.ndarray  # (n,) int8: at this moment; or `UNKNOWN`
 
     @classmethod
-    def sizes(cls, rows: int, observation_size: int, action_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def sizes(cls, rows: int, interface: Interface) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Each array's type and shape."""
         return {
-            "observations": ("f4", (rows, observation_size)),
-            "actions": ("f8", (rows, action_size)),
+            "observations": (interface.observation_dtype, (rows, interface.observation_size)),
+            "actions": ("f8", (rows, math.prod(interface.action_shape))),
             "rewards": ("f8", (rows,)),
             "ended": ("u1", (rows,)),
             "solved": ("i1", (rows,)),
@@ -75,7 +80,7 @@ class Stage:
                     env = self.made[job.task, row] = job.make_env()
                 self.envs.append(env)
                 observation, info = env.reset(seed=job.seed)
-                self._show(row, observation, info)
+                self._show(row, env, observation, info)
             self.board.ended[row] = False
 
     def step(self) -> None:
@@ -91,18 +96,20 @@ class Stage:
                     raise UserError("returned a reward that is NaN or infinite")
                 board.rewards[row] = reward
                 board.ended[row] = terminated or truncated
-                self._show(row, observation, info)
+                self._show(row, env, observation, info)
 
     def _action(self, row: int, space: gym.Space) -> Any:
         asked = self.board.actions[row]
         if isinstance(space, gym.spaces.Discrete):
             return space.start + int(asked[0])
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            return space.start + asked.astype(space.dtype)
         action = np.clip(asked.reshape(space.shape), space.low, space.high).astype(space.dtype)
         self.board.actions[row] = action.reshape(-1)
         return action
 
-    def _show(self, row: int, observation: Any, info: dict[str, Any]) -> None:
-        flat = np.asarray(observation, np.float32).reshape(-1)
+    def _show(self, row: int, env: gym.Env, observation: Any, info: dict[str, Any]) -> None:
+        flat = flatten(env.observation_space, observation)
         if not self.board.ended[row] or self.steps == 0:
             if not np.isfinite(flat).all():
                 raise UserError("returned observations that are NaN or infinite")
@@ -217,11 +224,9 @@ class Simulators:
         self.sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.running: list[Simulator | LocalSimulator] = []
 
-    def provide(
-        self, count: int, rows: int, observation_size: int, action_size: int
-    ) -> list[Simulator | LocalSimulator]:
+    def provide(self, count: int, rows: int, interface: Interface) -> list[Simulator | LocalSimulator]:
         """At most `count` simulators for groups of this many rows."""
-        sizes = Board.sizes(rows, observation_size, action_size)
+        sizes = Board.sizes(rows, interface)
         if self.sizes != sizes:
             self.close()
             self.sizes = sizes

@@ -1,0 +1,63 @@
+"""Trajectories larger than memory: packed on disk once, episode by episode, and mapped from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from eva_rl.data.trajectories import Trajectories, checked, joined_up
+from eva_rl.files import replacing
+from eva_rl.spaces import dtype_of, parts_of
+
+
+def pack_on_disk(
+    folder: Path,
+    stamp: Mapping[str, Any],
+    task: str,
+    episodes: Iterable[Mapping[str, Any]],
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> Trajectories:
+    """As `pack`, with the observations in a file of `folder`, which is made unless it is there and has the same `stamp`.
+
+    It appears whole or not at all; no more than one episode is in memory at a time.
+
+    Raises:
+        UserError: see `pack`; also if the disk is full.
+    """
+    stamp = {"format": 1, **stamp}
+    if not (folder / "stamp.json").is_file() or json.loads((folder / "stamp.json").read_text()) != stamp:
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            _write(temporary, checked(task, episodes, observation_space, action_space))
+            (temporary / "stamp.json").write_text(json.dumps(stamp))
+    with np.load(folder / "columns.npz", allow_pickle=False) as arrays:
+        joined = {name: arrays[name] for name in ("actions", "rewards", "returns_to_go")}
+        columns = {
+            "rewards": np.split(joined["rewards"], np.cumsum(arrays["lengths"])[:-1]),
+            "success": [None if solved < 0 else np.array([solved]) for solved in arrays["solved"]],
+        }
+    parts = parts_of(observation_space)
+    shape = (len(joined["rewards"]), sum(part.size for part in parts))
+    # Copy on write: torch wants memory that it could write to.
+    observations = np.memmap(folder / "observations.bin", dtype_of(parts), mode="c", shape=shape)
+    return joined_up(task, {"observations": observations, **joined}, columns, observation_space, action_space)
+
+
+def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
+    columns: dict[str, list[np.ndarray]] = {"actions": [], "rewards": [], "returns_to_go": []}
+    solved = []  # -1: the dataset does not say
+    with (folder / "observations.bin").open("wb") as file:
+        for episode in episodes:
+            file.write(np.ascontiguousarray(episode["observations"]).data)
+            for name, parts in columns.items():
+                parts.append(episode[name])
+            solved.append(-1 if episode["success"] is None else int(episode["success"].max() > 0))
+    lengths = [len(part) for part in columns["rewards"]]
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)
