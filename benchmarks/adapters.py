@@ -18,7 +18,7 @@ from benchmarks.cells import run_cells
 from benchmarks.eva_init import RESULTS
 from eva_rl.config import choices
 from eva_rl.files import replacing, write_text
-from eva_rl.report import markdown, mean, proportion
+from eva_rl.report import markdown, proportion
 
 TASKS = ("metaworld/push-back-v3", "metaworld/peg-unplug-side-v3")
 FOLDER = RESULTS / "adapters"
@@ -72,32 +72,33 @@ def success_of(runs: Sequence[dict[str, Any]]) -> object:
 
 
 def picture(groups: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Success against trainable weights, a dot for each method, with the spread over seeds, as PNG."""
+    """Success against trainable weights, a dot for each method; beside it the methods by name, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for method, runs in groups.items():
-        weights = statistics.mean(r["trainable_parameters"] for r in runs)
-        seeds = sorted({r["seed"] for r in runs})
-        by_seed = [success_of([r for r in runs if r["seed"] == seed]).mean for seed in seeds]
-        found = mean(by_seed)
-        color = "C3" if method.startswith("eva") else "C0"
-        axes.errorbar(
-            max(weights, 1),
-            found.mean,
-            yerr=[[found.mean - min(by_seed)], [max(by_seed) - found.mean]],
-            fmt="o",
-            color=color,
-        )
-        axes.annotate(method, (max(weights, 1), found.mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xscale("symlog", linthresh=1000)
-    axes.set(
-        xlabel="trainable weights", ylabel="success, mean of both tasks (bar: from the lowest to the highest seed)"
-    )
-    axes.set_ylim(-0.03, 1.05)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    scatter, ranking = figure.subplots(1, 2, width_ratios=(2, 3))
+    weights = {name: statistics.mean(r["trainable_parameters"] for r in runs) for name, runs in groups.items()}
+    budget = statistics.median(weights.values())
+    ranked = sorted(groups.items(), key=lambda item: success_of(item[1]).mean)
+    for place, (name, runs) in enumerate(ranked):
+        found, color = success_of(runs), "C3" if name.startswith("eva") else "C0"
+        scatter.plot(max(weights[name], 1), found.mean, "o", color=color, alpha=0.6)
+        if abs(weights[name] / budget - 1) > 0.1:  # the others stand on one line; the ranking names them
+            scatter.annotate(
+                name, (max(weights[name], 1), found.mean), xytext=(5, 3), textcoords="offset points", fontsize=8
+            )
+        spread = [[found.mean - found.low], [found.high - found.mean]]
+        ranking.errorbar(found.mean, place, xerr=spread, fmt="o", color=color, markersize=4)
+        for seed in {r["seed"] for r in runs}:
+            own = success_of([r for r in runs if r["seed"] == seed])
+            ranking.plot(own.mean, place, "|", color="black", markersize=7, alpha=0.5)
+    ranking.set_yticks(range(len(ranked)), [name for name, _ in ranked], fontsize=8)
+    scatter.set_xscale("symlog", linthresh=1000)
+    scatter.set(xlabel="trainable weights", ylabel="success, mean of both tasks", ylim=(-0.03, 1.0))
+    ranking.set(xlabel="success with its 95 % interval; strokes: seeds", xlim=(-0.03, 1.0), ylim=(-1, len(ranked)))
+    ranking.grid(axis="x", alpha=0.3)
     stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
+    figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
 
 
