@@ -67,11 +67,14 @@ class TrainingSettings:
     checkpoint_every: int
     evaluate_every: int
     log_every: int
+    accumulate: int
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    task: str
+    task: tuple[str, ...]
+    weights: dict[str, float]
+    temperature: float
     demonstrations: int
     std_floor: float
     model: ModelSettings
@@ -338,6 +341,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         hint = next(option for option in options if option is not type(None))
     if is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, key + ".")
+    if get_origin(hint) is tuple and isinstance(value, str):
+        value = [value]  # one is a list of one
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_convert(item, get_args(hint)[0], key) for item in value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):

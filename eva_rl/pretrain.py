@@ -1,42 +1,91 @@
 """Datasets of many tasks -> a pretrained Decision Transformer: `python -m eva_rl.pretrain task=metaworld/mt40`."""
 
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eva_rl.config import PretrainConfig, entry_point, identity, run_folder, to_yaml
+
+if TYPE_CHECKING:
+    from eva_rl.data import TaskSource
+    from eva_rl.training import Processes
 
 
 @entry_point(PretrainConfig, "pretrain")
 def main(config: PretrainConfig) -> None:
+    from eva_rl.training import processes
+
+    with processes(config.device) as group:
+        pretrain(config, group)
+
+
+def pretrain(config: PretrainConfig, group: Processes) -> None:
     import torch
 
-    from eva_rl.data import Recipe, WindowSampler, collect, interface_of, load_dataset
-    from eva_rl.envs import expand_tasks
+    from eva_rl.data import (
+        MixtureSampler,
+        WindowSampler,
+        datasets,
+        domain_weights,
+        find_sources,
+        interface_of,
+        load_dataset,
+    )
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, save_base
     from eva_rl.report import TensorBoard, versions
-    from eva_rl.training import TrainingConfig, check_run, choose_device, train
+    from eva_rl.training import TrainingConfig, by_domain, check_run, choose_device, train
 
-    tasks = expand_tasks(config.task)
+    # What was asked for. Mistakes show before anything is written.
+    sources = list({source.task: source for task in config.task for source in find_sources(task)}.values())
+    domain_weights(dict.fromkeys(map(domain_of, sources), 1), config.weights, config.temperature)
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))
-    device = choose_device(config.device)
+    device = choose_device(config.device) if group.state is None else group.state.device
     run_dir = run_folder(config.run_dir)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
-    check_run_folder(run_dir, config.resume)
     output = Path(config.output) if config.output else run_dir / "model"
-    check_run_folder(output.parent, resume=True)
-    recipes = [Recipe(task, config.demonstrations, seed=config.seed) for task in tasks]
+    if group.first:
+        check_run_folder(run_dir, config.resume)
+        check_run_folder(output.parent, resume=True)
 
-    trajectories = [load_dataset(id, task) for id, task in zip(collect(recipes), tasks, strict=True)]
-    interface = interface_of(config.task.partition("/")[0], trajectories, config.std_floor)
+    # Trajectories -> an interface for each family of tasks, and windows of all of them.
+    with group.first_alone():
+        ids = datasets(sources, config.demonstrations, config.seed)
+        trajectories = [load_dataset(id, source.task) for id, source in zip(ids, sources, strict=True)]
+    families, domains, sizes = {}, {}, {}
+    for source, own in zip(sources, trajectories, strict=True):
+        families.setdefault(source.interface, []).append(own)
+        domains[source.interface] = domain_of(source)
+        sizes[domain_of(source)] = sizes.get(domain_of(source), 0) + len(own.rewards)
+    floors = {name: config.std_floor if len(own) > 1 else 0.01 for name, own in families.items()}
+    interfaces = [interface_of(name, own, floors[name]) for name, own in families.items()]
+    windows = {
+        name: WindowSampler(own, name, model_config.context, training_config.batch_size, config.seed)
+        for name, own in families.items()
+    }
+    shares = domain_weights(sizes, config.weights, config.temperature)
+    tasks_of = Counter(domain_of(source) for source in sources)
+    weights = [shares[domains[name]] * len(own) / tasks_of[domains[name]] for name, own in families.items()]
+    sampler = MixtureSampler(list(windows.values()), weights, training_config.batch_size, config.seed)
+    if len(windows) == 1:
+        [sampler] = windows.values()
+
+    # Windows -> model.
     torch.manual_seed(config.seed)
-    model = DecisionTransformer(model_config, [interface]).to(device)
-    sampler = WindowSampler(trajectories, interface.name, model_config.context, training_config.batch_size, config.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{run_dir}: {len(tasks)} tasks, {len(sampler.rewards):,} transitions, {parameters:,} parameters")
-    write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
-    with TensorBoard(run_dir) as tensorboard:
+    model = DecisionTransformer(model_config, interfaces).to(device)
+    parameters, transitions = sum(p.numel() for p in model.parameters()), sum(sizes.values())
+    if group.first:
+        print(f"{run_dir}: {len(sources)} tasks, {transitions:,} transitions, {parameters:,} parameters")
+        for domain, share in shares.items() if len(shares) > 1 else ():
+            print(f"  {domain}: {tasks_of[domain]} tasks, {sizes[domain]:,} transitions, {share:.0%} of the windows")
+        write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
+    torch.manual_seed(config.seed + group.index)  # each process its own dropout
+    with TensorBoard(run_dir) if group.first else nullcontext() as tensorboard:
         result = train(
             model,
             sampler.batch,
@@ -46,15 +95,25 @@ def main(config: PretrainConfig) -> None:
             run_dir / "checkpoints",
             config.resume,
             identity(config),
-            tensorboard.log,
+            tensorboard.log if tensorboard else lambda step, scalars: None,
+            inspect=by_domain(domains, model.loss, list(model.trunk.parameters()))
+            if tensorboard and len(shares) > 1
+            else None,
+            processes=group,
         )
+    if not group.first:
+        return
     save_base(output, model, {t.task: t.statistics() for t in trajectories})
-    facts = {"task": config.task, "steps": config.steps, "seed": config.seed, "parameters": parameters}
-    facts |= {"transitions": len(sampler.rewards), "loss": result.losses[-1] if result.losses else None}
+    facts = {"task": list(config.task), "steps": config.steps, "seed": config.seed, "parameters": parameters}
+    facts |= {"transitions": transitions, "loss": result.losses[-1] if result.losses else None}
     facts |= {"seconds": round(result.seconds, 1), "status": "complete", "versions": versions()}
     write_json(run_dir / "result.json", facts)
     print(f"{output}: trained for {config.steps} steps in {result.seconds:.0f} s")
     print(f"tensorboard --logdir {run_dir}")
+
+
+def domain_of(source: TaskSource) -> str:
+    return source.task.partition("/")[0]
 
 
 if __name__ == "__main__":

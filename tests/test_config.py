@@ -183,7 +183,7 @@ def test_pretraining_settings_are_complete_and_accepted_by_model_and_loop(model)
     config = parse(compose("pretrain", f"model={model}"), PretrainConfig)
     ModelConfig(**vars(config.model))
     TrainingConfig(**vars(config.training))
-    assert config.task == "metaworld/mt40"
+    assert config.task == ("metaworld/mt40",)
 
 
 @pytest.mark.parametrize("adapter", ["none", "full", "lora", "eva"])

@@ -2,7 +2,7 @@
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import load_dataset
-from eva_rl.data.tasks import TaskSource, find_source, find_sources
+from eva_rl.data.tasks import TaskSource, datasets, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
 from eva_rl.data.windows import MixtureSampler, WindowSampler, domain_weights
 
@@ -13,6 +13,7 @@ __all__ = [
     "Trajectories",
     "WindowSampler",
     "collect",
+    "datasets",
     "domain_weights",
     "find_source",
     "find_sources",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +35,13 @@ class TaskSource:
         if self.dataset_id is not None:
             return self.dataset_id
         return collect([Recipe(self.task, DEMONSTRATIONS if demonstrations is None else demonstrations, seed=seed)])[0]
+
+
+def datasets(sources: Sequence[TaskSource], demonstrations: int, seed: int) -> list[str]:
+    """The Minari ids of these tasks' trajectories; those that are not there are collected together."""
+    collected = [Recipe(s.task, demonstrations, seed=seed) for s in sources if s.dataset_id is None]
+    ids = iter(collect(collected))
+    return [next(ids) if source.dataset_id is None else source.dataset_id for source in sources]
 
 
 def find_source(task: str, dataset: str | None = None) -> TaskSource:

@@ -2,15 +2,20 @@
 
 from eva_rl.training.checkpoint import check_run
 from eva_rl.training.loop import TrainingConfig, TrainingResult, learning_rate_at, train
+from eva_rl.training.mixture import by_domain
 from eva_rl.training.precision import autocast, check_precision, choose_device
+from eva_rl.training.processes import Processes, processes
 
 __all__ = [
+    "Processes",
     "TrainingConfig",
     "TrainingResult",
     "autocast",
+    "by_domain",
     "check_precision",
     "check_run",
     "choose_device",
     "learning_rate_at",
+    "processes",
     "train",
 ]

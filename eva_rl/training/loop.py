@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch
+from eva_rl.interface import Batch, Mixture
 from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
 from eva_rl.training.precision import autocast, check_precision
+from eva_rl.training.processes import Processes
+
+INSPECT = 5
+"""Logs of the loss for one closer look at a batch, which costs a step."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class TrainingConfig:
     evaluate_every: int = 0
     """Optimiser steps between evaluations while training; 0: none."""
     log_every: int = 10
+    accumulate: int = 1
+    """Parts that a batch goes through the model in, one after the other, where it does not fit into memory whole."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -46,6 +53,7 @@ class TrainingConfig:
             ("checkpoint_every", 1),
             ("evaluate_every", 0),
             ("log_every", 1),
+            ("accumulate", 1),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
@@ -97,8 +105,8 @@ def _groups(
 
 def train(
     model: nn.Module,
-    batches: Callable[[int], Batch],
-    loss: Callable[[Batch], Tensor],
+    batches: Callable[[int], Batch | Mixture],
+    loss: Callable[[Batch | Mixture], Tensor],
     steps: int,
     config: TrainingConfig,
     checkpoints: Path,
@@ -109,12 +117,15 @@ def train(
     ratios: Mapping[str, float] | None = None,
     companion: Companion | None = None,
     frozen: Mapping[str, Tensor] | None = None,
+    inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> TrainingResult:
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
     Args:
-        batches: batch number n, a pure function of n, so that a resumed run sees what an uninterrupted one sees.
-        loss: the scalar to minimise, a mean over the batch's real elements.
+        batches: batch number n, a pure function of n, so that a resumed run sees what an uninterrupted one sees; called
+            in a thread, one step ahead.
+        loss: the scalar to minimise, a mean over the batch's real steps.
         checkpoints: folder for the training state (trainable weights, optimiser, random state).
         resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
             an uninterrupted run, bit for bit (on CPUs; some CUDA kernels are not deterministic). Dropout draws from
@@ -125,10 +136,19 @@ def train(
         ratios: parameters whose names contain this word learn at this multiple of the learning rate.
         companion: what else takes part; its penalty is not part of the losses returned and logged.
         frozen: tensors that training does not change and that a resumed run might not make again bit for bit.
+        inspect: what else is worth logging of a batch, every `INSPECT` logs.
+        processes: those that share the work; `batches` gives each the whole batch, of which it takes its part. The losses
+            are those of one process with the same batches, up to rounding and dropout.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
+    shares = config.accumulate * processes.count
+    if config.batch_size < shares:
+        raise UserError(
+            f"training.batch_size={config.batch_size} was given where at least {shares} were expected: one window for each "
+            f"of {config.accumulate} parts in {processes.count} processes."
+        )
     identity = identity or {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
     check_run(steps, checkpoints, resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -144,17 +164,32 @@ def train(
         saved, seconds = load_newest(checkpoints, state)
         losses, started = saved.tolist(), started - seconds
     model.train()
-    with tqdm(total=steps, initial=len(losses), desc="train", unit="step") as bar:
-        for step in range(len(losses), steps):
+    first, parameters, waited, since = len(losses), list(trainable.values()), 0.0, time.perf_counter()
+    with (
+        ThreadPoolExecutor(1, "batches") as pool,
+        tqdm(total=steps, initial=first, desc="train", unit="step", disable=not processes.first) as bar,
+    ):
+        following = pool.submit(batches, first) if first < steps else None
+        for step in range(first, steps):
             rate = learning_rate_at(step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
-            batch = batches(step).to(device)
-            with autocast(config.precision, device):
-                value = loss(batch)
-            (value if companion is None else value + companion.penalty()).backward()
-            gradient_norm = nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
-            losses.append(value.item())
+            asked = time.perf_counter()
+            batch = following.result()
+            waited += time.perf_counter() - asked
+            following = pool.submit(batches, step + 1) if step + 1 < steps else None
+            batch, total = batch.to(device), torch.zeros((), device=device)
+            for number in range(config.accumulate):
+                part = batch.share(processes.index * config.accumulate + number, shares) if shares > 1 else batch
+                with autocast(config.precision, device):
+                    value = loss(part)
+                if shares > 1:
+                    value = value * (part.steps / batch.steps)  # a mean over the whole batch's real steps
+                penalty = 0.0 if companion is None else companion.penalty() / shares
+                (value + penalty).backward()
+                total += value.detach()
+            losses.append(processes.sum_gradients(parameters, total).item())
+            gradient_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
             if not (math.isfinite(losses[-1]) and gradient_norm.isfinite()):
                 raise UserError(
                     f"At step {step} the loss became {losses[-1]} and the norm of its gradient {gradient_norm.item()}: "
@@ -169,13 +204,18 @@ def train(
             if done % config.log_every == 0 or done == steps:
                 recent = losses[-config.log_every :]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+                now = time.perf_counter()
                 scalars = {"loss": sum(recent) / len(recent), "gradient_norm": gradient_norm.item()}
-                log(done, {f"train/{k}": v for k, v in scalars.items()} | {"train/learning_rate": rate})
+                scalars |= {"learning_rate": rate, "share_of_time_waiting_for_batches": waited / (now - since)}
+                log(done, {f"train/{k}": v for k, v in scalars.items()})
+                waited, since = 0.0, now
+                if inspect and done % (INSPECT * config.log_every) == 0:
+                    log(done, inspect(batch))
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
                 model.eval()
                 log(done, evaluate(done))
                 model.train()
-            if done % config.checkpoint_every == 0 or done == steps:
+            if processes.first and (done % config.checkpoint_every == 0 or done == steps):
                 save(checkpoints, state, torch.tensor(losses, dtype=torch.float64), time.perf_counter() - started)
     model.eval()
     return TrainingResult(losses, time.perf_counter() - started)
