@@ -22,6 +22,9 @@ EPISODE_LENGTHS = {"Large": 800, "Medium": 600, "UMaze": 300}  # those of gymnas
 TASKS = tuple(EPISODE_LENGTHS)
 HELDOUT = ("Large",)
 
+POSITION_GAIN = 3.0  # of the largest force, for each metre
+VELOCITY_GAIN = 0.5  # and for each metre a second
+
 
 class PointMaze(Domain):
     name = "pointmaze"
@@ -54,9 +57,6 @@ class PointMaze(Domain):
             return np.clip(force, -1.0, 1.0).astype(np.float32)
 
         return act
-
-
-POSITION_GAIN, VELOCITY_GAIN = 3.0, 0.5  # N per m and N per m/s, in units of the largest force
 
 
 def _waypoints(maze_map: list[list[Any]], goal: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
