@@ -55,11 +55,11 @@ class Gymnasium(Domain):
     def expert(self, name: str, env: gym.Env) -> Policy:
         if name == "BipedalWalker-v3":
             return self._walker()
-        if name in BOX2D:
+        if name == "LunarLanderContinuous-v3":
             self.require("Box2D")
             lunar_lander = self.require("gymnasium.envs.box2d.lunar_lander")
-            simulator, space = env.unwrapped.simulator, env.action_space
-            return lambda observation: np.asarray(lunar_lander.heuristic(simulator, observation), space.dtype)
+            simulator = env.unwrapped.simulator
+            return lambda observation: lunar_lander.heuristic(simulator, observation).astype(np.float32)
         return CONTROLLERS[name]
 
     def _walker(self) -> Policy:
@@ -149,6 +149,25 @@ def cartpole(observation: np.ndarray) -> int:
     return int(observation @ np.array([1.0, 1.5, 18.0, 3.0]) > 0)
 
 
+def lunar_lander(observation: np.ndarray) -> int:
+    """Lean against the drift, and sink along a funnel above the pad; the stronger of the two needs chooses the engine.
+
+    Gymnasium's own heuristic shuts the side engines off at the first touch of a leg, and slides away from slopes beside
+    the pad: it lands four episodes of five. This one does so over the pad only. The gains were found by search.
+    """
+    x, y, speed_x, speed_y, angle, angular_speed, left_leg, right_leg = observation.tolist()
+    lean = min(max(0.47 * x + 0.91 * speed_x, -0.36), 0.36)
+    turn = 0.75 * (lean - angle) - 1.22 * angular_speed
+    lift = 0.29 * (0.63 * abs(x) - y) - 0.4 * speed_y
+    if (left_leg or right_leg) and abs(x) < 0.2:
+        turn, lift = 0.0, -0.6 * speed_y
+    if lift > max(abs(turn), 0.075):
+        return 2
+    if abs(turn) > 0.075:
+        return 1 if turn > 0 else 3
+    return 0
+
+
 def mountain_car(observation: np.ndarray) -> int:
     """Push along the velocity, which adds energy; the curve, fitted by search, saves a swing where one is enough."""
     position, velocity = observation
@@ -178,6 +197,7 @@ def pendulum(observation: np.ndarray) -> np.ndarray:
 CONTROLLERS: dict[str, Policy] = {
     "Acrobot-v1": acrobot,
     "CartPole-v1": cartpole,
+    "LunarLander-v3": lunar_lander,
     "MountainCar-v0": mountain_car,
     "MountainCarContinuous-v0": mountain_car_continuous,
     "Pendulum-v1": pendulum,
