@@ -10,7 +10,16 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs import expand_tasks, find_task
-from eva_rl.envs.gym import BOX2D, CLASSIC, DOMAIN, HELDOUT, REACHES_ITS_GOAL, SOLVED_RETURN, GymnasiumTask
+from eva_rl.envs.gym import (
+    BOX2D,
+    CLASSIC,
+    DOMAIN,
+    HELDOUT,
+    REACHES_ITS_GOAL,
+    SOLVED_RETURN,
+    GymnasiumTask,
+    lunar_lander,
+)
 from eva_rl.errors import MissingExtra
 
 needs_box2d = pytest.mark.skipif(importlib.util.find_spec("Box2D") is None, reason="the extra box2d is not installed")
@@ -53,6 +62,7 @@ def returns(name: str, policy: str, seeds: range) -> float:
 def test_train_and_heldout_are_disjoint_and_make_all_tasks():
     assert not set(DOMAIN.splits["train"]) & set(HELDOUT)
     assert sorted((*DOMAIN.splits["train"], *HELDOUT)) == sorted(DOMAIN.tasks) == sorted((*BOX2D, *CLASSIC))
+    assert DOMAIN.splits["all"] == DOMAIN.tasks
     assert expand_tasks("gym/heldout") == tuple(f"gym/{name}" for name in HELDOUT)
     assert find_task("gym/CartPole-v1") == (DOMAIN, "CartPole-v1")
 
@@ -148,6 +158,33 @@ def test_the_expert_solves_its_task_and_beats_random_actions(name, at_least):
     expert = returns(name, "expert", range(100, 108))
     assert expert >= at_least
     assert expert > returns(name, "random", range(100, 104)) + 50
+
+
+NOTHING, LEFT, MAIN, RIGHT = range(4)  # the lander's actions
+
+
+@pytest.mark.parametrize(
+    ("observation", "engine"),  # x, y, their speeds, angle, its speed, left leg down, right leg down
+    [
+        ([0.0, 0.5, 0.0, -1.0, 0.0, 0.0, 0, 0], MAIN),  # falls fast
+        ([0.0, 0.5, 0.0, -0.1, 0.3, 0.0, 0, 0], RIGHT),  # leans to one side
+        ([0.0, 0.5, 0.0, -0.1, -0.3, 0.0, 0, 0], LEFT),  # to the other
+        ([0.0, 0.5, 0.5, -0.1, 0.0, 0.0, 0, 0], LEFT),  # upright, but drifts
+        ([0.0, 0.0, 0.0, 0.0, -0.3, 0.0, 1, 0], NOTHING),  # a leg stands on the pad
+        ([0.4, 0.0, 0.0, 0.0, -0.3, 0.0, 1, 0], LEFT),  # a leg stands beside the pad
+    ],
+)
+def test_the_lander_steers_until_it_stands_on_the_pad(observation, engine):
+    assert lunar_lander(np.array(observation, np.float32)) == engine
+
+
+@pytest.mark.slow
+@needs_box2d
+def test_the_lander_lands_in_nearly_every_episode():
+    env = DOMAIN.make("LunarLander-v3")
+    landed = [rollout(env, "LunarLander-v3", seed)["successes"][-1] for seed in range(100)]
+    assert np.mean(landed) >= 0.95
+    env.close()
 
 
 @needs_box2d

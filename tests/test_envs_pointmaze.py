@@ -63,6 +63,7 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 
 def test_train_and_heldout_are_disjoint_and_make_all_mazes():
     assert sorted((*DOMAIN.splits["train"], *DOMAIN.splits["heldout"])) == sorted(DOMAIN.tasks)
+    assert DOMAIN.splits["all"] == DOMAIN.tasks
     assert expand_tasks("pointmaze/heldout") == ("pointmaze/Large",)
     assert find_task("pointmaze/UMaze") == (DOMAIN, "UMaze")
     assert {DOMAIN.interface(name) for name in DOMAIN.tasks} == {"pointmaze"}
