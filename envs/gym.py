@@ -55,21 +55,20 @@ class Gymnasium(Domain):
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         if name == "BipedalWalker-v3":
-            return self._walker()
-        if name == "LunarLanderContinuous-v3":
-            self.require("Box2D")
-            lunar_lander = self.require("gymnasium.envs.box2d.lunar_lander")
-            simulator = env.unwrapped.simulator
-            return lambda observation: lunar_lander.heuristic(simulator, observation).astype(np.float32)
-        return CONTROLLERS[name]
+            from gymnasium.envs.box2d.bipedal_walker import BipedalWalkerHeuristics
 
-    def _walker(self) -> Policy:
-        self.require("Box2D")
-        gait = self.require("gymnasium.envs.box2d.bipedal_walker").BipedalWalkerHeuristics()
-        # As shipped it stumbles in most episodes. Slower, and on a straighter leg, it walks through nearly all of them.
-        gait.SPEED = 0.25
-        gait.SUPPORT_KNEE_ANGLE = gait.supporting_knee_angle = 0.05
-        return lambda observation: gait.step_heuristic(observation).astype(np.float32)
+            gait = BipedalWalkerHeuristics()
+            # As shipped it stumbles in most episodes. Slower, and on a straighter leg, it falls in one of twenty; but it
+            # walks until the time limit, and passes 300 points in six episodes of ten.
+            gait.SPEED = 0.25
+            gait.SUPPORT_KNEE_ANGLE = gait.supporting_knee_angle = 0.05
+            return lambda observation: gait.step_heuristic(observation).astype(np.float32)
+        if name == "LunarLanderContinuous-v3":
+            from gymnasium.envs.box2d.lunar_lander import heuristic
+
+            simulator = env.unwrapped.simulator
+            return lambda observation: heuristic(simulator, observation).astype(np.float32)
+        return CONTROLLERS[name]
 
 
 class GymnasiumTask(gym.Env):
