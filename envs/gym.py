@@ -132,10 +132,8 @@ class GymnasiumTask(gym.Env):
 
     def _clear_world(self) -> None:
         """Begin in a new world: one that was emptied remembers its earlier bodies in the order it solves contacts."""
-        import Box2D
-
         self.simulator._destroy()
-        self.simulator.world = Box2D.b2World()
+        self.simulator.world = type(self.simulator.world)()
 
 
 def acrobot(observation: np.ndarray) -> int:
