@@ -23,7 +23,7 @@ from eva_rl.envs.domain import Domain, Policy
 
 STEP_LIMITS = {  # the most steps that any mission of the level allows
     "ActionObjDoor-v0": 441,
-    "FindObjS5-v0": 225,
+    "FindObjS5-v0": 500,
     "GoToDoor-v0": 441,
     "GoToLocal-v0": 64,
     "GoToLocalS5N2-v0": 25,
