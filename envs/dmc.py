@@ -11,8 +11,10 @@ itself where there is none; they read the true state, so that noise on the execu
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -37,12 +39,20 @@ ACTION_REPEATS = {  # those of PlaNet (Hafner et al. 2019, https://arxiv.org/abs
     "walker-walk": 2,
 }
 
+HELD_OUT = ("cartpole-swingup", "reacher-easy", "walker-walk")
+"""One task whose body is trained on with another aim (the cart-pole balances), one of a new body with familiar dynamics
+(two more motors on a plane, like the point mass), one of a new body that walks, like none but the cheetah and hopper."""
+
 
 class DMControl(Domain):
     name = "dmc"
     extra = "dmc"
     tasks = tuple(sorted(ACTION_REPEATS))
-    splits = {"all": tuple(sorted(ACTION_REPEATS))}
+    splits = {  # noqa: RUF012
+        "all": tuple(sorted(ACTION_REPEATS)),
+        "train": tuple(sorted(set(ACTION_REPEATS) - set(HELD_OUT))),
+        "heldout": HELD_OUT,
+    }
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("dm_control")
@@ -95,6 +105,7 @@ class SeededDMControl(gym.Env):
         super().reset(seed=seed)
         # Always re-seeded, so that an episode depends on its own seed and not on the episodes before it.
         self._env.task.random.seed(int(self.np_random.integers(2**31)))
+        self.expert_seed = int(self.np_random.integers(2**31))
         return _flat(self._env.reset().observation), {}
 
     def step(self, action: np.ndarray):
@@ -135,41 +146,52 @@ def _import_suite():
 
 
 class Pendulum:
-    """Swing-up by energy pumping (Åström & Furuta 2000), then LQR about the upright."""
+    """Swing-up by energy pumping (Åström & Furuta 2000, https://doi.org/10.1016/S0005-1098(99)00140-5), then LQR."""
+
+    PUMP = 2.5  # 1 / (J s)
+    ENERGY = 0.5  # J above that of the upright at rest, for what friction takes on the way
 
     def __init__(self, env: SeededDMControl):
         self.physics = env.physics
         model = env.physics.model
-        self.weight = model.body_subtreemass[1] * 9.81 * np.linalg.norm(model.body_ipos[1])  # m g l, Nm
-        self.inertia = model.body_inertia[1, 1] + model.body_mass[1] * np.sum(model.body_ipos[1] ** 2)  # about the hinge
+        lever = np.linalg.norm(model.body_ipos[1])  # m
+        self.weight = -model.opt.gravity[2] * model.body_mass[1] * lever  # m g l, N m
+        self.inertia = model.body_inertia[1, 1] + model.body_mass[1] * lever**2  # about the hinge, kg m^2
         self.gain = lqr(env, np.zeros(1), state_cost=(1.0, 0.1), control_cost=0.1)
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         angle, velocity = _wrapped(self.physics.data.qpos[0]), self.physics.data.qvel[0]
-        # The motor holds the unstable mode, which grows at sqrt(mgl/I), only within u_max / mgl of the upright.
-        if abs(angle + velocity / np.sqrt(self.weight / self.inertia)) < CATCH / self.weight:
+        # The motor's 1 N m holds the unstable mode, which grows at sqrt(mgl / I), only within 1 / mgl of the upright.
+        if abs(angle + velocity / np.sqrt(self.weight / self.inertia)) < 1 / self.weight:
             return _action(-self.gain @ (angle, velocity))
-        energy = self.inertia * velocity**2 / 2 + self.weight * (np.cos(angle) - 1)  # 0 upright at rest
-        return _action([PUMP * (ENERGY - energy) * (1.0 if velocity >= 0 else -1.0)])
-CATCH, PUMP, ENERGY = 0.9, 1.0, 0.1
+        energy = self.inertia * velocity**2 / 2 + self.weight * (np.cos(angle) - 1)  # J, 0 upright at rest
+        return _action([self.PUMP * (self.ENERGY - energy) * np.copysign(1.0, velocity)])
+
 
 class Cartpole:
     """Swing-up by energy pumping with the cart held near the middle, then LQR about the upright."""
 
+    # Found by random search for the return of swing-up, with and without noise on the actions.
+    PUMP = 0.24
+    ENERGY = 3.4  # J above that of the upright at rest, per kg m of the pole's mass times half its length
+    CENTRE, BRAKE = 1.1, 0.17  # per m, per m/s
+    CATCH = 0.38  # rad, of the unstable mode
+
+    GRAVITY = 9.81  # m/s^2
+    RATE = np.sqrt(1.5 * GRAVITY)  # 1/s, at which the angle of an inverted rod of 1 m grows
+
     def __init__(self, env: SeededDMControl):
         self.physics = env.physics
-        self.gain = lqr(env, np.zeros(2), state_cost=CQ, control_cost=CR)
+        self.gain = lqr(env, np.zeros(2), state_cost=(1.0, 1.0, 0.1, 0.1), control_cost=1.0)
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
-        position, angle = self.physics.data.qpos[0], _wrapped(self.physics.data.qpos[1])
-        speed, velocity = self.physics.data.qvel
-        if abs(angle + velocity / 3.8) < CC:
+        (position, angle), (speed, velocity) = self.physics.data.qpos, self.physics.data.qvel
+        angle = _wrapped(angle)
+        if abs(angle + velocity / self.RATE) < self.CATCH:
             return _action(-self.gain @ (position, angle, speed, velocity))
-        energy = velocity**2 * 1.333/ 2 / 2 + 9.81 *(np.cos(angle) - 1)  # 0 upright at rest
-        pump = CP * (energy -CE) * np.sign(velocity * np.cos(angle))
-        return _action([np.clip(pump, -CM, CM) - CX * position - CV * speed])
-CQ, CR = (1.0, 1.0, 0.1, 0.1), 1.0
-CC, CP, CE, CM, CX, CV = 0.5, 1.0, 0.2, 0.8, 0.5, 0.3
+        energy = velocity**2 / 3 + self.GRAVITY * (np.cos(angle) - 1)  # 0 upright at rest
+        pump = self.PUMP * (energy - self.ENERGY) * np.sign(velocity * np.cos(angle))
+        return _action([np.clip(pump, -1, 1) - self.CENTRE * position - self.BRAKE * speed])
 
 
 class PointMass:
@@ -177,31 +199,151 @@ class PointMass:
 
     def __init__(self, env: SeededDMControl):
         self.physics = env.physics
-        self.gain = lqr(env, np.zeros(2), state_cost=(1.0, 1.0, 0.0, 0.0), control_cost=PR)
+        self.gain = lqr(env, np.zeros(2), state_cost=(1.0, 1.0, 0.0, 0.0), control_cost=1e-3)
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         return _action(-self.gain @ np.concatenate([self.physics.data.qpos, self.physics.data.qvel]))
-PR=1e-3
+
 
 class Reacher:
     """LQR in joint space to the nearer of the two poses whose finger is on the target."""
 
+    LINK = 0.12  # m, each of the two
+    STRIDE = 0.5  # rad: joints further from their goal than this are sent no harder
+
     def __init__(self, env: SeededDMControl):
         self.physics = env.physics
-        qpos = env.physics.data.qpos
-        links = 0.12
+        start = env.physics.data.qpos
         x, y = env.physics.named.model.geom_pos["target", :2]
-        wrist = np.arccos(np.clip((x**2 + y**2) / (2 * links**2) - 1, -1, 1))  # law of cosines
-        goals = [np.array([np.arctan2(y, x) - bend / 2, bend]) for bend in (wrist, -wrist)]
-        for goal in goals:  # the shoulder turns without end
-            goal[0] = qpos[0] + _wrapped(goal[0] - qpos[0])
-        self.goal = min(goals, key=lambda goal: np.abs(goal - qpos).max())
-        self.gain = lqr(env, self.goal, state_cost=(1.0, 1.0, 0.0, 0.0), control_cost=RR)
+        wrist = np.arccos(np.clip((x**2 + y**2) / (2 * self.LINK**2) - 1, -1, 1))  # law of cosines
+        poses = [np.array([np.arctan2(y, x) - bend / 2, bend]) for bend in (wrist, -wrist)]
+        for pose in poses:  # the shoulder turns without end
+            pose[0] = start[0] + _wrapped(pose[0] - start[0])
+        self.goal = min(poses, key=lambda pose: np.abs(pose - start).max())
+        self.gain = lqr(env, self.goal, state_cost=(1.0, 1.0, 0.0, 0.0), control_cost=0.1)
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
-        error = np.clip(self.physics.data.qpos - self.goal, -RC, RC)
+        error = np.clip(self.physics.data.qpos - self.goal, -self.STRIDE, self.STRIDE)
         return _action(-self.gain @ np.concatenate([error, self.physics.data.qvel]))
-RR,RC=0.1,0.5
+
+
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Rates (..., nq) positions, (..., nv) velocities, (..., nsensordata) sensor readings and (..., act_dim) actions."""
+
+
+class Planner:
+    """Predictive sampling (Howell et al. 2022, https://arxiv.org/abs/2212.00541) with the simulator as its model.
+
+    The plan is a spline of `knots` points through the next `horizon` actions. A call moves the last plan on by one action,
+    simulates it and `samples` - 1 noisy copies of it from the true state, and keeps the copy that `score` rates highest on
+    average. `timestep` is that of the simulation, in seconds, where it may be coarser than the environment's; only every
+    `every`-th call plans.
+    """
+
+    def __init__(
+        self,
+        env: SeededDMControl,
+        score: Score,
+        *,
+        horizon: int,
+        knots: int,
+        samples: int,
+        noise: float,
+        timestep: float | None = None,
+        every: int = 1,
+    ):
+        import mujoco
+
+        self.physics, self.score, self.samples, self.noise, self.every = env.physics, score, samples, noise, every
+        self.model = copy.copy(env.physics.model.ptr)
+        seconds = env.simulator_steps * self.model.opt.timestep
+        self.model.opt.timestep = timestep or self.model.opt.timestep
+        self.substeps = round(seconds / self.model.opt.timestep)
+        self.data = mujoco.MjData(self.model)
+        self.rng = np.random.default_rng(env.expert_seed)
+        self.plan = np.zeros((horizon, self.model.nu))  # (horizon, act_dim)
+        at = np.linspace(0, knots - 1, horizon)[:, None]
+        self.spline = np.maximum(0.0, 1.0 - np.abs(at - np.arange(knots)))  # (horizon, knots), linear interpolation
+        self.calls = 0
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        if self.calls:
+            self.plan = np.concatenate([self.plan[1:], self.plan[-1:]])
+        if self.calls % self.every == 0:
+            self.improve()
+        self.calls += 1
+        return _action(self.plan[0])
+
+    def improve(self) -> None:
+        import mujoco
+        from mujoco import rollout
+
+        # The sizes of the noise rise from 0, the last plan itself, to `noise`: small ones refine, large ones explore.
+        sizes = self.noise * np.linspace(0, 1, self.samples)[:, None, None]
+        points = sizes * self.rng.standard_normal((self.samples, self.spline.shape[1], self.model.nu))
+        plans = np.clip(self.plan + self.spline @ points, -1.0, 1.0)  # (samples, horizon, act_dim)
+        controls = np.repeat(plans, self.substeps, axis=1)  # (samples, horizon * substeps, act_dim)
+        kind = mujoco.mjtState.mjSTATE_FULLPHYSICS
+        state = np.empty(mujoco.mj_stateSize(self.model, kind))
+        mujoco.mj_getState(self.physics.model.ptr, self.physics.data.ptr, state, kind)
+        states, sensors = rollout.rollout(self.model, self.data, np.tile(state, (self.samples, 1)), controls)
+        seen = slice(self.substeps - 1, None, self.substeps)  # the state each action ends in
+        _, qpos, qvel = np.split(states[:, seen], [1, 1 + self.model.nq], axis=-1)  # (samples, horizon, nq or nv)
+        scores = self.score(qpos, qvel, sensors[:, seen], plans).mean(axis=1)  # (samples,)
+        self.plan = plans[np.argmax(scores)]
+
+
+class BallInCup:
+    """Planned until the ball lies in the cup; the cup then comes to rest, slowly so that the ball stays in it."""
+
+    def __init__(self, env: SeededDMControl):
+        self.physics = env.physics
+        self.planner = Planner(env, self.score, horizon=15, knots=5, samples=40, noise=0.7, timestep=0.004)
+        self.last = np.zeros(2)
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        cup, ball = np.split(self.physics.data.qvel, 2)
+        if self.physics.in_target() and np.abs(cup - ball).max() < 0.5:  # m/s
+            self.last = 0.9 * self.last
+            self.planner.plan[:] = self.last
+            return _action(self.last)
+        self.last = self.planner(observation)
+        return self.last
+
+    @staticmethod
+    def score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """1 for the ball in the cup, less its distance from there, m."""
+        cup_x, cup_z, ball_x, ball_z = np.moveaxis(qpos, -1, 0)
+        away = np.abs(np.stack([ball_x - cup_x, ball_z + 0.2 - (cup_z + 0.6 - 0.05)]))  # of the inside's middle
+        return (away < 0.025).all(axis=0) - np.hypot(*away)
+
+
+def spin_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The task's reward, and a slope towards it."""
+    velocity = -qvel[..., 2]  # rad/s
+    return (velocity >= 15) + 0.2 * np.clip(velocity, -20, 20) / 15
+
+
+def run_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The forward speed of the whole body, m/s."""
+    return sensors[..., 0]
+
+
+def walk_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The task's reward without flat parts, so that a fallen walker feels what lifts it."""
+    standing = np.clip((1.3 + qpos[..., 0]) / 1.2, 0, 1)
+    stand = (3 * standing + (1 + np.cos(qpos[..., 2])) / 2) / 4
+    return stand * (5 * np.clip(sensors[..., 0], -0.5, 1) + 1) / 6 + stand / 2
+
+
+def stand_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The task's reward, and a slope towards it: the height of torso over foot and the torso's uprightness."""
+    tilt = np.cumsum(qpos[..., 2:7], axis=-1)  # rad, of torso, pelvis, thigh, calf and foot
+    lengths = np.array([0.05 + 0.08, 0.2, 0.33, 0.32])  # m; 0.08 to the torso's centre of mass
+    height = np.cos(tilt[..., :4]) @ lengths + 0.045 * np.sin(tilt[..., 4])
+    reward = (height > 0.62) * (1 - 0.2 * np.mean(actions**2, axis=-1))
+    return reward + np.clip(height, -1, 0.7) + 0.2 * np.cos(tilt[..., 0])
+
 
 def lqr(env: SeededDMControl, qpos: np.ndarray, state_cost: tuple[float, ...], control_cost: float) -> np.ndarray:
     """The gain K (act_dim, state_dim) of u = -K (x - x*), x = (qpos, qvel), for the equilibrium at `qpos`.
@@ -236,15 +378,23 @@ def _wrapped(angle: float) -> float:
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
-def _action(control) -> np.ndarray:
+def _action(control: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.clip(control, -1.0, 1.0).astype(np.float32)
 
 
-EXPERTS = {
+EXPERTS: dict[str, Callable[[SeededDMControl], Policy]] = {
+    "ball_in_cup-catch": BallInCup,
     "cartpole-balance": Cartpole,
     "cartpole-swingup": Cartpole,
+    "cheetah-run": lambda env: Planner(env, run_score, horizon=15, knots=6, samples=24, noise=0.5),
+    "finger-spin": lambda env: Planner(env, spin_score, horizon=25, knots=6, samples=20, noise=0.5),
+    "hopper-stand": lambda env: Planner(env, stand_score, horizon=15, knots=5, samples=16, noise=0.5),
     "pendulum-swingup": Pendulum,
     "point_mass-easy": PointMass,
     "reacher-easy": Reacher,
+    "walker-walk": lambda env: Planner(
+        env, walk_score, horizon=24, knots=6, samples=16, noise=0.5, timestep=0.005, every=2
+    ),
 }
+
 DOMAIN = DMControl()
