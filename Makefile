@@ -51,5 +51,5 @@ $(INSTALLED): $(MADE) pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/; the first time this takes a few minutes."
 	@grep -v $(if $(TORCH),'^torch==','^#') constraints.txt > $(VENV)/constraints.txt
 	@$(if $(TORCH),$(RUN) -m pip install -qq --disable-pip-version-check $(TORCH))
-	@$(RUN) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[metaworld,dev]'
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[domains,dev]'
 	@touch $@

@@ -74,12 +74,17 @@ def main(config: EvaluateConfig) -> None:
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
-    interface = sources[0].interface
-    make_policy = partial(Decoder, model, interface)
+    interface_of = {source.task: source.interface for source in sources}
     finished, stopped = {}, None
     with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):
         try:
-            rollout(make_policy, model.interfaces[interface], jobs, simulators, device, config.task, finished)
+            for interface in dict.fromkeys(interface_of.values()):
+                numbers, ended = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface], {}
+                own, policy = [jobs[i] for i in numbers], partial(Decoder, model, interface)
+                try:
+                    rollout(policy, model.interfaces[interface], own, simulators, device, config.task, ended)
+                finally:
+                    finished |= {numbers[i]: row for i, row in ended.items()}
         except (UserError, KeyboardInterrupt) as error:
             stopped = error
     parts = {}  # by task and return asked for
@@ -99,8 +104,9 @@ def main(config: EvaluateConfig) -> None:
             results = {task: found for task, [found] in results.items()}
         write_json(run_dir / "result.json", _result(config, results, clock, stopped is None, versions()))
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
+            interface = interface_of[job.task]
             with autocast(config.precision, device):
-                frames = film(make_policy, model.interfaces[interface], job, device)
+                frames = film(partial(Decoder, model, interface), model.interfaces[interface], job, device)
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if stopped is not None:
         kept = f"The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'."

@@ -41,8 +41,9 @@ ONLY_IMPORTED_BY = {
     "configs":               set(),
 }  # fmt: skip
 
-PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy"}  # besides the standard library and the simulators in pyproject.toml
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "ray"}
+# Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
+PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "ray"}
 
 
 def modules() -> dict[str, Path]:

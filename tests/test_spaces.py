@@ -1,0 +1,93 @@
+"""Spaces as parts, and observations as rows of numbers."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+
+from eva_rl.errors import UserError
+from eva_rl.spaces import Part, action_choices, dtype_of, flatten, parts_of
+
+
+def pixels(*shape: int) -> Box:
+    return Box(0, 255, shape, np.uint8)
+
+
+PARTS = [
+    (Box(-np.inf, np.inf, (39,), np.float64), Part("vector", (39,))),
+    (Box(-1, 1, (2, 3)), Part("vector", (6,))),
+    (pixels(128), Part("vector", (128,))),
+    (Box(-5, 5, (4,), np.int64), Part("vector", (4,))),
+    (MultiBinary(5), Part("vector", (5,))),
+    (pixels(4, 84, 84), Part("image", (4, 84, 84))),
+    (pixels(210, 160, 3), Part("image", (3, 210, 160), channels_last=True)),
+    (pixels(84, 84), Part("image", (1, 84, 84), channels_last=True)),
+    (pixels(7, 7, 3), Part("grid", (3, 7, 7), 256, channels_last=True)),
+    (Box(0, 10, (5, 6), np.uint8), Part("grid", (1, 5, 6), 11, channels_last=True)),
+    (Box(0, 33, (24,), np.int64), Part("tokens", (24,), 34)),
+    (MultiDiscrete([3, 5]), Part("tokens", (2,), 5)),
+    (Discrete(4, start=2), Part("choice", (), 4)),
+]
+EVERYTHING = Dict(
+    {"picture": pixels(40, 50, 3), "cells": pixels(7, 7, 3), "arm": Box(-1, 1, (2,)), "door": Discrete(3, start=1)}
+)
+
+
+@pytest.mark.parametrize(("space", "part"), PARTS)
+def test_a_space_is_the_part_that_its_observations_look_like(space, part):
+    assert parts_of(space) == (part,)
+
+
+@pytest.mark.parametrize("space", [space for space, _ in PARTS])
+def test_one_observation_and_several_are_flattened_alike(space):
+    space.seed(0)
+    observations = [space.sample() for _ in range(6)]
+    rows = flatten(space, np.stack(observations))
+    [part] = parts_of(space)
+    assert rows.shape == (6, part.size)
+    assert rows.dtype == dtype_of((part,))
+    np.testing.assert_array_equal(rows, [flatten(space, o) for o in observations])
+    np.testing.assert_array_equal(
+        flatten(space, np.stack(observations).reshape(2, 3, *space.shape)).reshape(6, -1), rows
+    )
+
+
+def test_the_parts_of_a_dict_stand_in_the_order_of_its_keys():
+    EVERYTHING.seed(0)
+    seen = EVERYTHING.sample()
+    assert [part.kind for part in parts_of(EVERYTHING)] == ["vector", "grid", "choice", "image"]  # gymnasium sorts keys
+    expected = np.concatenate([seen["arm"], seen["cells"].ravel(), [seen["door"] - 1], seen["picture"].ravel()])
+    np.testing.assert_array_equal(flatten(EVERYTHING, seen), expected.astype(np.float32))
+
+
+def test_a_tuple_is_flattened_in_its_order():
+    space = Tuple([Discrete(2), Box(-1, 1, (2,))])
+    assert flatten(space, (1, np.array([0.5, -0.5], np.float32))).tolist() == [1.0, 0.5, -0.5]
+
+
+def test_bytes_stay_bytes_unless_there_is_a_vector_among_them():
+    assert dtype_of(parts_of(Dict({"cells": pixels(7, 7, 3), "door": Discrete(3)}))) == "uint8"
+    assert dtype_of(parts_of(EVERYTHING)) == "float32"
+    assert dtype_of(parts_of(Discrete(300))) == "float32"
+
+
+@pytest.mark.parametrize(
+    "space", [Text(9), Dict({"mission": Text(9), "arm": Box(-1, 1, (2,))}), gym.spaces.Graph(Box(0, 1, (2,)), None)]
+)
+def test_other_spaces_are_refused_with_what_can_be_taken(space):
+    with pytest.raises(UserError, match="can't be embedded: Box, Discrete"):
+        parts_of(space)
+
+
+@pytest.mark.parametrize(
+    ("space", "choices"),
+    [(Discrete(7), (7,)), (MultiDiscrete([3, 4]), (3, 4)), (Box(-1, 1, (2, 2)), ())],
+)
+def test_actions_have_choices_or_are_continuous(space, choices):
+    assert action_choices(space) == choices
+
+
+@pytest.mark.parametrize("space", [Dict({"arm": Box(-1, 1, (2,))}), Box(0, 3, (2,), np.int64), MultiBinary(3)])
+def test_actions_of_other_spaces_are_refused(space):
+    with pytest.raises(UserError, match="where a Box of real numbers"):
+        action_choices(space)
