@@ -73,7 +73,7 @@ class TrainingSettings:
 @dataclass(frozen=True)
 class PretrainConfig:
     task: tuple[str, ...]
-    weights: dict[str, float]
+    weights: dict[str, float] | None
     temperature: float
     demonstrations: int
     std_floor: float

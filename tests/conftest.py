@@ -1,6 +1,8 @@
 """What all tests share: a datasets root of their own, no network, one thread, and a toy environment."""
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -125,6 +127,28 @@ def dummy_domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[DummyDomain]:
     collection._environment.cache_clear()
     yield domain
     collection._environment.cache_clear()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run an entry point with these arguments: its exit status, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        main = importlib.import_module(f"eva_rl.{name}").main
+        monkeypatch.setattr(sys, "argv", [f"eva_rl.{name}", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
 
 
 def _make_dataset(

@@ -1,8 +1,6 @@
 """The commands from end to end, in this process, on the dummy environment and a tiny base."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,28 +24,6 @@ QUICK = [
     "training.checkpoint_every=2",
     "training.warmup=1",
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run an entry point with these arguments: its exit status, and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
-        main = importlib.import_module(f"eva_rl.{name}").main
-        monkeypatch.setattr(sys, "argv", [f"eva_rl.{name}", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = 1 if isinstance(stop.code, str) else stop.code or 0
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ class WindowSampler:
         if len(self.observations) == 1:
             return self.observations[0][rows]
         found = torch.empty(*rows.shape, self.observations[0].shape[1], dtype=self.observations[0].dtype)
-        tasks = torch.searchsorted(self.observations_first, rows[:, 0], right=True) - 1
+        tasks = torch.searchsorted(self.observations_first, rows[:, 0].contiguous(), right=True) - 1
         for task in tasks.unique().tolist():
             own = tasks == task
             found[own] = self.observations[task][rows[own] - self.observations_first[task]]
