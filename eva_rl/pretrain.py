@@ -38,13 +38,14 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, save_base
     from eva_rl.report import TensorBoard, versions
-    from eva_rl.training import TrainingConfig, by_domain, check_run, choose_device, train
+    from eva_rl.training import TrainingConfig, by_domain, check_run, check_shares, choose_device, train
 
     # What was asked for. Mistakes show before anything is written.
     sources = list({source.task: source for task in config.task for source in find_sources(task)}.values())
     domain_weights(dict.fromkeys(map(domain_of, sources), 1), config.weights, config.temperature)
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))
+    check_shares(training_config, group)
     device = choose_device(config.device) if group.state is None else group.state.device
     run_dir = run_folder(config.run_dir)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
@@ -62,8 +63,8 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         families.setdefault(source.interface, []).append(own)
         domains[source.interface] = domain_of(source)
         sizes[domain_of(source)] = sizes.get(domain_of(source), 0) + len(own.rewards)
-    floors = {name: config.std_floor if len(own) > 1 else 0.01 for name, own in families.items()}
-    interfaces = [interface_of(name, own, floors[name]) for name, own in families.items()]
+    floor = {name: [config.std_floor] if len(own) > 1 else [] for name, own in families.items()}
+    interfaces = [interface_of(name, own, *floor[name]) for name, own in families.items()]
     windows = {
         name: WindowSampler(own, name, model_config.context, training_config.batch_size, config.seed)
         for name, own in families.items()

@@ -85,6 +85,21 @@ def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def check_shares(config: TrainingConfig, processes: Processes) -> int:
+    """How many parts a batch is computed in.
+
+    Raises:
+        UserError: if there are more of them than windows.
+    """
+    shares = config.accumulate * processes.count
+    if config.batch_size < shares:
+        raise UserError(
+            f"training.batch_size={config.batch_size} was given where at least {shares} were expected: one window for each "
+            f"of {config.accumulate} parts in {processes.count} processes."
+        )
+    return shares
+
+
 def _groups(
     trainable: Mapping[str, nn.Parameter], config: TrainingConfig, ratios: Mapping[str, float]
 ) -> list[dict[str, Any]]:
@@ -143,12 +158,7 @@ def train(
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
-    shares = config.accumulate * processes.count
-    if config.batch_size < shares:
-        raise UserError(
-            f"training.batch_size={config.batch_size} was given where at least {shares} were expected: one window for each "
-            f"of {config.accumulate} parts in {processes.count} processes."
-        )
+    shares = check_shares(config, processes)
     identity = identity or {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
     check_run(steps, checkpoints, resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
