@@ -1,0 +1,133 @@
+"""Statistics of a study: several methods, each run on the same tasks with the same seeds.
+
+A method's scores are a list of runs for each task. Intervals are stratified bootstraps (Agarwal et al. 2021, arXiv
+2108.13264): runs are drawn again within each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eva_rl.report.statistics import Estimate
+from eva_rl.report.table import markdown
+
+DRAWS = 2000
+"""Bootstrap samples of an interval."""
+
+Runs = Mapping[str, Sequence[float]]
+"""Each task's scores, a run each."""
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """The mean of the middle half of the scores (..., n), those at its ends by the part that lies within."""
+    n = scores.shape[-1]
+    ends = np.arange(n + 1)
+    weights = np.diff(np.clip(ends, n / 4, 3 * n / 4))  # how much of each rank lies in the middle half
+    return (np.sort(scores, -1) * weights).sum(-1) / weights.sum()
+
+
+def average(scores: np.ndarray) -> np.ndarray:
+    return scores.mean(-1)
+
+
+def stratified(runs: Runs, statistic: Callable[[np.ndarray], np.ndarray] = average, seed: int = 0) -> Estimate:
+    """A statistic of all runs (..., n) and its interval; tasks of fewer than two runs add no width to it.
+
+    A bootstrap of n runs has a spread too small by the square root of (n - 1) / n, and its percentiles are those of a
+    normal where a spread of so few degrees of freedom asks for Student's: deviations are scaled up by both.
+    """
+    import scipy.stats  # half a second to import
+
+    rng, parts = np.random.default_rng(seed), []
+    freedom = sum(len(scores) - 1 for scores in runs.values())
+    student = scipy.stats.t.ppf(0.975, freedom) / scipy.stats.norm.ppf(0.975) if freedom else 1.0
+    for task in sorted(runs):
+        scores = np.asarray(runs[task], float)
+        center, n = scores.mean(), len(scores)
+        drawn = scores[rng.integers(n, size=(DRAWS, n))]
+        parts.append(center + (drawn - center) * np.sqrt(n / max(n - 1, 1)) * student)
+    whole = np.concatenate([np.asarray(runs[task], float) for task in sorted(runs)])
+    low, high = np.quantile(statistic(np.concatenate(parts, 1)), [0.025, 0.975])
+    if max(len(scores) for scores in runs.values()) < 2:
+        low = high = None
+    return Estimate(float(statistic(whole)), _plain(low), _plain(high), len(whole))
+
+
+def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
+    """How likely a run of one method scores more than one of another on the same task, the mean over tasks; ties count half.
+
+    Raises:
+        ValueError: if the methods were not run on the same tasks.
+    """
+    if runs.keys() != others.keys():
+        raise ValueError("The methods were run on other tasks.")
+    rng, drawn, found = np.random.default_rng(seed), [], []
+    for task in sorted(runs):
+        x, y = np.asarray(runs[task], float), np.asarray(others[task], float)
+        found.append(_wins(x, y))
+        drawn.append(
+            _wins(x[rng.integers(len(x), size=(DRAWS, len(x)))], y[rng.integers(len(y), size=(DRAWS, len(y)))])
+        )
+    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
+    return Estimate(float(np.mean(found)), float(low), float(high), sum(map(len, runs.values())))
+
+
+def comparison(results: Sequence[Mapping[str, Any]], alike: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tables of methods, one for each set of runs that have the settings `alike` in common; and what is amiss.
+
+    Only tasks and seeds that all methods of a table have count; the others are named.
+    """
+    groups: dict[tuple, dict[str, dict[tuple[str, int], float]]] = {}
+    for r in results:
+        if r["success_rate"] is not None:
+            methods = groups.setdefault(tuple(r[name] for name in alike), {})
+            name = f"{r['adapter']}, rate {r['learning_rate']:g}"
+            methods.setdefault(name, {})[r["task"], r["seed"]] = r["success_rate"]["mean"]
+    tables, amiss = [], []
+    for settings, methods in groups.items():
+        if len(methods) < 2:
+            continue
+        shared = set.intersection(*(set(cells) for cells in methods.values()))
+        where = ", ".join(f"{name} {value}" for name, value in zip(alike, settings, strict=True))
+        for name, cells in methods.items():
+            for task, seed in sorted(set(cells) - shared):
+                amiss.append(
+                    f"{name}: {task}, seed {seed} left out of the comparison ({where}): not all methods have it"
+                )
+        if not shared:
+            amiss.append(f"The methods of {where} share no task and seed: they are not compared.")
+            continue
+        runs = {
+            name: {
+                task: [cells[key] for key in sorted(shared) if key[0] == task]
+                for task in sorted({t for t, _ in shared})
+            }
+            for name, cells in methods.items()
+        }
+        best = max(runs, key=lambda name: stratified(runs[name]).mean)
+        rows = [
+            (
+                name,
+                stratified(own),
+                stratified(own, interquartile_mean),
+                None if name == best else probability_of_improvement(runs[best], own),
+                sum(map(len, own.values())),
+            )
+            for name, own in sorted(runs.items(), key=lambda item: -stratified(item[1]).mean)
+        ]
+        header = ["method", "mean success [95 %]", "interquartile mean [95 %]", f"P({best} > method)", "runs"]
+        tables.append(f"{where}\n\n{markdown(header, rows)}")
+    return tables, amiss
+
+
+def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The share of pairs of (..., n) and (..., m) in which the first is larger."""
+    x, y = x[..., :, None], y[..., None, :]
+    return ((x > y) + 0.5 * (x == y)).mean((-1, -2))
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None else float(value)
