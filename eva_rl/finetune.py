@@ -33,7 +33,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         Stopwatch,
         TensorBoard,
         eva_figures,
-        read_curve,
+        read_earlier,
         run_result,
         save_film,
         scores,
@@ -59,6 +59,11 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     check_run_folder(run_dir, config.resume)
+    earlier = {}
+    if config.resume:
+        earlier = read_earlier(run_dir, config.task, method.name, config.base, config.seed, config.steps)
+    if earlier.get("status") == "complete":
+        return print(f"{run_dir}: finished earlier, its result stays")
     source = find_source(config.task, config.dataset)
     clock = Stopwatch("collect", "load", "init", "train", "rollout")
 
@@ -134,7 +139,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     }
 
     # Train, save, score again.
-    curve = read_curve(run_dir) if config.resume else {}
+    curve = dict(earlier.get("curve", {}))
 
     def evaluate(step):
         found = play(adapter.merged() if adapter else model)

@@ -280,6 +280,24 @@ def test_an_evaluation_that_breaks_off_keeps_the_episodes_that_had_ended(run, ba
     assert 0 < result["tasks"][TASK]["success_rate"]["n"] < 12
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", *QUICK]
+    assert run("finetune", *arguments)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    status, out, err = run("finetune", *arguments, "resume=true")
+    assert status == 0, err
+    assert "run: finished earlier" in out
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_a_run_without_checkpoints_is_not_resumed_as_another_one(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", "adapter=none", *QUICK]
+    assert run("finetune", *arguments)[0] == 0
+    status, _, err = run("finetune", *arguments, "resume=true", "seed=7")
+    assert status == 1
+    assert "the result of a run with seed=0 (now 7)" in sentence(err)
+
+
 def test_the_adapter_loads_with_peft_alone(run, base, tmp_path):
     status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK)
     assert status == 0, err

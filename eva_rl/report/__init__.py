@@ -1,7 +1,7 @@
 """Runs -> tables, confidence intervals, TensorBoard."""
 
 from eva_rl.report.eva import eva_figures
-from eva_rl.report.result import read_curve, run_result, summary
+from eva_rl.report.result import read_earlier, run_result, summary
 from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
 from eva_rl.report.stopwatch import Stopwatch
@@ -21,7 +21,7 @@ __all__ = [
     "markdown",
     "mean",
     "proportion",
-    "read_curve",
+    "read_earlier",
     "run_result",
     "save_film",
     "save_sweep",

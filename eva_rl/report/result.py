@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_rl.errors import UserError
 from eva_rl.files import read_json
 from eva_rl.report.scores import Scores, to_json
 from eva_rl.report.stopwatch import Stopwatch, peak_memory
@@ -38,10 +39,19 @@ def run_result(
     }
 
 
-def read_curve(run_dir: Path) -> dict[str, Any]:
-    """The scores while training of a run that is to be resumed; none if it has not written any."""
+def read_earlier(run_dir: Path, task: str, adapter: str, base: str, seed: int, steps: int) -> dict[str, Any]:
+    """The result.json of a run that is to be resumed, as far as it got; empty if it has not written any.
+
+    Raises:
+        UserError: if it is that of another run.
+    """
     path = run_dir / "result.json"
-    return dict(read_json(path).get("curve", {})) if path.is_file() else {}
+    earlier = read_json(path) if path.is_file() else {}
+    now = {"task": task, "adapter": adapter, "base": base, "seed": seed, "steps": steps}
+    changed = [f"{key}={earlier.get(key)} (now {value})" for key, value in now.items() if earlier.get(key) != value]
+    if earlier and changed:
+        raise UserError(f"'{path}' is the result of a run with {', '.join(changed)}: set another run_dir.")
+    return earlier
 
 
 def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:
