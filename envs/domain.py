@@ -22,7 +22,7 @@ import numpy as np
 from eva_rl.errors import MissingExtra
 
 Policy = Callable[[np.ndarray], np.ndarray]
-"""Maps one observation (obs_dim,) to one action (act_dim,)."""
+"""Maps one observation of the environment's space to one action."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class ReferenceScores:
 class Domain(ABC):
     """A family of tasks that share a simulator.
 
-    Environments of a domain follow Gymnasium's API; `reset(seed=s)` decides everything random in the episode, and every
-    step's `info["success"]` says whether the task is solved in the state reached.
+    Environments of a domain follow Gymnasium's API; `reset(seed=s)` decides everything random in the episode, and
+    `info["success"]`, where tasks have such a notion, says whether the task is solved in the state reached.
     """
 
     name: ClassVar[str]

@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     )
     from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
-    from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, train
+    from eva_rl.training import Processes, TrainingConfig, autocast, check_run, check_shares, choose_device, train
 
     # What was asked for. Mistakes show before anything is written.
     method, start = config.adapter, config.adapter.start_function()
@@ -57,13 +57,14 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     seeds, target = evaluation_seeds(config.task, config.seed, config.episodes), TargetReturn(config.target_return)
     if target.sweeps:
         raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
+    check_shares(training, Processes())
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     check_run_folder(run_dir, config.resume)
     earlier = {}
     if config.resume:
         earlier = read_earlier(run_dir, config.task, method.name, config.base, config.seed, config.steps)
     if earlier.get("status") == "complete":
-        return print(f"{run_dir}: finished earlier, its result stays")
+        return print(f"{run_dir}: finished earlier, its result stays; `python -m eva_rl.evaluate` scores it again")
     source = find_source(config.task, config.dataset)
     clock = Stopwatch("collect", "load", "init", "train", "rollout")
 

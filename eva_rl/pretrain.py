@@ -35,6 +35,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         interface_of,
         load_dataset,
     )
+    from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, save_base
     from eva_rl.report import TensorBoard, versions
@@ -42,6 +43,8 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
 
     # What was asked for. Mistakes show before anything is written.
     sources = list({source.task: source for task in config.task for source in find_sources(task)}.values())
+    if not sources:
+        raise UserError("task=[] was given where at least one task or split was expected.")
     domain_weights(dict.fromkeys(map(domain_of, sources), 1), config.weights, config.temperature)
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))

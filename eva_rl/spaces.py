@@ -42,7 +42,7 @@ class Part:
 
 
 def parts_of(space: gym.Space) -> tuple[Part, ...]:
-    """The parts of the space's observations, in the order of their flat form; a Dict's in the order of its keys.
+    """The parts of the space's observations, in the order of their flat form; a Dict's in the order of its sorted keys (Minari keeps no other).
 
     - vector: boxes of real numbers, bytes in one dimension, MultiBinary;
     - image: bytes in two or three dimensions, at least 32 pixels a side; grid: smaller ones, each number of a cell one of
@@ -53,7 +53,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
         UserError: if the space has parts of other kinds.
     """
     if isinstance(space, gym.spaces.Dict):
-        return tuple(part for key in space for part in parts_of(space[key]))
+        return tuple(part for key in sorted(space) for part in parts_of(space[key]))
     if isinstance(space, gym.spaces.Tuple):
         return tuple(part for member in space for part in parts_of(member))
     if isinstance(space, gym.spaces.Discrete):
@@ -95,16 +95,31 @@ def flatten(space: gym.Space, observation: Any) -> np.ndarray:
     """One observation, or any number along leading axes, as rows (..., size) of numbers.
 
     A Dict's observations are a dict, whose values have the same leading axes.
+
+    Raises:
+        UserError: if numbers lie outside their space where each of them has an embedding.
     """
-    columns = _columns(space, observation)
-    return (columns[0] if len(columns) == 1 else np.concatenate(columns, -1)).astype(
-        dtype_of(parts_of(space)), copy=False
-    )
+    columns, parts = _columns(space, observation), parts_of(space)
+    rows = columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
+    check_values(parts, rows)  # before a cast could hide it
+    return rows.astype(dtype_of(parts), copy=False)
+
+
+def check_values(parts: tuple[Part, ...], rows: np.ndarray) -> None:
+    """Raise a `UserError` unless the numbers of flat observations (..., size) are those that embeddings have rows for."""
+    first = 0
+    for part in parts:
+        own = rows[..., first : first + part.size]
+        first += part.size
+        if part.values and own.size and not 0 <= own.min() <= own.max() < part.values:
+            raise UserError(
+                f"observations of a {part} hold numbers from {own.min():g} to {own.max():g}, which are outside their space"
+            )
 
 
 def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
     if isinstance(space, gym.spaces.Dict):
-        return [column for key in space for column in _columns(space[key], observation[key])]
+        return [column for key in sorted(space) for column in _columns(space[key], observation[key])]
     if isinstance(space, gym.spaces.Tuple):
         return [column for i, member in enumerate(space) for column in _columns(member, observation[i])]
     numbers = np.asarray(observation)

@@ -20,9 +20,7 @@ def main(config: TaskListConfig) -> None:
             member_of = [split for split, members in domain.splits.items() if task in members]
             print(f"  {name}/{task:<32}{', '.join(member_of)}".rstrip())
     if config.domain is None:
-        print(
-            "minari/<dataset id>: any Minari dataset with flat observations (`minari list local`, `minari list remote`)"
-        )
+        print("minari/<dataset id>: any Minari dataset (`minari list local`, `minari list remote`)")
 
 
 if __name__ == "__main__":

@@ -134,13 +134,20 @@ def test_any_interface_can_be_fitted(interface, tmp_path):
 
 @pytest.mark.parametrize("interface", [ROOM, SIGHT], ids=lambda i: i.name)
 def test_acting_step_by_step_gives_the_whole_models_actions(interface):
-    model, batch = make_model(interfaces=[interface]).eval(), make_batch(interface, count=5)
-    decoder = Decoder(model, interface.name, 5)
-    for step in range(4):
+    model, batch = make_model(interfaces=[interface]).eval(), make_batch(interface, count=5, steps=14)
+    decoder, anchor = Decoder(model, interface.name, 5), 0
+    for step in range(14):
+        if step - anchor == 4:
+            anchor = step - 2  # a full window starts anew with its later half
+        if step == 9:  # two episodes end
+            batch = batch.share(0, 2)
+            decoder.keep(torch.tensor([0, 2, 4]))
+        count = len(batch.mask)
         found = decoder.act(batch.observations[:, step], batch.returns_to_go[:, step])
-        expected = model.act(batch, torch.full((5,), step))
+        window = batch._mapped(lambda value, first=anchor: value[:, first : first + 4])
+        expected = model.act(window, torch.full((count,), step - anchor))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert found.shape == (5, *interface.action_shape)
+        assert found.shape == (count, *interface.action_shape)
         decoder.record(batch.actions[:, step], batch.rewards[:, step])
 
 
@@ -212,7 +219,7 @@ def trajectories(length: int, value: float):
 def test_windows_of_tasks_that_stay_apart_are_those_of_joined_ones(monkeypatch):
     tasks = [trajectories(length, value) for length, value in ((5, 1.0), (9, 2.0), (3, 3.0))]
     joined = WindowSampler(tasks, "arm", 4, 16, 0)
-    monkeypatch.setattr(windows_module, "IN_MEMORY", 0)
+    monkeypatch.setattr(windows_module, "JOINED", 0)
     apart = WindowSampler(tasks, "arm", 4, 16, 0)
     assert len(apart.observations) == 3
     for number in range(5):

@@ -18,9 +18,9 @@ from recall import KILLER, Fragile, Mortal, Raises, Recall
 from torch import Tensor
 
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Batch, Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
-from eva_rl.rollout import Episodes, Job, Simulators, check_spaces
+from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
 
 module = importlib.import_module("eva_rl.rollout.rollout")  # the package has a function of that name
 
@@ -202,6 +202,11 @@ def test_the_episodes_of_a_simulator_that_is_killed_are_run_again(tmp_path):
             workers=2,
         )
     assert same(found, expected)
+
+
+def test_a_sweep_asks_once_where_all_returns_are_equal():
+    assert TargetReturn("sweep").returns("toy", TaskStatistics(3, 500.0, 500.0, None)) == [500.0]
+    assert len(TargetReturn("sweep").returns("toy", TaskStatistics(3, 500.0, 400.0, None))) > 3
 
 
 def test_more_simulators_than_cores_are_warned_about():

@@ -60,6 +60,28 @@ def test_the_parts_of_a_dict_stand_in_the_order_of_its_keys():
     np.testing.assert_array_equal(flatten(EVERYTHING, seen), expected.astype(np.float32))
 
 
+def test_a_dict_that_was_made_in_another_order_is_flattened_as_minari_reads_it_back():
+    space = Dict(speed=Box(-1, 1, (2,)), place=Box(-1, 1, (1,)))
+    seen = {"speed": np.array([1.0, 2.0]), "place": np.array([3.0])}
+    assert flatten(space, seen).tolist() == [3.0, 1.0, 2.0]
+    assert [part.size for part in parts_of(space)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("space", "observation"),
+    [
+        (Discrete(3), 5),
+        (Discrete(3), -1),
+        (Box(0, 10, (4, 4, 2), np.uint8), np.full((4, 4, 2), 15, np.uint8)),
+        (Box(0, 9, (3,), np.int64), np.array([1, 2, 10])),
+        (MultiDiscrete([3, 2]), np.array([-1, 0])),
+    ],
+)
+def test_numbers_without_an_embedding_are_refused(space, observation):
+    with pytest.raises(UserError, match="outside their space"):
+        flatten(space, observation)
+
+
 def test_a_tuple_is_flattened_in_its_order():
     space = Tuple([Discrete(2), Box(-1, 1, (2,))])
     assert flatten(space, (1, np.array([0.5, -0.5], np.float32))).tolist() == [1.0, 0.5, -0.5]

@@ -163,6 +163,15 @@ def test_discrete_actions_outside_their_space_are_refused_by_their_episode(actio
         pack("dummy", [episode, episode | {"actions": np.array(actions)}], OBSERVATIONS, DISCRETE)
 
 
+def test_observations_outside_their_space_are_refused_by_their_episode():
+    space = gym.spaces.Dict({"arm": OBSERVATIONS, "door": gym.spaces.Discrete(3)})
+    episodes = [an_episode(), an_episode()]
+    for number, episode in enumerate(episodes):
+        episode["observations"] = {"arm": episode["observations"], "door": np.full(5, 3 * number)}
+    with pytest.raises(UserError, match=r"Episode 1 of the dataset of 'dummy'.* choice of 3 .* from 3 to 3"):
+        pack("dummy", episodes, space, BOUNDED)
+
+
 def test_a_dataset_without_episodes_is_refused():
     with pytest.raises(UserError, match="'dummy' holds no episode"):
         pack("dummy", [], OBSERVATIONS, BOUNDED)

@@ -2,9 +2,10 @@
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import load_dataset
+from eva_rl.data.mixture import MixtureSampler, domain_weights
 from eva_rl.data.tasks import TaskSource, datasets, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
-from eva_rl.data.windows import MixtureSampler, WindowSampler, domain_weights
+from eva_rl.data.windows import WindowSampler
 
 __all__ = [
     "MixtureSampler",

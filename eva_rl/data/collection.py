@@ -159,6 +159,8 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
 
 def _columns(space: gym.Space, observations: Sequence[Any], name: str = "observations") -> dict[str, np.ndarray]:
     """Observations as one array, or one for each key of a Dict."""
+    if isinstance(space, gym.spaces.Tuple):
+        raise UserError(f"Observations of {space} can't be collected: make them a Dict.")
     if not isinstance(space, gym.spaces.Dict):
         return {name: np.stack(observations)}
     parts = (_columns(member, [o[key] for o in observations], f"{name}/{key}") for key, member in space.items())

@@ -120,7 +120,10 @@ def checked(
             )
         if choices and not all(action_space.contains(action) for action in np.unique(actions, axis=0)):
             raise UserError(f"Episode {number} of the dataset of '{task}' has actions outside {action_space}.")
-        observations = flatten(observation_space, episode["observations"])[:length]
+        try:
+            observations = flatten(observation_space, episode["observations"])[:length]
+        except UserError as error:
+            raise UserError(f"Episode {number} of the dataset of '{task}': {error}.") from error
         actions = (
             actions.astype(np.int64) - action_space.start if choices else actions.astype(np.float32).reshape(length, -1)
         )
@@ -214,9 +217,12 @@ def _moments(trajectories: Sequence[Trajectories], parts: Sequence[Part]) -> tup
         return torch.zeros(0), torch.zeros(0)
     means, squares = [], []
     for own in trajectories:
-        vectors = torch.cat([own.observations[:, at] for at in columns], 1).double()  # (N, vectors)
-        means.append(vectors.mean(0))
-        squares.append(vectors.square().mean(0))
+        total = torch.zeros(2, sum(at.stop - at.start for at in columns), dtype=torch.float64)
+        for rows in own.observations.split(2**16):  # they may be mapped from disk
+            vectors = torch.cat([rows[:, at] for at in columns], 1).double()  # (n, vectors)
+            total += torch.stack([vectors.sum(0), vectors.square().sum(0)])
+        means.append(total[0] / len(own.observations))
+        squares.append(total[1] / len(own.observations))
     mean = torch.stack(means).mean(0)
     return mean, (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
 

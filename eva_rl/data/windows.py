@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eva_rl.data.trajectories import Trajectories
-from eva_rl.errors import UserError, did_you_mean
-from eva_rl.interface import Batch, Mixture
+from eva_rl.interface import Batch
 
-IN_MEMORY = 2 * 2**30
-"""Bytes of observations that a sampler holds in memory."""
+JOINED = 2 * 2**30
+"""Bytes of observations up to which a sampler joins its tasks, in memory."""
 
 
 class WindowSampler:
@@ -27,7 +26,7 @@ class WindowSampler:
     def __init__(self, trajectories: Sequence[Trajectories], interface: str, context: int, batch_size: int, seed: int):
         self.interface, self.context, self.batch_size, self.seed = interface, context, batch_size, seed
         bytes_in_all = sum(t.observations.numel() * t.observations.element_size() for t in trajectories)
-        if bytes_in_all <= IN_MEMORY:
+        if bytes_in_all <= JOINED:
             self.observations = [torch.cat([t.observations for t in trajectories])]
         else:  # mapped from disk, see `load_dataset`: each task stays where it is
             self.observations = [t.observations for t in trajectories]
@@ -86,44 +85,3 @@ class WindowSampler:
             own = tasks == task
             found[own] = self.observations[task][rows[own] - self.observations_first[task]]
         return found
-
-
-class MixtureSampler:
-    """Draws batches from several samplers, from each the share of the windows that its weight has of all weights.
-
-    Shares that are no whole numbers are rounded up or down at random, such that they hold on average.
-    """
-
-    def __init__(self, samplers: Sequence[WindowSampler], weights: Sequence[float], batch_size: int, seed: int):
-        self.samplers, self.batch_size, self.seed = samplers, batch_size, seed
-        self.ends = np.cumsum(weights) / np.sum(weights)
-
-    def batch(self, number: int) -> Batch | Mixture:
-        """Batch `number` of this seed's endless sequence."""
-        rng = np.random.default_rng((self.seed, number))
-        points = (rng.random() + np.arange(self.batch_size)) / self.batch_size  # systematic sampling
-        counts = np.diff(np.searchsorted(points, self.ends[:-1]), prepend=0, append=self.batch_size)
-        parts = [sampler.draw(rng, int(n)) for sampler, n in zip(self.samplers, counts, strict=True) if n]
-        return parts[0] if len(parts) == 1 else Mixture(tuple(parts))
-
-
-def domain_weights(
-    sizes: Mapping[str, int], weights: Mapping[str, float] | None = None, temperature: float = 1.0
-) -> dict[str, float]:
-    """The share of the windows that each domain gets: w n^(1 / temperature) over the sum of all, n its transitions.
-
-    A temperature of 1 shares out by size, a high one evenly (Conneau & Lample 2019, section 3.1, with alpha = 1 / temperature).
-
-    Raises:
-        UserError: if the temperature or a weight is not positive, or a weight is for a domain that is not in the mixture.
-    """
-    weights = weights or {}
-    if not temperature > 0:
-        raise UserError(f"temperature={temperature} was given where a number above 0 was expected.")
-    for domain, weight in weights.items():
-        if domain not in sizes:
-            raise UserError(f"weights names '{domain}', which is not in the mixture. {did_you_mean(domain, sizes)}")
-        if not 0 < weight < np.inf:
-            raise UserError(f"weights.{domain}={weight} was given where a number above 0 was expected.")
-    shares = {domain: weights.get(domain, 1.0) * n ** (1 / temperature) for domain, n in sizes.items()}
-    return {domain: share / sum(shares.values()) for domain, share in shares.items()}

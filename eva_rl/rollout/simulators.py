@@ -109,7 +109,10 @@ class Stage:
         return action
 
     def _show(self, row: int, env: gym.Env, observation: Any, info: dict[str, Any]) -> None:
-        flat = flatten(env.observation_space, observation)
+        try:
+            flat = flatten(env.observation_space, observation)
+        except UserError as error:
+            raise UserError(f"returned {error}") from error
         if not self.board.ended[row] or self.steps == 0:
             if not np.isfinite(flat).all():
                 raise UserError("returned observations that are NaN or infinite")

@@ -60,7 +60,7 @@ class TargetReturn:
             raise UserError(f"Nothing is known of trajectories of '{task}': set target_return to a number.")
         if self.sweeps:
             mean, span = statistics.return_mean, statistics.return_max - statistics.return_mean
-            return [mean + where * span for where in SWEEP]
+            return list(dict.fromkeys(mean + where * span for where in SWEEP))  # one, if all returns are equal
         share = self._quantile()
         if share is None:
             return [statistics.return_max]

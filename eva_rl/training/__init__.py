@@ -1,8 +1,8 @@
 """The one loop: optimiser, schedule, checkpoints, resume."""
 
+from eva_rl.training.by_domain import by_domain
 from eva_rl.training.checkpoint import check_run
 from eva_rl.training.loop import TrainingConfig, TrainingResult, check_shares, learning_rate_at, train
-from eva_rl.training.mixture import by_domain
 from eva_rl.training.precision import autocast, check_precision, choose_device
 from eva_rl.training.processes import Processes, processes
 

@@ -143,8 +143,8 @@ def train(
         loss: the scalar to minimise, a mean over the batch's real steps.
         checkpoints: folder for the training state (trainable weights, optimiser, random state).
         resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
-            an uninterrupted run, bit for bit (on CPUs; some CUDA kernels are not deterministic). Dropout draws from
-            torch's global generators, whose states are saved.
+            an uninterrupted run, bit for bit (one process, on a CPU; some CUDA kernels are not deterministic). Dropout
+            draws from torch's global generators, whose states are saved; several processes draw anew.
         identity: what must be the same for a resumed run to continue this one, such as its task and seed; None: `config`.
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
@@ -173,6 +173,8 @@ def train(
     if resume:
         saved, seconds = load_newest(checkpoints, state)
         losses, started = saved.tolist(), started - seconds
+        if processes.count > 1:  # the saved generator is the first process's
+            torch.manual_seed(len(losses) * processes.count + processes.index)
     model.train()
     first, parameters, waited, since = len(losses), list(trainable.values()), 0.0, time.perf_counter()
     with (
@@ -220,7 +222,8 @@ def train(
                 log(done, {f"train/{k}": v for k, v in scalars.items()})
                 waited, since = 0.0, now
                 if inspect and done % (INSPECT * config.log_every) == 0:
-                    log(done, inspect(batch))
+                    with autocast(config.precision, device):
+                        log(done, inspect(batch.share(0, config.accumulate)))
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
                 model.eval()
                 log(done, evaluate(done))

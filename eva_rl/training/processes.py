@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,8 @@ def processes(device: str) -> Iterator[Processes]:
         return
     from accelerate import PartialState  # it takes seconds to import
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    # The others wait while the first process collects.
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=12))
     try:
         yield Processes(state.process_index, state.num_processes, state)
     finally:
