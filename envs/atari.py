@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -35,6 +34,9 @@ MOVES = {  # by the signs of the steps to the right and downwards
     (0, 0): NO_OP, (0, -1): UP, (1, 0): RIGHT, (-1, 0): LEFT, (0, 1): DOWN,
     (1, -1): 6, (-1, -1): 7, (1, 1): 8, (-1, 1): 9,
 }  # fmt: skip
+WITH_BUTTON = {NO_OP: FIRE} | {move: move + 8 for move in range(UP, 10)}
+ACROSS = {move: across for (across, _), move in MOVES.items()}
+ACROSS |= {WITH_BUTTON[move]: across for move, across in ACROSS.items()}
 
 ROMS = {"Boxing": "boxing", "Breakout": "breakout", "Freeway": "freeway", "Pong": "pong"}
 HELDOUT = ("Breakout",)
@@ -65,7 +67,7 @@ class Atari(Domain):
     def expert(self, name: str, env: gym.Env) -> Policy:
         self.require("ale_py")
         game = env.unwrapped
-        play = EXPERTS[name]()
+        play = EXPERTS[name]
         return lambda observation: np.int64(play(game.ram(), game.executed))
 
 
@@ -157,50 +159,101 @@ def _overlaps(length: int, size: int) -> np.ndarray:
     return np.clip(np.minimum(ends, ends_before) - np.maximum(starts, starts_before), 0, None)
 
 
-class PongExpert:
-    """Where to hit the ball so that the computer's paddle, which is a little slower than a steep ball, misses it.
+def play_pong(ram: np.ndarray, executed: list[int]) -> int:
+    """Hit a slow ball with the button pressed, which doubles its speed, and with the paddle's end, which makes it steep.
 
-    The right paddle's position (memory 51) answers a press of the stick over three steps, 22 pixels in all. The ball
-    (x 49, y 54; velocities per screen 56 and, leftwards, 58) leaves steeply when hit with the paddle's ends. A steep ball
-    wins if its last way to the computer's side crosses the whole court, that is if it starts from about the middle.
+    Memory 51: the right paddle; 49 and 54: the ball; 58 and 56: its speed in pixels a screen, leftwards and down. The
+    computer's paddle is too slow for a steep ball, mostly if its way crosses the whole court.
     """
+    x, y, paddle = (int(ram[address]) for address in (49, 54, 51))
+    right, down = -int(ram[58].astype(np.int8)), int(ram[56].astype(np.int8))
+    target, steps = 125.0, 4.0  # the place to wait at
+    if right > 0 and x > 40:
+        steps = max(190 - x, 0) / (right * FRAME_SKIP)
+        hit = _reflected(y + down * FRAME_SKIP * steps, 45.25, 205.5)
+        target = hit - (13.5 if hit < 150 else 0)  # the lower end, the upper end
+    action = _steer(paddle, executed, np.clip(target, 38, 203), steps, press=(0, 9, 19, 22), right=-1)
+    return WITH_BUTTON[action] if right == 1 and x > 150 else action
 
-    TOP, BOTTOM = 45.25, 205.5  # where the ball turns
-    CONTACT = 188  # the ball's x at the paddle
-    REST = 125
-    CENTRE, UPPER_END, LOWER_END = 6.5, -1.0, 14.0  # of the paddle, relative to its position
-    PRESS = (0, 9, 19, 22)  # pixels that a press has moved the paddle after 0, 1, 2 and 3 steps
 
-    def __call__(self, ram: np.ndarray, executed: list[int]) -> int:
-        x, y, paddle = (int(ram[address]) for address in (49, 54, 51))
-        down, left = (int(ram[address].astype(np.int8)) for address in (56, 58))
-        if left < 0 and x > 40:
-            steps = max(self.CONTACT - x, 0) / (-left * FRAME_SKIP)
-            hit = self._reflected(y + down * FRAME_SKIP * steps)
-            if hit < self.REST:
-                end = self.LOWER_END
-            elif hit < 162:
-                end = self.UPPER_END
-            else:
-                end = self.CENTRE
-            return self._steer(paddle, executed, hit - end, max(steps, 0.5))
-        return self._steer(paddle, executed, self.REST, 4.0)
+def play_breakout(ram: np.ndarray, executed: list[int]) -> int:
+    """Be where the ball comes down; serve if there is none.
 
-    def _reflected(self, y: float) -> float:
-        span = self.BOTTOM - self.TOP
-        y = (y - self.TOP) % (2 * span)
-        return self.TOP + min(y, 2 * span - y)
+    Memory 72: the paddle's left end; 99 and 101: the ball; 105 and 103: its speed in pixels a screen, leftwards and
+    down, with the fractions in 106 and 102.
+    """
+    x, y, paddle = (int(ram[address]) for address in (99, 101, 72))
+    if y == 0:
+        return FIRE
+    right = -(int(ram[105].astype(np.int8)) + ram[106] / 256)
+    down = int(ram[103].astype(np.int8)) + ram[102] / 256
+    target, steps = float(x), 4.0  # below the ball while it goes up
+    if down > 0:
+        steps = max(177 - y, 0) / (down * FRAME_SKIP)
+        target = _reflected(x + right * FRAME_SKIP * steps, 56, 200)
+    return _steer(paddle, executed, np.clip(target - 8, 55, 191), steps, press=(0, 12, 23), right=1)
 
-    def _steer(self, paddle: int, executed: list[int], target: float, steps: float) -> int:
-        """The first of the presses that bring the paddle nearest to `target` within `steps` steps."""
-        moved = paddle
-        for age, action in enumerate(reversed(executed), start=1):
-            direction = {LEFT: 1, RIGHT: -1}.get(action % 7 + NO_OP, 0) if action in (RIGHT, LEFT) else 0
-            moved += direction * (self._travel(steps + age) - self._travel(age))
-        presses = np.array(list(itertools.product((-1, 0, 1), repeat=int(np.clip(np.ceil(steps), 1, 3)))))
-        reach = np.clip(moved + presses @ self._travel(steps - np.arange(presses.shape[1])), 38, 203)
-        costs = np.abs(reach - target) + 0.1 * np.abs(presses).sum(1)  # of equal ones the calmest
-        return (RIGHT, NO_OP, LEFT)[presses[np.argmin(costs), 0] + 1]  # right is up
 
-    def _travel(self, steps):
-        return np.interp(steps, range(4), self.PRESS)
+def play_freeway(ram: np.ndarray, executed: list[int]) -> int:
+    """The quickest way to the top, by dynamic programming over the chicken's heights in the next steps.
+
+    Memory 14: the chicken's height; 108 to 117: where the cars of the ten lanes are, from the lowest lane to the
+    highest. The screen is 160 pixels wide and wraps around.
+    """
+    height = np.arange(178)
+    lane = (height - 13) // 16  # in which a car would hit the chicken
+    speeds = FRAME_SKIP / np.array([5, 4, 3, 2, 1, -1, -2, -3, -4, -5])
+    up, down = np.minimum(height + FRAME_SKIP, height[-1]), np.maximum(height - FRAME_SKIP, 6)
+    cost = (height[-1] - height) / FRAME_SKIP  # steps to the top, if no car came after those planned here
+    for step in range(40, 0, -1):
+        hit = np.zeros(12)
+        hit[:10] = np.abs((ram[108:118] + speeds * step) % 160 - 46) < 9
+        cost = cost + 15 * hit[lane]  # a car throws it back by about a lane
+        ways = np.stack([cost[up], cost, cost[down]])
+        cost = np.where(height < 176, 1 + ways.min(0), 0)
+    return (UP, NO_OP, DOWN)[np.argmin(ways[:, ram[14]])]
+
+
+def play_boxing(ram: np.ndarray, executed: list[int]) -> int:
+    """Close in from above or below, where a punch lands, with the button held.
+
+    Memory 32 and 34: one's own place; 33 and 35: the computer's.
+    """
+    right, down = int(ram[33]) - int(ram[32]), int(ram[35]) - int(ram[34])
+    right -= int(np.copysign(8, right))
+    down -= int(np.copysign(20, down))
+    action = MOVES[np.sign(right) * (abs(right) > 4), np.sign(down) * (abs(down) > 4)]
+    return WITH_BUTTON[action] if max(abs(right), abs(down)) <= 12 else action
+
+
+def _reflected(position: float, low: float, high: float) -> float:
+    """Where a ball is that would be at `position` without the walls at `low` and `high`."""
+    position = (position - low) % (2 * (high - low))
+    return low + min(position, 2 * (high - low) - position)
+
+
+def _steer(
+    position: float, executed: list[int], target: float, steps: float, press: tuple[int, ...], right: int
+) -> int:
+    """The first of the presses of the stick that bring a paddle nearest to `target` within `steps` steps.
+
+    Args:
+        press: how far a press of one step has moved the paddle after 0, 1, ... steps.
+        right: 1 where the stick's right increases `position`, -1 where it decreases it.
+    """
+    steps = max(steps, 0.5)
+
+    def travelled(time):
+        return np.interp(time, range(len(press)), press)
+
+    for age, action in enumerate(reversed(executed), start=1):
+        position += right * ACROSS[action] * (travelled(steps + age) - travelled(age))
+    times = steps - np.arange(np.clip(np.ceil(steps), 1, 3))
+    presses = np.array(list(itertools.product((-1, 0, 1), repeat=len(times))))
+    misses = np.abs(position + presses @ travelled(times) - target) + 0.1 * np.abs(presses).sum(1)  # calm if it can be
+    return MOVES[right * presses[np.argmin(misses), 0], 0]
+
+
+EXPERTS = {"Boxing": play_boxing, "Breakout": play_breakout, "Freeway": play_freeway, "Pong": play_pong}
+
+DOMAIN = Atari()
