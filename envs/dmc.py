@@ -334,12 +334,15 @@ def walk_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions:
 
 
 def stand_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """The task's reward, and a slope towards it: the height of torso over foot and the torso's uprightness."""
+    """The task's reward, and a slope towards it: torso high over foot and upright, hip stretched.
+
+    Without the last it may settle in a squat, its torso on the ground.
+    """
     tilt = np.cumsum(qpos[..., 2:7], axis=-1)  # rad, of torso, pelvis, thigh, calf and foot
     lengths = np.array([0.05 + 0.08, 0.2, 0.33, 0.32])  # m; 0.08 to the torso's centre of mass
     height = np.cos(tilt[..., :4]) @ lengths + 0.045 * np.sin(tilt[..., 4])
     reward = (height > 0.62) * (1 - 0.2 * np.mean(actions**2, axis=-1))
-    return reward + np.clip(height, -1, 0.7) + 0.2 * np.cos(tilt[..., 0])
+    return reward + np.clip(height, -1, 0.7) + 0.2 * np.cos(tilt[..., 0]) + 0.3 * np.cos(qpos[..., 4])
 
 
 def lqr(env: SeededDMControl, qpos: np.ndarray, state_cost: tuple[float, ...], control_cost: float) -> np.ndarray:
