@@ -171,7 +171,7 @@ def play_pong(ram: np.ndarray, executed: list[int]) -> int:
     if right > 0 and x > 40:
         steps = max(190 - x, 0) / (right * FRAME_SKIP)
         hit = _reflected(y + down * FRAME_SKIP * steps, 45.25, 205.5)
-        target = hit - (13.5 if hit < 150 else 0)  # the lower end, the upper end
+        target = hit - (13 if hit < 165 else 1)  # the lower end, the upper end
     action = _steer(paddle, executed, np.clip(target, 38, 203), steps, press=(0, 9, 19, 22), right=-1)
     return WITH_BUTTON[action] if right == 1 and x > 150 else action
 
@@ -206,7 +206,7 @@ def play_freeway(ram: np.ndarray, executed: list[int]) -> int:
     up, down = np.minimum(height + FRAME_SKIP, height[-1]), np.maximum(height - FRAME_SKIP, 6)
     cost = (height[-1] - height) / FRAME_SKIP  # steps to the top, if no car came after those planned here
     for step in range(40, 0, -1):
-        hit = np.zeros(12)
+        hit = np.zeros(12)  # the last two are no lanes: the pavements 10 and -1
         hit[:10] = np.abs((ram[108:118] + speeds * step) % 160 - 46) < 9
         cost = cost + 15 * hit[lane]  # a car throws it back by about a lane
         ways = np.stack([cost[up], cost, cost[down]])
@@ -250,7 +250,7 @@ def _steer(
         position += right * ACROSS[action] * (travelled(steps + age) - travelled(age))
     times = steps - np.arange(np.clip(np.ceil(steps), 1, 3))
     presses = np.array(list(itertools.product((-1, 0, 1), repeat=len(times))))
-    misses = np.abs(position + presses @ travelled(times) - target) + 0.1 * np.abs(presses).sum(1)  # calm if it can be
+    misses = np.abs(position + presses @ travelled(times) - target) + np.abs(presses).sum(1)  # calm: a press may stick
     return MOVES[right * presses[np.argmin(misses), 0], 0]
 
 
