@@ -35,17 +35,18 @@ def measure(task: str, episodes: int) -> dict[str, float]:
             env.action_space.seed(int(rng.integers(2**31)))
             observation, _ = env.reset(seed=episode_seed("collect", task, SEED, episode))
             expert = domain.expert(name, env)
-            total, ended, success = 0.0, False, False
+            total, ended, success = 0.0, False, None  # None: the environment does not say
             while not ended:
                 action = env.action_space.sample() if policy == "random" else expert(observation)
                 observation, reward, terminated, truncated, info = env.step(action)
                 total, ended = total + float(reward), terminated or truncated
-                success = success or bool(info.get("success", 0.0))
+                if "success" in info:
+                    success = bool(success) or bool(info["success"])
             totals.append(total)
             if policy == "expert":
                 solved.append(success)
     means = {policy: round(float(np.mean(totals)), 2) for policy, totals in returns.items()}
-    return means | {"expert_success_rate": round(float(np.mean(solved)), 3)}
+    return means | {"expert_success_rate": None if None in solved else round(float(np.mean(solved)), 3)}
 
 
 def main() -> None:
