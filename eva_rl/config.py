@@ -7,6 +7,8 @@ answers at once.
 from __future__ import annotations
 
 import contextlib
+import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -183,6 +185,7 @@ class FinetuneConfig:
     steps: int
     seed: int
     episodes: int
+    zero_shot: bool
     target_return: str | None
     video: bool
     workers: int | None
@@ -256,16 +259,23 @@ def entry_point(
         def task(config: DictConfig) -> None:
             nonlocal composed
             composed = True
+            if (
+                HydraConfig.get().mode == RunMode.MULTIRUN
+            ):  # a launcher's own would be unknown to processes started here
+                multiprocessing.set_start_method("spawn", force=True)
             try:  # here, because Hydra prints a line of its own for an exception that leaves the job
                 main(parse(config, schema))
                 sys.stdout.flush()
             except BrokenPipeError:  # `... | head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
-            except UserError as error:
-                sys.exit(f"error: {error}")
-            except OmegaConfBaseException as error:
-                sys.exit(f"error: {explain(error, schema)}")
+            except (UserError, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, UserError) else explain(error, schema)
+                if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs of the grid go on
+                    given = " ".join(HydraConfig.get().overrides.task)
+                    print(f"error: {said} ({given})", file=sys.stderr, flush=True)
+                    raise UserError("Not all runs of the grid ended well; those that did keep their results.") from None
+                sys.exit(f"error: {said}")
 
         def run() -> None:
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
@@ -277,6 +287,8 @@ def entry_point(
                 if composed:
                     raise
                 sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
+            except UserError as error:
+                sys.exit(f"error: {error}")
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
             except KeyboardInterrupt as interruption:
@@ -301,7 +313,8 @@ def choices(group: str) -> str:
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=str) if folder.is_dir() else []
     if not files:
         sys.exit(f"error: There is no section '{group}' to choose from.")
-    lines = [(Path(f.name).stem, f.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")) for f in files]
+    texts = {Path(f.name).stem: f.read_text(encoding="utf-8").removeprefix("# @package _global_\n") for f in files}
+    lines = [(name, text.partition("\n")[0].removeprefix("# ")) for name, text in texts.items()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {line}" for name, line in lines)
 
@@ -408,10 +421,16 @@ def to_yaml(config: Any) -> str:
 
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
-    free = ("run_dir", "output", "resume", "device", "episodes", "target_return", "video", "workers")
+    free = ("run_dir", "output", "resume", "device", "episodes", "zero_shot", "target_return", "video", "workers")
     settings = {name: value for name, value in _plain(config).items() if name not in free}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
+
+
+def protocol(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that decide a run's result, as result.json states them."""
+    settings = identity(config) | {"episodes": config.episodes, "target_return": config.target_return}
+    return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}))
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from eva_rl.errors import UserError
 
@@ -35,6 +37,32 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class InUseError(UserError):
+    """Another process works in the folder."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it, on this machine or others that share its file system, out of the folder.
+
+    Raises:
+        InUseError: if another process has it.
+    """
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InUseError(f"Another process works in '{folder}': let it finish, or name another folder.") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink()  # who waits for it makes another
+        with suppress(OSError):  # something came of it
+            folder.rmdir()
+        lock.release()
 
 
 def make_folder(path: Path) -> Path:

@@ -7,21 +7,30 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
-from eva_rl.config import FinetuneConfig, entry_point, identity, run_folder, to_yaml
+from eva_rl.config import FinetuneConfig, entry_point, identity, protocol, run_folder, to_yaml
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from eva_rl.rollout import Simulators
 
 
 @entry_point(FinetuneConfig, "finetune")
 def main(config: FinetuneConfig) -> None:
+    from eva_rl.files import InUseError, alone_in
     from eva_rl.rollout import Simulators
 
-    with Simulators(config.workers) as simulators:
-        finetune(config, simulators)
+    run_dir = run_folder(config.run_dir)
+    try:
+        with alone_in(run_dir), Simulators(config.workers) as simulators:
+            finetune(config, run_dir, simulators)
+    except InUseError:
+        if not config.resume:
+            raise
+        print(f"{run_dir}: left to another process, which is at it")
 
 
-def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
+def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> None:
     import torch
 
     from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
@@ -53,7 +62,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     tokens = eva_options.pop("tokens", "all")
     if eva_options:
         start = partial(start or starts.eva, settings=EvaSettings(**eva_options, seed=config.seed))
-    device, run_dir = choose_device(config.device), run_folder(config.run_dir)
+    device = choose_device(config.device)
     seeds, target = evaluation_seeds(config.task, config.seed, config.episodes), TargetReturn(config.target_return)
     if target.sweeps:
         raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
@@ -62,7 +71,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
     check_run_folder(run_dir, config.resume)
     earlier = {}
     if config.resume:
-        earlier = read_earlier(run_dir, config.task, method.name, config.base, config.seed, config.steps)
+        earlier = read_earlier(run_dir, protocol(config))
     if earlier.get("status") == "complete":
         return print(f"{run_dir}: finished earlier, its result stays; `python -m eva_rl.evaluate` scores it again")
     source = find_source(config.task, config.dataset)
@@ -94,7 +103,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         check_spaces(source.make_env, model.interfaces[interface.name])
 
     def play(policy):
-        if not seeds:
+        if not seeds or policy is None:
             return scores(None, None)
         jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
@@ -103,7 +112,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
             )
         return scores(episodes, source.score_scale)
 
-    zero_shot = play(model)
+    zero_shot = play(model if config.zero_shot or method.trainable == "none" else None)
 
     # Frozen base + batches -> adapter with initialised weights.
     adapter = None
@@ -137,6 +146,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators) -> None:
         "target_return": target_return,
         "trainable_parameters": trainable_parameters(model),
         "total_parameters": total_parameters,
+        "settings": protocol(config),
     }
 
     # Train, save, score again.

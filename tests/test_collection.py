@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from minari.dataset.minari_dataset import parse_dataset_id
@@ -387,3 +389,17 @@ def test_noise_replaces_that_share_of_the_choices():
 def test_noise_without_a_range_to_measure_it_by_is_refused(space, action):
     with pytest.raises(UserError, match=r"set noise=\[0\]"):
         collection._perturbed(action, 0.1, space, np.random.default_rng(0))
+
+
+def test_who_finds_another_collecting_waits_and_then_has_nothing_to_do(dummy_domain, datasets_root, staged):
+    recipe = Recipe("dummy/Steps-v0", episodes=2)
+    datasets_root.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(datasets_root / ".collecting.lock"):
+            waiting = pool.submit(collect, [recipe])
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+            collection._collect([recipe], 1)
+        assert waiting.result(timeout=60) == [recipe.dataset_id]
+    assert staged == [0, 1]
+    assert not (datasets_root / ".collecting.lock").exists()

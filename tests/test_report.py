@@ -1,64 +1,72 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from results import estimate, result, write_run
 
 from eva_rl.errors import UserError
 from eva_rl.report import Stopwatch, markdown
-from eva_rl.report.runs import read_results, table
+from eva_rl.report.runs import read_results, table, to_csv
 
 
-def write_run(folder: Path, **changes: object) -> Path:
-    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 20}
-    result = {
-        "task": "dummy/Steps-v0",
-        "adapter": "eva",
-        "base": "tiny",
-        "demonstrations": 4,
-        "steps": 10,
-        "learning_rate": 1e-3,
-        "seed": 0,
-        "success_rate": rate,
-        "normalized_score": None,
-        "zero_shot": {"success_rate": {**rate, "mean": 0.0}},
-        "seconds": {"init": 1.2, "train": 30.4},
-        "status": "complete",
-    }
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("")
-    (folder / "result.json").write_text(json.dumps(result | changes))
-    return folder
+def report(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "eva_rl.report", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_table_has_a_row_a_run_and_the_mean(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", task="dummy/Other-v0", success_rate={"mean": 1.0, "low": 0.8, "high": 1.0, "n": 20})
+    write_run(tmp_path / "a", result())
+    write_run(tmp_path / "b", result(task="dummy/Other-v0", success=1.0))
     results, left_out = read_results([tmp_path])
     assert left_out == []
     lines = table(results).splitlines()
     assert len(lines) == 2 + 2 + 1
-    assert "0.50 [0.25, 0.75]" in lines[3]
+    assert "0.50 [0.40, 0.60]" in lines[3]
     assert "mean of 2 runs" in lines[4]
     assert "0.750" in lines[4]
 
 
 def test_runs_of_other_settings_are_not_averaged_together(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", learning_rate=1e-2)
+    write_run(tmp_path / "a", result())
+    write_run(tmp_path / "b", result(learning_rate=1e-2, settings={"training.learning_rate": 1e-2}))
     means = [line for line in table(read_results([tmp_path])[0]).splitlines() if "mean of" in line]
     assert ["mean of 1 runs" in line for line in means] == [True, True]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "partial"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "partial"}', '{"status": "complete"}'])
 def test_runs_that_are_not_complete_are_named_and_left_out(tmp_path, content):
-    write_run(tmp_path / "whole")
-    broken = write_run(tmp_path / "broken")
-    (broken / "result.json").write_text(content)
+    write_run(tmp_path / "whole", result())
+    broken = write_run(tmp_path / "broken", content)
     results, left_out = read_results([tmp_path])
     assert len(results) == 1
     assert [str(broken) in sentence for sentence in left_out] == [True]
+
+
+def test_a_run_without_a_result_is_named(tmp_path):
+    write_run(tmp_path / "whole", result())
+    (write_run(tmp_path / "begun", result(seed=1)) / "result.json").unlink()
+    results, [sentence] = read_results([tmp_path])
+    assert len(results) == 1
+    assert "begun: not a complete" in sentence
+
+
+def test_the_same_run_twice_counts_once_and_is_named(tmp_path):
+    write_run(tmp_path / "a", result())
+    write_run(tmp_path / "b", result(success=0.9))
+    [kept], [sentence] = read_results([tmp_path])
+    assert kept["success_rate"]["mean"] == 0.5
+    assert f"{tmp_path / 'b'}: the same run as {tmp_path / 'a'}" in sentence
+
+
+def test_the_zero_shot_scores_a_run_left_to_the_untrained_one_are_taken_from_there(tmp_path):
+    write_run(tmp_path / "none", result("none", success=0.3, before=0.3))
+    write_run(tmp_path / "eva", result("eva", before=None))
+    write_run(tmp_path / "elsewhere", result("eva", "dummy/Other-v0", before=None))
+    found = {(r["adapter"], r["task"]): r["zero_shot"]["success_rate"] for r in read_results([tmp_path])[0]}
+    assert found["eva", "dummy/Steps-v0"] == estimate(0.3)
+    assert found["eva", "dummy/Other-v0"] is None
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -66,11 +74,72 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         read_results([tmp_path / "nowhere"])
 
 
-def test_the_command_answers_an_empty_folder_in_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "eva_rl.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_command_answers_an_empty_folder_in_one_sentence_and_writes_nothing(tmp_path):
+    done = report(tmp_path)
     assert done.returncode == 1
     assert done.stderr == "error: There is no complete fine-tuning run in these folders.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for adapter in ("none", "full", "lora", "eva"):
+        for task in ("dummy/A", "dummy/B"):
+            for seed in range(3):
+                curve = {25: rng.random(), 50: rng.random()}
+                run = result(adapter, task, seed, rng.random(), before=0.1 if adapter == "none" else None, curve=curve)
+                write_run(tmp_path / "study" / adapter / f"{task}-{seed}", run)
+    return tmp_path / "study"
+
+
+def test_the_report_of_a_folder_is_the_same_bytes_when_it_is_made_again(study, tmp_path):
+    for name in ("one", "two"):
+        done = report(study, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
+    names = {"scores", "curves", "pareto", "improvement"}
+    assert set(files) == {"report.md", "runs.csv", *(f"{n}.{kind}" for n in names for kind in ("png", "svg"))}
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_the_report_has_the_methods_the_tasks_and_every_run(study):
+    done = report(study)
+    assert done.returncode == 0, done.stderr
+    text = (study / "report" / "report.md").read_text()
+    for heading in ("interquartile mean", "area under curve", "steps to half of full", "P(row > column)", "## Runs"):
+        assert heading in text
+    assert text.count("dummy/A") == 12
+    assert len((study / "report" / "runs.csv").read_text().splitlines()) == 1 + 24
+
+
+def test_tensorboard_gets_every_runs_settings_and_scores(study):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert report(study).returncode == 0
+    folders = sorted((study / "report" / "hparams").iterdir())
+    assert len(folders) == 24
+    events = EventAccumulator(str(folders[0])).Reload()
+    assert "result/success_rate" in events.Tags()["scalars"]
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+
+def test_what_is_left_out_is_said_on_stderr_and_in_the_report(study):
+    (study / "eva" / "dummy" / "A-2" / "result.json").unlink()
+    done = report(study)
+    assert done.returncode == 0, done.stderr
+    assert "A-2: not a complete fine-tuning run" in done.stderr
+    assert "eva: missing dummy/A seed 2" in done.stderr
+    assert "- eva: missing dummy/A seed 2" in (study / "report" / "report.md").read_text()
+
+
+def test_a_csv_has_scores_and_settings_of_every_run():
+    runs = [result(), result("lora", seed=1, settings={"adapter.rank": 4}, normalized_score=None)]
+    header, first, second = (line.split(",") for line in to_csv(runs).splitlines())
+    assert dict(zip(header, first, strict=True))["success_rate_mean"] == "0.5"
+    assert dict(zip(header, second, strict=True))["adapter.rank"] == "4"
+    assert dict(zip(header, second, strict=True))["normalized_score_mean"] == ""
 
 
 def test_columns_of_a_markdown_table_are_aligned():

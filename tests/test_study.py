@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eva_rl.report.study import comparison, interquartile_mean, probability_of_improvement, stratified
+from eva_rl.report.study import interquartile_mean, probability_of_improvement, stratified
 
 TASKS = 10
 
@@ -65,46 +65,3 @@ def test_improvement_is_certain_even_or_impossible():
 def test_one_run_a_task_has_no_interval():
     found = stratified({"a": [0.5], "b": [0.7]})
     assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.6), None, None, 2)
-
-
-def result(adapter: str, task: str, seed: int, success: float, **changes: object) -> dict[str, object]:
-    rate = {"mean": success, "low": 0.0, "high": 1.0, "n": 20}
-    settings = {"base": "tiny", "steps": 10, "learning_rate": 1e-3}
-    return {"adapter": adapter, "task": task, "seed": seed, "success_rate": rate, **settings, **changes}
-
-
-def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
-    cells = [(task, seed) for task in ("a", "b") for seed in range(3)]
-    results = [result("eva", *cell, 0.9) for cell in cells] + [result("lora", *cell, 0.4) for cell in cells[:-1]]
-    [table], amiss = comparison(results, ("base", "steps"))
-    lines = table.splitlines()
-    assert lines[0] == "base tiny, steps 10"
-    assert "eva, rate 0.001" in lines[4]
-    assert "0.90 [0.90, 0.90]" in lines[4]
-    assert "| 5 " in lines[4]
-    assert "1.00 [1.00, 1.00]" in lines[5]
-    assert amiss == [
-        "eva, rate 0.001: b, seed 2 left out of the comparison (base tiny, steps 10): not all methods have it"
-    ]
-
-
-def test_runs_of_other_settings_are_compared_apart_and_one_method_alone_is_not():
-    results = [result(name, "a", seed, 0.5) for name in ("eva", "lora") for seed in range(2)]
-    results += [result("eva", "a", 0, 0.7, steps=20)]
-    tables, amiss = comparison(results, ("base", "steps"))
-    assert len(tables) == 1
-    assert amiss == []
-
-
-def test_methods_without_a_common_cell_are_not_compared():
-    tables, amiss = comparison([result("eva", "a", 0, 0.5), result("lora", "a", 1, 0.5)], ("base", "steps"))
-    assert tables == []
-    assert "share no task and seed" in amiss[-1]
-
-
-def test_the_same_runs_make_the_same_table_in_any_order():
-    rng = np.random.default_rng(0)
-    results = [
-        result(name, task, seed, rng.random()) for name in ("eva", "lora") for task in "abc" for seed in range(3)
-    ]
-    assert comparison(results, ("base",))[0] == comparison(results[::-1], ("base",))[0]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
-LEAVES = {"errors", "files", "interface", "seeding", "spaces"}
+LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 ROOMS = {"adapter", "configs", "data", "envs", "model", "report", "rollout", "training"}
 ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
 
@@ -43,7 +43,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "ray"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:

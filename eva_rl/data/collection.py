@@ -18,11 +18,13 @@ from typing import Any
 import gymnasium as gym
 import minari
 import numpy as np
+from filelock import FileLock
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 import eva_rl
+from eva_rl.cores import available_cores, one_core_each
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError
 from eva_rl.files import make_folder, replacing
@@ -67,14 +69,29 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     """Collect each recipe's dataset unless it is there already; return their Minari ids.
 
     Finished episodes survive an interruption and are not collected again. A dataset appears under its id only when it
-    is whole. Its content does not depend on `workers` (0: one process for each core).
+    is whole. Its content does not depend on `workers` (0: one process for each core). Of several processes that collect
+    at once, one does and the others wait for it.
     """
-    root = datasets_root()
+    if workers < 0:
+        raise UserError(f"workers={workers} was given where at least 0 was expected.")
     recipes = list(recipes)
-    missing = [recipe for recipe in dict.fromkeys(recipes) if not (root / recipe.dataset_id / "data").is_dir()]
-    for recipe in missing:
+    for recipe in (missing := _missing(recipes)):
         domain, name = find_task(recipe.task)
-        domain.make(name).close()  # a missing extra is met here, before any process starts
+        domain.make(name).close()  # a missing extra is met here, before anything is written
+    if missing:
+        with FileLock(make_folder(get_dataset_path()) / ".collecting.lock") as lock:
+            _collect(_missing(recipes), workers)
+            Path(lock.lock_file).unlink()  # who waits for it makes another
+    return [recipe.dataset_id for recipe in recipes]
+
+
+def _missing(recipes: Sequence[Recipe]) -> list[Recipe]:
+    root = datasets_root()
+    return [recipe for recipe in dict.fromkeys(recipes) if not (root / recipe.dataset_id / "data").is_dir()]
+
+
+def _collect(missing: Sequence[Recipe], workers: int) -> None:
+    for recipe in missing:
         make_folder(recipe.staging)
     jobs = [
         (recipe, episode)
@@ -83,8 +100,6 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
         if not _staged(recipe, episode).is_file()
     ]
     total = sum(recipe.episodes for recipe in missing)
-    if workers < 0:
-        raise UserError(f"workers={workers} was given where at least 0 was expected.")
     workers = min(workers or available_cores(), max(len(jobs), 1))
     with tqdm(total=total, initial=total - len(jobs), desc="collect", unit="episode", disable=not missing) as bar:
         # Ctrl-C reaches every process of the terminal; the parent alone answers it.
@@ -96,7 +111,8 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
             for recipe in missing:
                 if not unfinished[recipe]:  # interrupted between its last episode and its assembly
                     _assemble(recipe)
-            futures = {pool.submit(_stage_episode, *job, _staged(*job)): job[0] for job in jobs}
+            with one_core_each():
+                futures = {pool.submit(_stage_episode, *job, _staged(*job)): job[0] for job in jobs}
             for future in as_completed(futures):
                 future.result()
                 bar.update()
@@ -108,12 +124,6 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
                 shutil.rmtree(recipe.staging, ignore_errors=True)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    return [recipe.dataset_id for recipe in recipes]
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _staged(recipe: Recipe, episode: int) -> Path:

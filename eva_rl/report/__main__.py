@@ -1,27 +1,35 @@
-"""Runs -> Markdown tables, of the runs and of the methods: `python -m eva_rl.report runs/...`."""
+"""Runs -> tables, CSV, pictures and TensorBoard's HParams: `python -m eva_rl.report runs/...`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from eva_rl.errors import UserError
-from eva_rl.report.runs import read_results, table
-from eva_rl.report.study import comparison
+from eva_rl.report.document import document, save_report
+from eva_rl.report.methods import studies
+from eva_rl.report.runs import read_results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m eva_rl.report", description="Finished runs -> Markdown tables.")
+    parser = argparse.ArgumentParser("python -m eva_rl.report", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("folders", nargs="+", type=Path, help="folders with runs somewhere below them")
+    parser.add_argument(
+        "--output", type=Path, help="where the report is written; report/ in the first folder by default"
+    )
+    arguments = parser.parse_args()
     try:
-        results, left_out = read_results(parser.parse_args().folders)
+        results, left_out = read_results(arguments.folders)
         if not results:
             raise UserError("There is no complete fine-tuning run in these folders.")
+        compared = studies(results)
+        output = arguments.output or arguments.folders[0] / "report"
+        save_report(output, results, compared)
     except UserError as error:
         sys.exit(f"error: {error}")
-    tables, amiss = comparison(results, ("base", "demonstrations", "steps"))
-    for sentence in left_out + amiss:
+    for sentence in left_out + [sentence for study in compared for sentence in study.amiss]:
         print(sentence, file=sys.stderr)
-    print("\n\n".join([table(results), *tables]))
+    print(document(results, compared))
+    print(f"{output}: the same with pictures, CSV, and `tensorboard --logdir {output / 'hparams'}`")
 
 
 if __name__ == "__main__":

@@ -39,19 +39,29 @@ def run_result(
     }
 
 
-def read_earlier(run_dir: Path, task: str, adapter: str, base: str, seed: int, steps: int) -> dict[str, Any]:
+def read_earlier(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The result.json of a run that is to be resumed, as far as it got; empty if it has not written any.
 
     Raises:
-        UserError: if it is that of another run.
+        UserError: if it is that of a run with other settings.
     """
     path = run_dir / "result.json"
     earlier = read_json(path) if path.is_file() else {}
-    now = {"task": task, "adapter": adapter, "base": base, "seed": seed, "steps": steps}
-    changed = [f"{key}={earlier.get(key)} (now {value})" for key, value in now.items() if earlier.get(key) != value]
+    before, now = flat(earlier.get("settings", {})), flat(settings)
+    changed = [
+        f"{key}={before.get(key)} (now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
+    ]
     if earlier and changed:
-        raise UserError(f"'{path}' is the result of a run with {', '.join(changed)}: set another run_dir.")
+        raise UserError(f"'{path}' is the result of a run with {', '.join(changed[:4])}: set another run_dir.")
     return earlier
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names on the command line, such as `adapter.eva.rho`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:

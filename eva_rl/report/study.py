@@ -1,18 +1,15 @@
-"""Statistics of a study: several methods, each run on the same tasks with the same seeds.
+"""Statistics over many runs: a run counts as one number, and runs of several seeds as draws of their task.
 
-A method's scores are a list of runs for each task. Intervals are stratified bootstraps (Agarwal et al. 2021, arXiv
-2108.13264): runs are drawn again within each task.
+Intervals are stratified bootstraps (Agarwal et al. 2021, arXiv 2108.13264): runs are drawn again within each task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from eva_rl.report.statistics import Estimate
-from eva_rl.report.table import markdown
 
 DRAWS = 2000
 """Bootstrap samples of an interval."""
@@ -73,54 +70,6 @@ def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estim
         )
     low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
     return Estimate(float(np.mean(found)), float(low), float(high), sum(map(len, runs.values())))
-
-
-def comparison(results: Sequence[Mapping[str, Any]], alike: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tables of methods, one for each set of runs that have the settings `alike` in common; and what is amiss.
-
-    Only tasks and seeds that all methods of a table have count; the others are named.
-    """
-    groups: dict[tuple, dict[str, dict[tuple[str, int], float]]] = {}
-    for r in results:
-        if r["success_rate"] is not None:
-            methods = groups.setdefault(tuple(r[name] for name in alike), {})
-            name = f"{r['adapter']}, rate {r['learning_rate']:g}"
-            methods.setdefault(name, {})[r["task"], r["seed"]] = r["success_rate"]["mean"]
-    tables, amiss = [], []
-    for settings, methods in groups.items():
-        if len(methods) < 2:
-            continue
-        shared = set.intersection(*(set(cells) for cells in methods.values()))
-        where = ", ".join(f"{name} {value}" for name, value in zip(alike, settings, strict=True))
-        for name, cells in methods.items():
-            for task, seed in sorted(set(cells) - shared):
-                amiss.append(
-                    f"{name}: {task}, seed {seed} left out of the comparison ({where}): not all methods have it"
-                )
-        if not shared:
-            amiss.append(f"The methods of {where} share no task and seed: they are not compared.")
-            continue
-        runs = {
-            name: {
-                task: [cells[key] for key in sorted(shared) if key[0] == task]
-                for task in sorted({t for t, _ in shared})
-            }
-            for name, cells in methods.items()
-        }
-        best = max(runs, key=lambda name: stratified(runs[name]).mean)
-        rows = [
-            (
-                name,
-                stratified(own),
-                stratified(own, interquartile_mean),
-                None if name == best else probability_of_improvement(runs[best], own),
-                sum(map(len, own.values())),
-            )
-            for name, own in sorted(runs.items(), key=lambda item: -stratified(item[1]).mean)
-        ]
-        header = ["method", "mean success [95 %]", "interquartile mean [95 %]", f"P({best} > method)", "runs"]
-        tables.append(f"{where}\n\n{markdown(header, rows)}")
-    return tables, amiss
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from eva_rl.report.result import flat
+from eva_rl.report.scores import SCORES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,3 +41,20 @@ class TensorBoard:
 
     def __exit__(self, *_: object) -> None:
         self.writer.close()
+
+
+def write_hparams(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """What each run was made with and what came of it, for TensorBoard's HParams tab, in a folder of its own a run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, result in enumerate(results):
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat(result["settings"]).items()
+        }
+        found = {f"result/{name}": score["mean"] for name in SCORES if (score := result[name]) is not None}
+        found |= {f"seconds/{phase}": float(seconds) for phase, seconds in result["seconds"].items()}
+        found["trainable_parameters"] = float(result["trainable_parameters"])
+        name = f"{number:04d}-{result['adapter']}-{result['task'].replace('/', '-')}-{result['seed']}"
+        with SummaryWriter(str(folder / name)) as writer:
+            writer.add_hparams(settings, found, run_name=".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from eva_rl.cores import available_cores, one_core_each
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.spaces import flatten
 
@@ -162,7 +162,8 @@ class Simulator:
         self.board = _view(memory, sizes)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, memory, sizes), daemon=True)
-        self.process.start()
+        with one_core_each():
+            self.process.start()
         theirs.close()  # so that ours ends when the process does
 
     def send(self, message: Sequence[Job] | None) -> None:
@@ -216,10 +217,10 @@ class Simulators:
     """So many simulators, started when first needed and kept until `close`; 0: one in this process."""
 
     def __init__(self, workers: int | None = None):
-        self.workers = (os.cpu_count() or 1) if workers is None else workers
+        self.workers = available_cores() if workers is None else workers
         if self.workers < 0:
             raise UserError(f"workers={workers} was given where a whole number of at least 0 was expected.")
-        if self.workers > (cores := os.cpu_count() or 1):
+        if self.workers > (cores := available_cores()):
             warnings.warn(
                 f"workers={workers} was given on {cores} cores: simulators beyond these wait for each other.",
                 stacklevel=2,

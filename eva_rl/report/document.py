@@ -1,0 +1,59 @@
+"""A report of many runs: one Markdown document with its pictures, a CSV, and TensorBoard's HParams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eva_rl.files import make_folder, replacing, write_text
+from eva_rl.report.methods import Study, improvement_table, method_table, task_table
+from eva_rl.report.plots import plots, to_png, to_svg
+from eva_rl.report.runs import table, to_csv
+from eva_rl.report.tensorboard import write_hparams
+
+
+def save_report(output: Path, results: Sequence[Mapping[str, Any]], studies: Sequence[Study]) -> None:
+    """Write `report.md`, `runs.csv`, every picture as PNG and SVG, and `hparams/`.
+
+    The same runs make the same bytes with the same versions of matplotlib, but for `hparams/`, which holds times.
+
+    Raises:
+        UserError: if files can't be written there.
+    """
+    make_folder(output)
+    pictures: dict[str, Any] = {}
+    for number, study in enumerate(studies, start=1):
+        ending = f"-{number}" if len(studies) > 1 else ""
+        pictures |= {f"{name}{ending}": figure for name, figure in drawn(study).items()}
+    for name, figure in pictures.items():
+        for kind, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
+            with replacing(output / f"{name}.{kind}") as temporary:
+                temporary.write_bytes(content)
+    write_text(output / "runs.csv", to_csv(results))
+    write_text(output / "report.md", document(results, studies, pictures=True) + "\n")
+    with replacing(output / "hparams") as temporary:
+        write_hparams(temporary, results)
+
+
+def drawn(study: Study) -> Mapping[str, Any]:
+    return plots(study) if len(study.methods) > 1 else {}
+
+
+def document(results: Sequence[Mapping[str, Any]], studies: Sequence[Study], pictures: bool = False) -> str:
+    """The report as Markdown: for each protocol its methods, then all runs."""
+    parts = []
+    for number, study in enumerate(studies, start=1):
+        if len(study.methods) < 2:
+            continue
+        about = f"{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}"
+        parts.append(f"## {study.title or 'Methods'}\n\n{about}; 95 % intervals by stratified bootstrap over runs.")
+        parts += [method_table(study), task_table(study), improvement_table(study)]
+        ending = f"-{number}" if len(studies) > 1 else ""
+        if pictures:
+            parts += [f"![{name}]({name}{ending}.png)" for name in drawn(study)]
+        if study.amiss:
+            parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
+    if pictures or not parts:
+        parts += ["## Runs", table(results)] if parts else [table(results)]
+    return "\n\n".join(parts)

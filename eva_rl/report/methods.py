@@ -1,0 +1,238 @@
+"""Finished runs -> methods compared: on the tasks and seeds that all of them have, under one protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from eva_rl.report.result import flat
+from eva_rl.report.statistics import Estimate
+from eva_rl.report.study import Runs, average, interquartile_mean, probability_of_improvement, stratified
+from eva_rl.report.table import markdown
+
+REFERENCE = "full"
+"""The method whose final score the others' learning curves are measured by."""
+METHOD = ("adapter.", "training.learning_rate")
+"""Settings that belong to a method; the others but task and seed are the protocol."""
+
+
+@dataclass
+class Study:
+    """Methods that were run under one protocol, which is all settings but the method's, the task and the seed."""
+
+    protocol: dict[str, Any]
+    score: str
+    """The score they are compared by: the first of success rate and normalised score that all runs have."""
+    methods: dict[str, list[Mapping[str, Any]]]
+    """Each method's runs on the tasks and seeds that all methods have."""
+    title: str = ""
+    """In what its protocol differs from those of the other studies."""
+    amiss: list[str] = field(default_factory=list)
+    """What was left out, a sentence each."""
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({run["task"] for runs in self.methods.values() for run in runs})
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run["seed"] for runs in self.methods.values() for run in runs})
+
+    def scores(self, method: str) -> dict[str, list[float]]:
+        """Each task's scores, a run each."""
+        return self._by_task(method, lambda run: run[self.score]["mean"])
+
+    def estimate(self, runs: Runs, statistic: Callable[[np.ndarray], np.ndarray] = average) -> Estimate:
+        """A statistic of these runs' scores with its interval, which for success rates lies within 0 and 1."""
+        found = stratified(runs, statistic)
+        if self.score != "success_rate" or found.low is None:
+            return found
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+    def areas(self, method: str) -> dict[str, list[float]] | None:
+        """Each task's areas under the learning curve, from 0 to the last step, as a mean over the steps."""
+        curves = [self.curve(run) for run in self.methods[method]]
+        if not all(curves) or any(len(curve) < 3 for curve in curves):
+            return None
+        return self._by_task(method, lambda run: area(self.curve(run)))
+
+    def curve(self, run: Mapping[str, Any]) -> list[tuple[int, float]] | None:
+        """(steps, score) from zero-shot to the end; None where the run has no zero-shot score."""
+        before = run["zero_shot"][self.score]
+        if before is None:
+            return None
+        points = {0: before["mean"]}
+        points |= {int(step): found[self.score]["mean"] for step, found in run["curve"].items()}
+        return sorted((points | {run["steps"]: run[self.score]["mean"]}).items())
+
+    def mean_curve(self, method: str) -> list[tuple[int, float]]:
+        """The mean of the runs' learning curves, at the steps that all of them have; empty if they have none."""
+        curves = [dict(self.curve(run) or ()) for run in self.methods[method]]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return [(step, float(np.mean([curve[step] for curve in curves]))) for step in steps]
+
+    def ranked(self) -> list[str]:
+        """The methods, the best mean first."""
+        return sorted(self.methods, key=lambda method: (-stratified(self.scores(method)).mean, method))
+
+    def _by_task(self, method: str, value: Any) -> dict[str, list[float]]:
+        runs = self.methods[method]
+        return {task: [value(run) for run in runs if run["task"] == task] for task in self.tasks}
+
+
+def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
+    """The protocols among these runs, each with its methods.
+
+    Methods of one name are told apart by the settings in which they differ. Runs on tasks or seeds that not all methods of
+    a protocol have, and runs without the score that the others have, are left out and named.
+    """
+    protocols: dict[str, list[Mapping[str, Any]]] = {}
+    for run in results:
+        protocols.setdefault(json.dumps(_protocol(run), sort_keys=True), []).append(run)
+    found = [_study(json.loads(protocol), runs) for protocol, runs in sorted(protocols.items())]
+    differs = _differing([study.protocol for study in found])
+    for study in found:
+        study.title = ", ".join(f"{name}={study.protocol.get(name)}" for name in differs)
+    return found
+
+
+def _protocol(run: Mapping[str, Any]) -> dict[str, Any]:
+    settings = flat(run["settings"])
+    return {k: v for k, v in settings.items() if k not in ("task", "seed") and not k.startswith(METHOD)}
+
+
+def _study(protocol: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> Study:
+    score = "success_rate"
+    if any(run["success_rate"] is None for run in runs) and any(run["normalized_score"] is not None for run in runs):
+        score = "normalized_score"
+    amiss, cells = [], {}
+    for label, run in zip(_labels(runs), runs, strict=True):
+        if run[score] is None:
+            amiss.append(f"{label}: {run['task']}, seed {run['seed']} left out: it has no {score.replace('_', ' ')}")
+        else:
+            cells.setdefault(label, {})[run["task"], run["seed"]] = run
+    shared = set.intersection(*map(set, cells.values())) if cells else set()
+    if cells and not shared:
+        amiss.append(f"{', '.join(sorted(cells))} have no task and seed in common: they are not compared")
+    everywhere = set().union(*cells.values())
+    for label, own in sorted(cells.items()):
+        missing = _cells_in_words(everywhere - set(own))
+        if missing:
+            amiss.append(f"{label}: missing {missing}; for all methods left out of the comparison")
+    for task in sorted({task for task, _ in shared}):
+        absent = sorted({seed for _, seed in shared} - {seed for other, seed in shared if other == task})
+        if absent:
+            amiss.append(f"{task}: seeds {', '.join(map(str, absent))} are missing, its mean is of the others")
+    methods = {label: [own[cell] for cell in sorted(shared)] for label, own in sorted(cells.items())}
+    return Study(protocol, score, methods if shared else {}, amiss=amiss)
+
+
+def _cells_in_words(cells: set[tuple[str, int]]) -> str:
+    seeds: dict[str, list[int]] = {}
+    for task, seed in sorted(cells):
+        seeds.setdefault(task, []).append(seed)
+    return "; ".join(f"{task} seed {', '.join(map(str, own))}" for task, own in seeds.items())
+
+
+def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for the method of each run: the adapter's, and where several differ in it, the settings that tell them apart."""
+    settings = [{k: v for k, v in flat(run["settings"]).items() if k.startswith(METHOD)} for run in runs]
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        variants.setdefault(run["adapter"], []).append(own)
+    differs = {name: _differing(own) for name, own in variants.items()}
+    return [
+        ", ".join([run["adapter"], *(f"{k.removeprefix('adapter.')}={own.get(k)}" for k in differs[run["adapter"]])])
+        for run, own in zip(runs, settings, strict=True)
+    ]
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = sorted(set().union(*settings))
+    return [name for name in names if len({json.dumps(own.get(name)) for own in settings}) > 1]
+
+
+def area(curve: Sequence[tuple[int, float]]) -> float:
+    """The mean height of a curve of straight lines through these points."""
+    steps, heights = np.array(curve, float).T
+    return float((np.diff(steps) * (heights[1:] + heights[:-1]) / 2).sum() / (steps[-1] - steps[0]))
+
+
+def steps_to(curve: Sequence[tuple[int, float]], level: float) -> float | None:
+    """Where a curve of straight lines through these points first reaches the level."""
+    before = None
+    for step, height in curve:
+        if height >= level:
+            return (
+                float(step)
+                if before is None
+                else before[0] + (step - before[0]) * (level - before[1]) / (height - before[1])
+            )
+        before = step, height
+    return None
+
+
+def method_table(study: Study) -> str:
+    """A row a method: its scores over all tasks, how fast it learned, what it cost."""
+    best = study.ranked()[0]
+    reference = study.methods.get(REFERENCE)
+    goal = stratified(study.scores(REFERENCE)).mean if reference else None
+    rows = []
+    for name in study.ranked():
+        runs, own = study.methods[name], study.scores(name)
+        areas, curve = study.areas(name), study.mean_curve(name)
+        reached = [None if goal is None or len(curve) < 3 else steps_to(curve, part * goal) for part in (0.5, 0.9)]
+        rows.append(
+            (
+                name,
+                study.estimate(own),
+                study.estimate(own, interquartile_mean),
+                None if name == best else probability_of_improvement(study.scores(best), own),
+                None if areas is None else study.estimate(areas),
+                *(None if steps is None else f"{steps:.0f}" for steps in reached),
+                f"{np.mean([run['trainable_parameters'] for run in runs]):,.0f}",
+                f"{_seconds(runs, 'init'):.1f}",
+                f"{_seconds(runs, 'train'):.0f}",
+                len(runs),
+            )
+        )
+    score = study.score.replace("_", " ")
+    header = ["method", f"mean {score}", "interquartile mean", f"P({best} > method)", "area under curve"]
+    header += [f"steps to half of {REFERENCE}", f"to 90 % of {REFERENCE}", "weights", "init s", "train s", "runs"]
+    return markdown(header, rows)
+
+
+def task_table(study: Study) -> str:
+    """A row a method, a column a task."""
+    short = [task.partition("/")[2] for task in study.tasks]
+    rows = [
+        (
+            name,
+            *(study.estimate({task: study.scores(name)[task]}) for task in study.tasks),
+            f"{stratified(study.scores(name)).mean:.3f}",
+        )
+        for name in study.ranked()
+    ]
+    return markdown(["method", *short, "mean"], rows)
+
+
+def improvement_table(study: Study) -> str:
+    """The probability that the row's method scores more than the column's on the same task."""
+    names = study.ranked()
+    rows = [
+        (row, *(None if row == column else f"{improvement(study, row, column).mean:.2f}" for column in names))
+        for row in names
+    ]
+    return markdown(["P(row > column)", *names], rows)
+
+
+def improvement(study: Study, method: str, other: str) -> Estimate:
+    return probability_of_improvement(study.scores(method), study.scores(other))
+
+
+def _seconds(runs: Sequence[Mapping[str, Any]], phase: str) -> float:
+    return float(np.median([run["seconds"][phase] for run in runs]))

@@ -1,0 +1,162 @@
+"""Methods compared, drawn: scores with their intervals, learning curves, what a score costs, who beats whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eva_rl.report.methods import Study, improvement
+from eva_rl.report.study import average, interquartile_mean
+
+if TYPE_CHECKING:  # importing matplotlib takes seconds
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plots(study: Study) -> Mapping[str, Figure]:
+    """The pictures of a study, by name."""
+    found = {"scores": scores_plot(study), "pareto": pareto_plot(study), "improvement": improvement_plot(study)}
+    if any(len(study.mean_curve(method)) > 2 for method in study.methods):
+        found["curves"] = curves_plot(study)
+    return found
+
+
+def scores_plot(study: Study) -> Figure:
+    """Mean and interquartile mean of each method, and its mean on each task."""
+    from matplotlib.figure import Figure
+
+    names = study.ranked()
+    figure = Figure(figsize=(12, 1.5 + 0.33 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 3))
+    for axes, statistic, title in zip(
+        panels, (average, interquartile_mean), ("mean", "interquartile mean"), strict=False
+    ):
+        for place, name in enumerate(names):
+            found = study.estimate(study.scores(name), statistic)
+            spread = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
+            axes.errorbar(found.mean, place, xerr=spread, fmt="o", color=_color(name), markersize=4, capsize=2)
+        axes.set(xlabel=f"{title} of the {study.score.replace('_', ' ')}", yticks=range(len(names)), yticklabels=names)
+        axes.grid(axis="x", alpha=0.3)
+    grid = np.array([[np.mean(study.scores(name)[task]) for task in study.tasks] for name in names])
+    image = panels[2].imshow(grid, aspect="auto", cmap="viridis", vmin=min(0.0, grid.min()), vmax=max(1.0, grid.max()))
+    short = [task.partition("/")[2] for task in study.tasks]
+    panels[2].set_xticks(range(len(short)), short, rotation=40, ha="right", fontsize=8)
+    _numbers(panels[2], grid)
+    figure.colorbar(image, ax=panels[2], label=study.score.replace("_", " "))
+    return figure
+
+
+def curves_plot(study: Study) -> Figure:
+    """The mean learning curve of each method, and below it those of each task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for name, style in zip(study.ranked(), _styles(), strict=False):
+        curve = study.mean_curve(name)
+        if len(curve) > 1:
+            axes.plot(*zip(*curve, strict=True), label=name, **style)
+    axes.set(xlabel="optimiser steps", ylabel=f"{study.score.replace('_', ' ')}, mean of {len(study.tasks)} tasks")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def pareto_plot(study: Study) -> Figure:
+    """Mean score against trainable weights and against seconds; a line joins the methods that none beats in both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    costs = {
+        "trainable weights": lambda run: run["trainable_parameters"],
+        "seconds of initialising and training": lambda run: run["seconds"]["init"] + run["seconds"]["train"],
+    }
+    for axes, (label, cost) in zip(panels, costs.items(), strict=True):
+        points = {
+            name: (float(np.median([cost(run) for run in runs])), study.estimate(study.scores(name)))
+            for name, runs in study.methods.items()
+        }
+        for name, (x, found) in points.items():
+            spread = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
+            axes.errorbar(x, found.mean, yerr=spread, fmt="o", color=_color(name), markersize=5, alpha=0.7)
+        front = pareto_front({name: (x, found.mean) for name, (x, found) in points.items()})
+        axes.step(*zip(*[(points[n][0], points[n][1].mean) for n in front], strict=True), "k:", where="post", alpha=0.5)
+        for name in points if len(points) < 8 else front:
+            x, found = points[name]
+            axes.annotate(name, (x, found.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if label == "trainable weights":
+            axes.set_xscale("symlog", linthresh=10_000, linscale=0.3)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"mean {study.score.replace('_', ' ')} with its 95 % interval")
+    return figure
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of those (cost, score) that no other reaches at the same cost or less, the cheapest first."""
+    front: list[str] = []
+    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if not front or score > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
+def improvement_plot(study: Study) -> Figure:
+    """How likely the row's method scores more than the column's on the same task; bold where the interval excludes a half."""
+    from matplotlib.figure import Figure
+
+    names = study.ranked()
+    found = [[None if a == b else improvement(study, a, b) for b in names] for a in names]
+    grid = np.array([[0.5 if cell is None else cell.mean for cell in row] for row in found])
+    figure = Figure(figsize=(3 + 0.5 * len(names), 2 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    sure = np.array([[cell is not None and (cell.low > 0.5 or cell.high < 0.5) for cell in row] for row in found])
+    _numbers(axes, grid, sure)
+    figure.colorbar(image, ax=axes, label="P(row > column)")
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    return _saved(figure, "png", {"Software": None})
+
+
+def to_svg(figure: Figure) -> bytes:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "eva_rl", "svg.fonttype": "none"}):  # the same file each time
+        return _saved(figure, "svg", {"Date": None, "Creator": None})
+
+
+def _saved(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
+    stream = BytesIO()
+    figure.savefig(stream, format=kind, dpi=110, metadata=metadata)
+    return stream.getvalue()
+
+
+def _numbers(axes: Axes, grid: np.ndarray, bold: np.ndarray | None = None) -> None:
+    low, high = grid.min(), grid.max()
+    for (row, column), value in np.ndenumerate(grid):
+        weight = "bold" if bold is not None and bold[row, column] else "normal"
+        middling = (
+            bold is not None and 0.2 < value < 0.8
+        )  # the ends of this colour map are dark, of the other the low one
+        dark = not middling if bold is not None else value < (low + high) / 2
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, weight=weight, color="w" if dark else "k"
+        )
+
+
+def _color(name: str) -> str:
+    """EVA and its relatives stand out."""
+    return "C3" if name.startswith("eva") else "C0"
+
+
+def _styles() -> list[dict[str, str]]:
+    return [{"color": f"C{n % 10}", "linestyle": ("-", "--", ":")[n // 10 % 3], "marker": "."} for n in range(60)]

@@ -1,0 +1,167 @@
+"""Grids of fine-tuning runs: through Hydra's multirun and its launchers, from several processes, killed and begun again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eva_rl.errors import UserError
+from eva_rl.files import InUseError, alone_in
+
+TASK = "dummy/Steps-v0"
+QUICK = ["steps=2", "episodes=2", "workers=0", "training.batch_size=4", "training.warmup=1", "resume=true"]
+FOLDERS = "run_dir=grid/${adapter.name}-${seed}"
+
+
+@pytest.fixture
+def base(run, dummy_domain, tmp_path) -> Path:
+    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=2", "training.batch_size=4"]
+    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
+    assert status == 0, err
+    return tmp_path / "pretrained" / "model"
+
+
+def finished(folder: Path) -> dict[str, dict]:
+    """The results below a folder, by the names of their runs."""
+    found = {
+        path.parent.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("result.json")
+    }
+    return {name: result for name, result in found.items() if result["status"] == "complete"}
+
+
+def without_times(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name not in ("seconds", "peak_memory_mib")}
+
+
+def test_a_grid_has_a_run_for_each_combination_and_finished_ones_are_not_run_again(run, base):
+    arguments = ["-m", f"task={TASK}", f"base={base}", "adapter=eva,lora", "seed=0,1", FOLDERS, *QUICK]
+    status, _, err = run("finetune", *arguments)
+    assert status == 0, err
+    assert set(finished(Path("grid"))) == {"eva-0", "eva-1", "lora-0", "lora-1"}
+    before = {path: path.stat().st_mtime_ns for path in Path("grid").rglob("result.json")}
+    status, out, err = run("finetune", *arguments)
+    assert status == 0, err
+    assert out.count("finished earlier") == 4
+    assert {path: path.stat().st_mtime_ns for path in Path("grid").rglob("result.json")} == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
+    grid = [f"task={TASK}", f"base={base}", "adapter=eva,lora", "demonstrations=4,-1", FOLDERS + "-${demonstrations}"]
+    status, _, err = run("finetune", "-m", *grid, *QUICK)
+    assert status == 1
+    assert "Traceback" not in err
+    assert err.count("error: episodes=-1 was given") == 2
+    assert f"(task={TASK} base={base} adapter=eva demonstrations=-1" in err
+    assert "error: Not all runs of the grid ended well" in err
+    assert set(finished(Path("grid"))) == {"eva-0-4", "lora-0-4"}
+
+
+def test_a_study_is_one_word(run, base, monkeypatch):
+    status, out, _ = run("finetune", "study=?")
+    assert status == 0
+    assert out.startswith("cw10  ")
+    grid = [f"task={TASK}", f"base={base}", "study=cw10", "hydra.sweeper.params={adapter: 'none,lora', seed: '0,1'}"]
+    status, _, err = run("finetune", *grid, FOLDERS, *QUICK, "training.evaluate_every=1", "demonstrations=4")
+    assert status == 0, err
+    found = finished(Path("grid"))
+    assert set(found) == {"none-0", "none-1", "lora-0", "lora-1"}
+    assert found["lora-0"]["zero_shot"]["success_rate"] is None
+    assert found["none-0"]["success_rate"]["n"] == 2
+    assert list(found["lora-0"]["curve"]) == ["1"]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=busy", *QUICK]
+    with alone_in(Path("busy")):
+        status, out, err = run("finetune", *arguments)
+        assert status == 0, err
+        assert "busy: left to another process" in out
+        status, _, err = run("finetune", *arguments, "resume=false")
+        assert status == 1
+        assert "Another process works in 'busy'" in err
+        assert not Path("busy/result.json").exists()
+    assert run("finetune", *arguments)[0] == 0
+    assert set(finished(Path("busy"))) == {"."}
+
+
+def test_a_folder_in_which_nothing_came_about_goes(tmp_path):
+    with pytest.raises(UserError, match="a mistake"), alone_in(tmp_path / "run"):
+        raise UserError("a mistake")
+    assert not (tmp_path / "run").exists()
+    with alone_in(tmp_path / "run"):
+        (tmp_path / "run" / "result.json").write_text("{}")
+        with pytest.raises(InUseError, match="Another process works"), alone_in(tmp_path / "run"):
+            pass
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("setting", ["seed=7", "episodes=5", "training.learning_rate=0.5", "adapter.rank=3"])
+def test_a_finished_run_is_not_taken_for_one_of_other_settings(run, base, setting):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", *QUICK]
+    assert run("finetune", *arguments)[0] == 0
+    for checkpoint in Path("run/checkpoints").iterdir():
+        checkpoint.unlink()
+    status, _, err = run("finetune", *arguments, setting)
+    assert status == 1
+    assert "is the result of a run with " in err
+    assert f"{setting.partition('=')[0]}=" in err
+
+
+GRID = ["-m", "-m", "eva_rl.finetune", "-m", "task=gym/CartPole-v1", "demonstrations=2", "adapter=none,lora,eva"]
+GRID += ["seed=0,1", "zero_shot=false", "training.checkpoint_every=1", "training.evaluate_every=2", "steps=4"]
+GRID += ["episodes=2", "workers=0", "training.batch_size=2", "training.warmup=1", "resume=true"]
+
+
+def launch(folder: Path, *options: str) -> subprocess.Popen:
+    arguments = [*GRID[1:], f"run_dir={folder}/${{adapter.name}}-${{seed}}", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+
+
+def test_a_launcher_runs_a_grid_in_several_processes(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    grid = launch(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "adapter=none,lora", "seed=0")
+    _, err = grid.communicate(timeout=300)
+    assert grid.returncode == 0, err.decode()
+    assert set(finished(tmp_path)) == {"none-0", "lora-0"}
+
+
+@pytest.mark.slow
+def test_two_launchers_on_one_folder_share_the_work(tmp_path):
+    grids = [launch(tmp_path / "grid") for _ in range(2)]
+    for grid in grids:
+        _, err = grid.communicate(timeout=600)
+        assert grid.returncode == 0, err.decode()
+    alone = launch(tmp_path / "alone")
+    alone.communicate(timeout=600)
+    one, two = finished(tmp_path / "grid"), finished(tmp_path / "alone")
+    assert {n: without_times(r) for n, r in one.items()} == {n: without_times(r) for n, r in two.items()}
+    assert len(one) == 6
+
+
+@pytest.mark.slow
+def test_a_grid_killed_ten_times_ends_as_one_that_never_was(tmp_path):
+    whole = launch(tmp_path / "whole")
+    begun = time.monotonic()
+    _, err = whole.communicate(timeout=600)
+    assert whole.returncode == 0, err.decode()
+    length, rng = time.monotonic() - begun, random.Random(0)
+    for _ in range(10):
+        grid = launch(tmp_path / "killed")
+        time.sleep(rng.uniform(0.3, 1.0) * length)
+        os.killpg(grid.pid, signal.SIGKILL)
+        grid.communicate()
+    last = launch(tmp_path / "killed")
+    _, err = last.communicate(timeout=600)
+    assert last.returncode == 0, err.decode()
+    one, two = finished(tmp_path / "whole"), finished(tmp_path / "killed")
+    assert len(one) == 6
+    assert {n: without_times(r) for n, r in one.items()} == {n: without_times(r) for n, r in two.items()}

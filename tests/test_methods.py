@@ -1,0 +1,115 @@
+"""Runs are compared where they can be, and what can't be is named."""
+
+import pytest
+from results import result
+
+from eva_rl.report.methods import area, method_table, steps_to, studies, task_table
+from eva_rl.report.plots import pareto_front
+
+CELLS = [(task, seed) for task in ("d/a", "d/b") for seed in range(3)]
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """A Markdown table's rows by their first cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
+    results = [result("eva", *cell, 0.9) for cell in CELLS] + [result("lora", *cell, 0.4) for cell in CELLS[:-1]]
+    [study] = studies(results)
+    assert study.ranked() == ["eva", "lora"]
+    assert {name: len(runs) for name, runs in study.methods.items()} == {"eva": 5, "lora": 5}
+    assert study.amiss == [
+        "lora: missing d/b seed 2; for all methods left out of the comparison",
+        "d/b: seeds 2 are missing, its mean is of the others",
+    ]
+    found = rows(method_table(study))
+    assert found["eva"][0] == "0.90 [0.90, 0.90]"
+    assert found["lora"][2] == "1.00 [1.00, 1.00]"
+
+
+@pytest.mark.parametrize("setting", ["steps", "episodes", "training.batch_size", "base", "demonstrations"])
+def test_runs_of_other_protocols_are_never_compared_with_each_other(setting):
+    results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]
+    results += [result(name, *cell, 1.0, settings={setting: 7}) for name in ("eva", "lora") for cell in CELLS]
+    found = studies(results)
+    assert len(found) == 2
+    assert sorted(study.title.partition("=")[0] for study in found) == [setting, setting]
+    assert f"{setting}=7" in {study.title for study in found}
+    for study in found:
+        assert {run["success_rate"]["mean"] for runs in study.methods.values() for run in runs} in ({0.5}, {1.0})
+
+
+def test_methods_of_one_name_are_told_apart_by_what_differs():
+    results = [result("eva", *cell, settings={"adapter.rank": rank}) for rank in (2, 8) for cell in CELLS]
+    results += [result("lora", *cell) for cell in CELLS]
+    [study] = studies(results)
+    assert set(study.methods) == {"eva, rank=2", "eva, rank=8", "lora"}
+
+
+def test_methods_without_a_common_cell_are_not_compared():
+    [study] = studies([result("eva", "d/a", 0), result("lora", "d/a", 1)])
+    assert study.methods == {}
+    assert "have no task and seed in common" in study.amiss[0]
+
+
+def test_tasks_without_success_are_compared_by_normalised_score():
+    results = [
+        result(name, *cell, success, success_rate=None)
+        for name, success in (("eva", 0.7), ("lora", 0.2))
+        for cell in CELLS
+    ]
+    results.append(result("eva", "d/c", 0, success_rate=None, normalized_score=None))
+    [study] = studies(results)
+    assert study.score == "normalized_score"
+    assert "eva: d/c, seed 0 left out: it has no normalized score" in study.amiss
+    assert study.ranked() == ["eva", "lora"]
+
+
+def test_an_interval_of_a_success_rate_ends_where_rates_do():
+    results = [
+        result(name, "d/a", seed, success) for name in ("eva", "lora") for seed, success in enumerate((0.9, 1.0))
+    ]
+    [study] = studies(results)
+    assert study.estimate(study.scores("eva")).high == 1.0
+
+
+def test_the_area_under_a_curve_is_its_mean_height():
+    assert area([(0, 0.0), (100, 1.0)]) == pytest.approx(0.5)
+    assert area([(0, 0.2), (50, 0.2), (200, 0.2)]) == pytest.approx(0.2)
+    assert area([(0, 0.0), (50, 1.0), (100, 1.0)]) == pytest.approx(0.75)
+
+
+def test_the_first_step_at_a_level_lies_on_the_line_between_two_evaluations():
+    curve = [(0, 0.1), (50, 0.3), (100, 0.2), (150, 0.8)]
+    assert steps_to(curve, 0.2) == pytest.approx(25)
+    assert steps_to(curve, 0.5) == pytest.approx(125)
+    assert steps_to(curve, 0.1) == 0
+    assert steps_to(curve, 0.9) is None
+
+
+def test_learning_curves_run_from_zero_shot_to_the_end_and_are_measured_by_full_fine_tuning():
+    slow, fast = {25: 0.2, 50: 0.4, 75: 0.6}, {40: 0.8, 75: 0.8}
+    results = [result("full", *cell, 0.8, curve=slow) for cell in CELLS]
+    results += [result("eva", *cell, 0.8, curve=fast) for cell in CELLS]
+    [study] = studies(results)
+    assert dict(study.mean_curve("full")) == pytest.approx({0: 0.0, 25: 0.2, 50: 0.4, 75: 0.6, 100: 0.8})
+    header, *_ = method_table(study).splitlines()
+    half = [cell.strip() for cell in header.strip("|").split("|")].index("steps to half of full") - 1
+    found = rows(method_table(study))
+    assert (found["full"][half], found["full"][half + 1]) == ("50", "90")
+    assert (found["eva"][half], found["eva"][half + 1]) == ("20", "36")
+    assert study.areas("full")["d/a"] == pytest.approx([0.4] * 3)
+
+
+def test_a_table_of_tasks_has_a_column_each():
+    results = [result(name, *cell, 0.5 + (cell[0] == "d/b") / 4) for name in ("eva", "lora") for cell in CELLS]
+    found = rows(task_table(studies(results)[0]))
+    assert found["method"] == ["a", "b", "mean"]
+    assert found["eva"] == ["0.50 [0.50, 0.50]", "0.75 [0.75, 0.75]", "0.625"]
+
+
+def test_a_pareto_front_holds_what_nothing_cheaper_reaches():
+    points = {"none": (0, 0.1), "cheap": (10, 0.8), "worse": (20, 0.7), "equal": (30, 0.8), "dear": (40, 0.9)}
+    assert pareto_front(points) == ["none", "cheap", "dear"]
