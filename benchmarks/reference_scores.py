@@ -1,4 +1,4 @@
-"""Mean returns of random actions and of the expert on every task of a domain, written to envs/<domain>_scores.json.
+"""Mean returns of random actions and of the expert on every task of a domain, with 95 % intervals: envs/<domain>_scores.json.
 
     python -m benchmarks.reference_scores metaworld
 
@@ -17,14 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from eva_rl import envs
+from eva_rl.cores import available_cores, one_core_each
 from eva_rl.files import write_json
+from eva_rl.report import mean
 from eva_rl.seeding import episode_rng, episode_seed
 
 SEED = 1000
 
 
-def measure(task: str, episodes: int) -> dict[str, float]:
-    """Mean episode return of both policies, and how often the expert succeeds."""
+def measure(task: str, episodes: int) -> dict[str, float | list[float] | None]:
+    """Mean episode return of both policies with its interval, and how often the expert succeeds."""
     domain, name = envs.find_task(task)
     env = domain.make(name)
     returns: dict[str, list[float]] = {"random": [], "expert": []}
@@ -45,18 +47,21 @@ def measure(task: str, episodes: int) -> dict[str, float]:
             totals.append(total)
             if policy == "expert":
                 solved.append(success)
-    means = {policy: round(float(np.mean(totals)), 2) for policy, totals in returns.items()}
-    return means | {"expert_success_rate": None if None in solved else round(float(np.mean(solved)), 3)}
+    found = {policy: mean(totals) for policy, totals in returns.items()}
+    scores = {policy: round(estimate.mean, 2) for policy, estimate in found.items()}
+    scores |= {f"{policy}_interval": [round(e.low, 2), round(e.high, 2)] for policy, e in found.items()}
+    return scores | {"expert_success_rate": None if None in solved else round(float(np.mean(solved)), 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("domain")
-    parser.add_argument("--episodes", type=int, default=20, help="of each policy and task")
+    parser.add_argument("--episodes", type=int, default=20, help="of each policy and task, at least 2")
     arguments = parser.parse_args()
     domain = envs.domains()[arguments.domain]
     tasks = [f"{domain.name}/{name}" for name in domain.tasks]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
+    pool = ProcessPoolExecutor(available_cores(), multiprocessing.get_context("forkserver"))
+    with one_core_each(), pool:
         rows = list(tqdm(pool.map(measure, tasks, [arguments.episodes] * len(tasks)), total=len(tasks), unit="task"))
     scores = {name: row for name, row in zip(domain.tasks, rows, strict=True)}
     made_by = f"python -m benchmarks.reference_scores {domain.name} --episodes {arguments.episodes}"

@@ -10,7 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from eva_rl.config import FinetuneConfig, parse
 from eva_rl.errors import UserError
 from eva_rl.files import InUseError, alone_in
 
@@ -74,6 +78,21 @@ def test_a_study_is_one_word(run, base, monkeypatch):
     assert found["lora-0"]["zero_shot"]["success_rate"] is None
     assert found["none-0"]["success_rate"]["n"] == 2
     assert list(found["lora-0"]["curve"]) == ["1"]
+
+
+STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_run_of_a_shipped_study_can_be_composed_and_has_a_folder_of_its_own(study):
+    with initialize_config_module("eva_rl.configs", version_base="1.3"):
+        params = compose("finetune", [f"study={study}"], return_hydra_config=True).hydra.sweeper.params
+        words = [f"{key}={value.split(',')[0] if key in ('seed', 'task') else value}" for key, value in params.items()]
+        [cells] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+        configs = [parse(compose("finetune", [f"study={study}", *cell]), FinetuneConfig) for cell in cells]
+    assert len(configs) > 2
+    assert len({config.run_dir for config in configs}) == len(configs)
+    assert all(Path(config.run_dir).parts[:3] == ("benchmarks", "results", study) for config in configs)
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(run, base):

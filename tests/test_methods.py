@@ -3,7 +3,7 @@
 import pytest
 from results import result
 
-from eva_rl.report.methods import area, method_table, steps_to, studies, task_table
+from eva_rl.report.methods import area, method_table, steps_to, studies, task_table, varied
 from eva_rl.report.plots import pareto_front
 
 CELLS = [(task, seed) for task in ("d/a", "d/b") for seed in range(3)]
@@ -29,7 +29,7 @@ def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
     assert found["lora"][2] == "1.00 [1.00, 1.00]"
 
 
-@pytest.mark.parametrize("setting", ["steps", "episodes", "training.batch_size", "base", "demonstrations"])
+@pytest.mark.parametrize("setting", ["steps", "episodes", "training.batch_size", "base", "adapter.rank"])
 def test_runs_of_other_protocols_are_never_compared_with_each_other(setting):
     results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]
     results += [result(name, *cell, 1.0, settings={setting: 7}) for name in ("eva", "lora") for cell in CELLS]
@@ -42,10 +42,10 @@ def test_runs_of_other_protocols_are_never_compared_with_each_other(setting):
 
 
 def test_methods_of_one_name_are_told_apart_by_what_differs():
-    results = [result("eva", *cell, settings={"adapter.rank": rank}) for rank in (2, 8) for cell in CELLS]
+    results = [result("eva", *cell, settings={"adapter.eva.rho": rho}) for rho in (1, 2) for cell in CELLS]
     results += [result("lora", *cell) for cell in CELLS]
     [study] = studies(results)
-    assert set(study.methods) == {"eva, rank=2", "eva, rank=8", "lora"}
+    assert set(study.methods) == {"eva, eva.rho=1", "eva, eva.rho=2", "lora"}
 
 
 def test_methods_without_a_common_cell_are_not_compared():
@@ -113,3 +113,21 @@ def test_a_table_of_tasks_has_a_column_each():
 def test_a_pareto_front_holds_what_nothing_cheaper_reaches():
     points = {"none": (0, 0.1), "cheap": (10, 0.8), "worse": (20, 0.7), "equal": (30, 0.8), "dear": (40, 0.9)}
     assert pareto_front(points) == ["none", "cheap", "dear"]
+
+
+def test_studies_that_differ_in_one_number_make_a_line_a_method():
+    results = [
+        result(name, *cell, rank / 10, settings={"adapter.rank": rank})
+        for name in ("eva", "lora")
+        for cell in CELLS
+        for rank in (2, 4, 8)
+    ]
+    found = varied(studies(results))
+    assert found.setting == "adapter.rank"
+    assert [(value, estimate.mean) for value, estimate in found.lines["lora"]] == [
+        (2, pytest.approx(0.2)),
+        (4, pytest.approx(0.4)),
+        (8, pytest.approx(0.8)),
+    ]
+    assert varied(studies(results[:-1])) is None  # not all on the same tasks and seeds
+    assert varied(studies(results + [result(settings={"adapter.rank": 2, "base": "other"})])) is None

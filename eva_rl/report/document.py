@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.files import make_folder, replacing, write_text
-from eva_rl.report.methods import Study, improvement_table, method_table, task_table
-from eva_rl.report.plots import plots, to_png, to_svg
+from eva_rl.report.methods import Study, improvement_table, method_table, task_table, varied, varied_table
+from eva_rl.report.plots import plots, to_png, to_svg, varied_plot
 from eva_rl.report.runs import table, to_csv
 from eva_rl.report.tensorboard import write_hparams
 
@@ -26,6 +26,8 @@ def save_report(output: Path, results: Sequence[Mapping[str, Any]], studies: Seq
     for number, study in enumerate(studies, start=1):
         ending = f"-{number}" if len(studies) > 1 else ""
         pictures |= {f"{name}{ending}": figure for name, figure in drawn(study).items()}
+    if found := varied(studies):
+        pictures["varied"] = varied_plot(found)
     for name, figure in pictures.items():
         for kind, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
             with replacing(output / f"{name}.{kind}") as temporary:
@@ -43,6 +45,8 @@ def drawn(study: Study) -> Mapping[str, Any]:
 def document(results: Sequence[Mapping[str, Any]], studies: Sequence[Study], pictures: bool = False) -> str:
     """The report as Markdown: for each protocol its methods, then all runs."""
     parts = []
+    if found := varied(studies):
+        parts += [f"## {found.setting}", varied_table(found), *(["![varied](varied.png)"] if pictures else [])]
     for number, study in enumerate(studies, start=1):
         if len(study.methods) < 2:
             continue

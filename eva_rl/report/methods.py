@@ -16,8 +16,8 @@ from eva_rl.report.table import markdown
 
 REFERENCE = "full"
 """The method whose final score the others' learning curves are measured by."""
-METHOD = ("adapter.", "training.learning_rate")
-"""Settings that belong to a method; the others but task and seed are the protocol."""
+PROTOCOL = ("adapter.rank", "adapter.budget", "adapter.layers")
+"""Settings of an adapter that belong to the protocol: how much it may train, and where."""
 
 
 @dataclass
@@ -102,7 +102,12 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
 
 def _protocol(run: Mapping[str, Any]) -> dict[str, Any]:
     settings = flat(run["settings"])
-    return {k: v for k, v in settings.items() if k not in ("task", "seed") and not k.startswith(METHOD)}
+    return {name: v for name, v in settings.items() if name not in ("task", "seed") and not _of_method(name)}
+
+
+def _of_method(name: str) -> bool:
+    """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
+    return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
 
 
 def _study(protocol: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> Study:
@@ -140,7 +145,7 @@ def _cells_in_words(cells: set[tuple[str, int]]) -> str:
 
 def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for the method of each run: the adapter's, and where several differ in it, the settings that tell them apart."""
-    settings = [{k: v for k, v in flat(run["settings"]).items() if k.startswith(METHOD)} for run in runs]
+    settings = [{k: v for k, v in flat(run["settings"]).items() if _of_method(k)} for run in runs]
     variants: dict[str, list[dict[str, Any]]] = {}
     for run, own in zip(runs, settings, strict=True):
         variants.setdefault(run["adapter"], []).append(own)
@@ -174,6 +179,43 @@ def steps_to(curve: Sequence[tuple[int, float]], level: float) -> float | None:
             )
         before = step, height
     return None
+
+
+@dataclass(frozen=True)
+class Varied:
+    """What came of one number of the protocol, by method."""
+
+    setting: str
+    score: str
+    lines: dict[str, list[tuple[float, Estimate]]]
+    """Each method's mean score at every value, in order."""
+
+
+def varied(studies: Sequence[Study]) -> Varied | None:
+    """The studies as values of the one numeric setting in which their protocols differ.
+
+    None if they differ in something else too, or were not run on the same tasks and seeds.
+    """
+    compared = [study for study in studies if study.methods]
+    differs = _differing([study.protocol for study in compared]) if len(compared) > 1 else []
+    values = [study.protocol.get(name) for study in compared for name in differs]
+    if len(differs) != 1 or not all(isinstance(value, int | float) for value in values):
+        return None
+    cells = {frozenset((r["task"], r["seed"]) for runs in s.methods.values() for r in runs) for s in compared}
+    if len(cells) > 1 or len({study.score for study in compared}) > 1:
+        return None
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    for value, study in sorted(zip(values, compared, strict=True), key=lambda pair: pair[0]):
+        for name in study.methods:
+            lines.setdefault(name, []).append((value, study.estimate(study.scores(name))))
+    return Varied(differs[0], compared[0].score, lines)
+
+
+def varied_table(found: Varied) -> str:
+    """A row a method, a column a value."""
+    values = sorted({value for line in found.lines.values() for value, _ in line})
+    rows = [(name, *(dict(line).get(value) for value in values)) for name, line in sorted(found.lines.items())]
+    return markdown([f"{found.score.replace('_', ' ')} by {found.setting}", *map(str, values)], rows)
 
 
 def method_table(study: Study) -> str:

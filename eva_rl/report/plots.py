@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eva_rl.report.methods import Study, improvement
+from eva_rl.report.methods import Study, Varied, improvement
 from eva_rl.report.study import average, interquartile_mean
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
@@ -103,6 +103,25 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
         if not front or score > points[front[-1]][1]:
             front.append(name)
     return front
+
+
+def varied_plot(found: Varied) -> Figure:
+    """Each method's mean score against the number that varied."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    places = {value: place for place, value in enumerate(sorted({v for line in found.lines.values() for v, _ in line}))}
+    for shift, ((name, line), style) in enumerate(zip(sorted(found.lines.items()), _styles(), strict=False)):
+        aside = 0.04 * (shift - (len(found.lines) - 1) / 2)  # bars of several methods stand side by side
+        spread = [[e.mean - (e.low or e.mean) for _, e in line], [(e.high or e.mean) - e.mean for _, e in line]]
+        x, y = [places[value] + aside for value, _ in line], [estimate.mean for _, estimate in line]
+        axes.errorbar(x, y, yerr=spread, label=name, capsize=2, **style)
+    axes.set_xticks(range(len(places)), map(str, places))
+    axes.set(xlabel=found.setting, ylabel=f"mean {found.score.replace('_', ' ')} with its 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def improvement_plot(study: Study) -> Figure:
