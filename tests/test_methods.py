@@ -130,4 +130,4 @@ def test_studies_that_differ_in_one_number_make_a_line_a_method():
         (8, pytest.approx(0.8)),
     ]
     assert varied(studies(results[:-1])) is None  # not all on the same tasks and seeds
-    assert varied(studies(results + [result(settings={"adapter.rank": 2, "base": "other"})])) is None
+    assert varied(studies([*results, result(settings={"adapter.rank": 2, "base": "other"})])) is None
