@@ -135,6 +135,38 @@ def test_adapters_find_the_layers_by_their_names():
 # --- what a prediction may see
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [TINY.tokens, WITH_REWARDS.tokens, ("state",), ("state", "action")])
+def test_what_training_leaves_out_changes_neither_the_loss_nor_its_gradient(tokens, dtype):
+    arm = make_interface()
+    model, batch = make_model(replace(TINY, tokens=tokens), arm), make_batch(arm)
+    found = []
+    for training in (False, True):
+        model.train(training).zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = model.loss(batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    torch.testing.assert_close(found[0], found[1], **tolerance)
+
+
+def test_training_computes_of_the_last_block_what_the_states_need_alone():
+    arm, rows = make_interface(), {}
+    model, batch = make_model(TINY, arm), make_batch(arm, size=4, steps=5)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TRUNK_LAYERS:
+            module.register_forward_hook(lambda m, i, y, name=name: rows.update({name: y.shape[:-1].numel()}))
+    model.loss(batch)
+    assert set(rows.values()) == {4 * 5 * 3}
+    model.train().loss(batch)
+    short = {name for name, count in rows.items() if count == 4 * 5}
+    assert short == {
+        f"trunk.blocks.1.{n}" for n in ("attention.q", "attention.o", "feed_forward.up", "feed_forward.down")
+    }
+    assert {count for name, count in rows.items() if name not in short} == {4 * 5 * 3}
+
+
 @pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("step", range(5))
 @torch.no_grad()

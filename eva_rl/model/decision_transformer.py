@@ -77,28 +77,37 @@ class CausalSelfAttention(nn.Module):
         self.v = nn.Linear(config.width, config.width)
         self.o = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads) for layer in (self.q, self.k, self.v))
-        return self.o(rearrange(attend(q, k, v), "b h n e -> b n (h e)"))
+    def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
+        """(B, N, d) -> (B, n, d), of the n tokens that `read` picks."""
+        q, k, v = self.q(x[:, read]), self.k(x), self.v(x)
+        q, k, v = (rearrange(y, "b n (h e) -> b h n e", h=self.heads) for y in (q, k, v))
+        start, _, stride = read.indices(x.shape[1])
+        return self.o(rearrange(attend(q, k, v, start, stride), "b h n e -> b n (h e)"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-    """Causal attention, softmax(q k^T / sqrt(e)) v: query i sees the keys 0 ... start + i.
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0, stride: int = 1) -> Tensor:
+    """Causal attention, softmax(q k^T / sqrt(e)) v: query i sees the keys 0 ... start + i stride.
 
     Args:
         q: (..., n, e).
-        k, v: (..., m, e), m >= start + n.
+        k, v: (..., m, e), m > start + (n - 1) stride.
     """
     shape, n, m = q.shape[:-2], q.shape[-2], k.shape[-2]
     if q.device.type != "cpu" or (q.dtype == torch.float32 and n == m):
-        seen = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(start)
+        seen = None if n == m else torch.arange(m, device=q.device) <= last_seen(n, start, stride, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     # In bfloat16 on CPUs the fused kernel is two to three times slower than its formula, at these lengths.
     with torch.autocast("cpu", enabled=False):  # whose softmax would go to float32 and back
-        unseen = torch.full((n, m), -torch.inf, dtype=q.dtype).triu(start + 1)
+        unseen = torch.zeros(n, m, dtype=q.dtype)
+        unseen.masked_fill_(torch.arange(m) > last_seen(n, start, stride), -torch.inf)
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q * q.shape[-1] ** -0.5, k, v))
         scores = torch.baddbmm(unseen.expand(len(q), n, m), q, k.transpose(-1, -2))  # (..., n, m)
         return (scores.softmax(-1) @ v).view(*shape, n, -1)
+
+
+def last_seen(n: int, start: int, stride: int, device: torch.device | None = None) -> Tensor:
+    """The last key that each query sees, (n, 1)."""
+    return start + stride * torch.arange(n, device=device)[:, None]
 
 
 class FeedForward(nn.Module):
@@ -124,13 +133,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
+        """(B, N, d) -> (B, n, d), of the n tokens that `read` picks: of the others, keys and values alone are computed."""
+        x = x[:, read] + self.dropout(self.attention(self.attention_norm(x), read))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class Trunk(nn.Module):
-    """GPT-2's transformer without its vocabulary: tokens (B, N, width) -> features (B, N, width)."""
+    """GPT-2's transformer without its vocabulary: tokens (B, N, d) -> features (B, n, d) of the n tokens that `read` picks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -139,11 +149,12 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
+        *blocks, last = self.blocks
         x = self.dropout(x + self.positions.weight[: x.shape[1]])  # (B, N, d)
-        for block in self.blocks:
+        for block in blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(last(x, read))
 
 
 class Embedder(nn.Module):
@@ -283,8 +294,11 @@ class DecisionTransformer(nn.Module):
         """For each part of the batch, what `forward` returns; they go through the trunk together."""
         parts, kinds = batch.parts, self.config.tokens
         tokens = [self.embedders[part.interface](part) for part in parts]  # (b, T * kinds, d) each
-        features = self.trunk(torch.cat(tokens) if len(tokens) > 1 else tokens[0])  # (B, T * kinds, d)
-        states = features[:, kinds.index("state") :: len(kinds)].split([len(part.mask) for part in parts])
+        tokens = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # (B, T * kinds, d)
+        read = slice(kinds.index("state"), None, len(kinds))
+        # Training asks for no more than the states; otherwise every layer shows every token to those who look (EVA).
+        features = self.trunk(tokens, read) if self.training else self.trunk(tokens)[:, read]  # (B, T, d)
+        states = features.split([len(part.mask) for part in parts])
         return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
 
     def losses(self, batch: Batch | Mixture) -> dict[str, Tensor]:

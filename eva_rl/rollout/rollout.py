@@ -6,7 +6,6 @@ torch is imported where it is used: simulators' processes import this package to
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from eva_rl.cores import available_cores
 from eva_rl.errors import UserError
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, Simulators, ready
 from eva_rl.spaces import action_choices, parts_of
@@ -247,7 +247,7 @@ def _threads_left(workers: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - workers)) if workers else before)
+    torch.set_num_threads(max(1, min(before, available_cores() - workers)) if workers else before)
     try:
         yield
     finally:
