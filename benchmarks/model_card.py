@@ -33,7 +33,9 @@ HEADER = (
 def row(task: str, found: dict[str, Any]) -> list[object]:
     domain, _, name = task.partition("/")
     scores = json.loads((Path(envs.__file__).parent / f"{domain}_scores.json").read_text())["tasks"][name]
-    reference = [Estimate(scores[who], *scores[f"{who}_interval"], n=0) for who in ("random", "expert")]
+    reference = [
+        Estimate(scores[who], *scores.get(f"{who}_interval", (None, None)), n=0) for who in ("random", "expert")
+    ]
     own = [_estimate(found[score]) for score in ("episode_return", "normalized_score", "success_rate")]
     return [task, *reference, *own, scores["expert_success_rate"]]
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import datetime
@@ -269,12 +270,16 @@ def entry_point(
             except BrokenPipeError:  # `... | head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
-            except (UserError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, UserError) else explain(error, schema)
+            except Exception as error:
+                known = isinstance(error, UserError | OmegaConfBaseException)
+                said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs of the grid go on
                     given = " ".join(HydraConfig.get().overrides.task)
-                    print(f"error: {said} ({given})", file=sys.stderr, flush=True)
+                    said = f"error: {said}" if known else traceback.format_exc().rstrip()
+                    print(f"{said} ({given})", file=sys.stderr, flush=True)
                     raise UserError("Not all runs of the grid ended well; those that did keep their results.") from None
+                if not known:
+                    raise
                 sys.exit(f"error: {said}")
 
         def run() -> None:

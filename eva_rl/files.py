@@ -50,6 +50,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         InUseError: if another process has it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
@@ -59,10 +60,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink()  # who waits for it makes another
-        with suppress(OSError):  # something came of it
-            folder.rmdir()
-        lock.release()
+        try:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it makes another
+            with suppress(OSError):  # up to the first in which something came about
+                for path in made:
+                    path.rmdir()
+        finally:
+            lock.release()
 
 
 def make_folder(path: Path) -> Path:

@@ -73,6 +73,10 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     if config.resume:
         earlier = read_earlier(run_dir, protocol(config))
     if earlier.get("status") == "complete":
+        if config.zero_shot and seeds and earlier["zero_shot"]["episode_return"] is None:
+            raise UserError(
+                f"'{run_dir}' was finished without zero-shot scores: set zero_shot=false, or another run_dir."
+            )
         return print(f"{run_dir}: finished earlier, its result stays; `python -m eva_rl.evaluate` scores it again")
     source = find_source(config.task, config.dataset)
     clock = Stopwatch("collect", "load", "init", "train", "rollout")

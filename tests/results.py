@@ -37,6 +37,7 @@ def result(
         "base": "tiny",
         "demonstrations": 4,
         "dataset": task,
+        "target_return": 1.0,
         "steps": nested["steps"],
         "learning_rate": 1e-3,
         "seed": seed,

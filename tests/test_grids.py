@@ -66,6 +66,29 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
     assert set(finished(Path("grid"))) == {"eva-0-4", "lora-0-4"}
 
 
+def test_a_bug_in_one_run_shows_its_traceback_and_the_others_go_on(run, base, monkeypatch):
+    from eva_rl import adapter
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(adapter, "attach", broken)
+    status, _, err = run("finetune", "-m", f"task={TASK}", f"base={base}", "adapter=lora,full", FOLDERS, *QUICK)
+    assert status == 1
+    assert "in broken\n" in err
+    assert "RuntimeError: out of memory, say" in err
+    assert set(finished(Path("grid"))) == {"full-0"}
+
+
+def test_a_run_finished_without_zero_shot_scores_does_not_pass_for_one_with_them(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", *QUICK]
+    assert run("finetune", *arguments, "zero_shot=false")[0] == 0
+    status, _, err = run("finetune", *arguments)
+    assert status == 1
+    assert "finished without zero-shot scores" in err
+    assert run("finetune", *arguments, "zero_shot=false")[0] == 0
+
+
 def test_a_study_is_one_word(run, base, monkeypatch):
     status, out, _ = run("finetune", "study=?")
     assert status == 0
@@ -87,12 +110,16 @@ STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / 
 def test_every_run_of_a_shipped_study_can_be_composed_and_has_a_folder_of_its_own(study):
     with initialize_config_module("eva_rl.configs", version_base="1.3"):
         params = compose("finetune", [f"study={study}"], return_hydra_config=True).hydra.sweeper.params
-        words = [f"{key}={value.split(',')[0] if key in ('seed', 'task') else value}" for key, value in params.items()]
+        first = {"seed": 1, "task": 2, "adapter": 6}  # of each; the others whole
+        words = [f"{k}={','.join(v.split(',')[: first[k]]) if k in first else v}" for k, v in params.items()]
+        words[0] = "seed=0,1"
         [cells] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
         configs = [parse(compose("finetune", [f"study={study}", *cell]), FinetuneConfig) for cell in cells]
     assert len(configs) > 2
     assert len({config.run_dir for config in configs}) == len(configs)
     assert all(Path(config.run_dir).parts[:3] == ("benchmarks", "results", study) for config in configs)
+    if configs[0].training.evaluate_every and not configs[0].zero_shot:
+        assert "none" in params.adapter.split(","), "a learning curve begins with the base as it is"
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(run, base):
@@ -141,7 +168,11 @@ def launch(folder: Path, *options: str) -> subprocess.Popen:
     arguments = [*GRID[1:], f"run_dir={folder}/${{adapter.name}}-${{seed}}", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, start_new_session=True, stderr=subprocess.PIPE
+        [sys.executable, *arguments],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -156,9 +187,11 @@ def test_a_launcher_runs_a_grid_in_several_processes(tmp_path):
 @pytest.mark.slow
 def test_two_launchers_on_one_folder_share_the_work(tmp_path):
     grids = [launch(tmp_path / "grid") for _ in range(2)]
-    for grid in grids:
-        _, err = grid.communicate(timeout=600)
-        assert grid.returncode == 0, err.decode()
+    said = [grid.communicate(timeout=600) for grid in grids]
+    assert [grid.returncode for grid in grids] == [0, 0], said
+    begun = [out.decode().count("run folder:") for out, _ in said]
+    assert sum(begun) == 6
+    assert min(begun) > 0
     alone = launch(tmp_path / "alone")
     alone.communicate(timeout=600)
     one, two = finished(tmp_path / "grid"), finished(tmp_path / "alone")
@@ -173,11 +206,15 @@ def test_a_grid_killed_ten_times_ends_as_one_that_never_was(tmp_path):
     _, err = whole.communicate(timeout=600)
     assert whole.returncode == 0, err.decode()
     length, rng = time.monotonic() - begun, random.Random(0)
-    for _ in range(10):
+    interrupted = 0
+    for number in range(10):
         grid = launch(tmp_path / "killed")
-        time.sleep(rng.uniform(0.3, 1.0) * length)
+        time.sleep(rng.uniform(0.2, 0.45) * length)  # the start takes about a third
+        interrupted += grid.poll() is None and len(finished(tmp_path / "killed")) < 6
         os.killpg(grid.pid, signal.SIGKILL)
         grid.communicate()
+        print(f"kill {number}: {len(finished(tmp_path / 'killed'))} of 6 finished")
+    assert interrupted >= 3
     last = launch(tmp_path / "killed")
     _, err = last.communicate(timeout=600)
     assert last.returncode == 0, err.decode()

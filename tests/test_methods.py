@@ -1,10 +1,13 @@
 """Runs are compared where they can be, and what can't be is named."""
 
 import pytest
+from hydra import compose, initialize_config_module
 from results import result
 
-from eva_rl.report.methods import area, method_table, steps_to, studies, task_table, varied
-from eva_rl.report.plots import pareto_front
+from eva_rl.config import FinetuneConfig, choices, parse, protocol
+from eva_rl.report import Estimate
+from eva_rl.report.methods import area, improvement, method_table, steps_to, studies, task_table, varied
+from eva_rl.report.plots import _excludes_a_half, _spread, pareto_front, plots, to_png
 
 CELLS = [(task, seed) for task in ("d/a", "d/b") for seed in range(3)]
 
@@ -46,6 +49,72 @@ def test_methods_of_one_name_are_told_apart_by_what_differs():
     results += [result("lora", *cell) for cell in CELLS]
     [study] = studies(results)
     assert set(study.methods) == {"eva, eva.rho=1", "eva, eva.rho=2", "lora"}
+
+
+def test_a_variant_is_named_by_what_is_not_common_among_the_variants():
+    variants = [{}, {"adapter.eva.rho": 2}, {"adapter.eva.center": False}]
+    common = {"adapter.eva.rho": 1, "adapter.eva.center": True}
+    results = [
+        result("eva", *cell, settings=common | own | {"adapter.config.rho": (common | own)["adapter.eva.rho"]})
+        for own in variants
+        for cell in CELLS
+    ]
+    [study] = studies(results)
+    assert set(study.methods) == {"eva", "eva, eva.rho=2", "eva, eva.center=False"}
+
+
+def test_what_a_method_draws_from_the_runs_seed_does_not_make_it_several():
+    results = [result("shira", *cell, settings={"adapter.config.random_seed": cell[1]}) for cell in CELLS]
+    results += [result("lora", *cell) for cell in CELLS]
+    [study] = studies(results)
+    assert {name: len(runs) for name, runs in study.methods.items()} == {"lora": 6, "shira": 6}
+
+
+def test_every_shipped_method_is_compared_with_every_other_under_one_protocol():
+    names = [line.split()[0] for line in choices("adapter").splitlines()]
+    results = []
+    with initialize_config_module("eva_rl.configs", version_base="1.3"):
+        for name in (name for name in names if name != "peft"):
+            for seed in range(2):
+                run = result(name, "d/a", seed)
+                config = compose("finetune", ["task=d/a", f"adapter={name}", f"seed={seed}"])
+                results.append(run | {"settings": protocol(parse(config, FinetuneConfig))})
+    [study] = studies(results)
+    assert set(study.methods) == set(names) - {"peft"}
+    assert study.amiss == []
+
+
+def test_scores_that_are_all_alike_can_be_drawn():
+    results = [
+        result(name, f"d/{task}", seed, s)
+        for name in ("eva", "lora")
+        for task, s in enumerate((0.52, 0.76, 0.1))
+        for seed in range(3)
+    ]
+    [study] = studies(results)
+    for figure in plots(study).values():
+        to_png(figure)
+
+
+def test_an_interval_that_ends_at_zero_is_drawn_whole():
+    low, high = _spread([Estimate(0.3, 0.0, 0.6, 3), Estimate(0.5, None, None, 1)])
+    assert low.tolist() == [0.3, 0.0]
+    assert high.tolist() == [0.3, 0.0]
+
+
+def test_one_seed_makes_no_difference_sure():
+    results = [result(name, f"d/{task}", 0, s) for name, s in (("eva", 0.9), ("lora", 0.1)) for task in range(20)]
+    [study] = studies(results)
+    found = improvement(study, "eva", "lora")
+    assert (found.mean, found.low, found.high) == (1.0, None, None)
+    assert not _excludes_a_half(found)
+
+
+def test_an_evaluation_that_does_not_say_whether_it_succeeded_is_no_point_of_the_curve():
+    run = result(curve={25: 0.4, 50: 0.6})
+    run["curve"]["25"]["success_rate"] = None
+    [study] = studies([run, result("lora")])
+    assert study.curve(run) == [(0, 0.0), (50, 0.6), (100, 0.5)]
 
 
 def test_methods_without_a_common_cell_are_not_compared():

@@ -88,6 +88,7 @@ def as_gpt2(trunk: Trunk, config: ModelConfig) -> nn.Module:
             n_layer=config.layers,
             n_head=config.heads,
             n_positions=len(trunk.positions.weight),
+            activation_function="gelu",
         )
     ).eval()
     weights = {"wte.weight": torch.zeros(1, config.width), "wpe.weight": trunk.positions.weight}

@@ -64,9 +64,11 @@ def test_the_zero_shot_scores_a_run_left_to_the_untrained_one_are_taken_from_the
     write_run(tmp_path / "none", result("none", success=0.3, before=0.3))
     write_run(tmp_path / "eva", result("eva", before=None))
     write_run(tmp_path / "elsewhere", result("eva", "dummy/Other-v0", before=None))
+    write_run(tmp_path / "other-return", result("lora", before=None, target_return=7.0))
     found = {(r["adapter"], r["task"]): r["zero_shot"]["success_rate"] for r in read_results([tmp_path])[0]}
     assert found["eva", "dummy/Steps-v0"] == estimate(0.3)
     assert found["eva", "dummy/Other-v0"] is None
+    assert found["lora", "dummy/Steps-v0"] is None
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -131,7 +133,19 @@ def test_what_is_left_out_is_said_on_stderr_and_in_the_report(study):
     assert done.returncode == 0, done.stderr
     assert "A-2: not a complete fine-tuning run" in done.stderr
     assert "eva: missing dummy/A seed 2" in done.stderr
-    assert "- eva: missing dummy/A seed 2" in (study / "report" / "report.md").read_text()
+    text = (study / "report" / "report.md").read_text()
+    assert "- eva: missing dummy/A seed 2" in text
+    assert "A-2: not a complete fine-tuning run" in text
+
+
+def test_pictures_of_an_earlier_report_that_are_no_more_go(study):
+    (study / "report").mkdir()
+    for name in ("scores-2.png", "varied.svg", "mine.png"):
+        (study / "report" / name).write_text("old")
+    assert report(study).returncode == 0
+    left = {path.name for path in (study / "report").iterdir()}
+    assert "mine.png" in left
+    assert not left & {"scores-2.png", "varied.svg"}
 
 
 def test_a_csv_has_scores_and_settings_of_every_run():

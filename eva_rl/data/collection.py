@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import minari
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
@@ -79,9 +80,17 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
         domain, name = find_task(recipe.task)
         domain.make(name).close()  # a missing extra is met here, before anything is written
     if missing:
-        with FileLock(make_folder(get_dataset_path()) / ".collecting.lock") as lock:
+        lock = FileLock(make_folder(get_dataset_path()) / ".collecting.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print("Another process is collecting; waiting for it to end.", file=sys.stderr)
+            lock.acquire()
+        try:
             _collect(_missing(recipes), workers)
-            Path(lock.lock_file).unlink()  # who waits for it makes another
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it makes another
+        finally:
+            lock.release()
     return [recipe.dataset_id for recipe in recipes]
 
 

@@ -134,7 +134,7 @@ class Decoder:
             y = attend(self._split(q), keys, values, end - q.shape[1])  # (n h, m, e)
             x = x + F.linear(rearrange(y, "(n h) m e -> n m (h e)", h=self.heads), block.o, block.o_bias)
             hidden = F.linear(block.feed_forward_norm(x).to(self.dtype), block.up, block.up_bias)
-            x = x + F.linear(F.gelu(hidden, approximate="tanh"), block.down, block.down_bias)
+            x = x + F.linear(F.gelu(hidden), block.down, block.down_bias)
         self.kept = end
         return x[:, -1]
 

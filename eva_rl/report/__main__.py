@@ -20,10 +20,11 @@ def main() -> None:
     try:
         results, left_out = read_results(arguments.folders)
         if not results:
+            print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
             raise UserError("There is no complete fine-tuning run in these folders.")
         compared = studies(results)
         output = arguments.output or arguments.folders[0] / "report"
-        save_report(output, results, compared)
+        save_report(output, results, compared, left_out)
     except UserError as error:
         sys.exit(f"error: {error}")
     for sentence in left_out + [sentence for study in compared for sentence in study.amiss]:

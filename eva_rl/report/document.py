@@ -12,8 +12,12 @@ from eva_rl.report.plots import plots, to_png, to_svg, varied_plot
 from eva_rl.report.runs import table, to_csv
 from eva_rl.report.tensorboard import write_hparams
 
+PICTURES = ("scores", "pareto", "improvement", "curves", "varied")
 
-def save_report(output: Path, results: Sequence[Mapping[str, Any]], studies: Sequence[Study]) -> None:
+
+def save_report(
+    output: Path, results: Sequence[Mapping[str, Any]], studies: Sequence[Study], left_out: Sequence[str]
+) -> None:
     """Write `report.md`, `runs.csv`, every picture as PNG and SVG, and `hparams/`.
 
     The same runs make the same bytes with the same versions of matplotlib, but for `hparams/`, which holds times.
@@ -28,12 +32,15 @@ def save_report(output: Path, results: Sequence[Mapping[str, Any]], studies: Seq
         pictures |= {f"{name}{ending}": figure for name, figure in drawn(study).items()}
     if found := varied(studies):
         pictures["varied"] = varied_plot(found)
+    for old in (path for name in PICTURES for path in output.glob(f"{name}*.*")):
+        if old.suffix in (".png", ".svg") and old.stem not in pictures:
+            old.unlink()
     for name, figure in pictures.items():
         for kind, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
             with replacing(output / f"{name}.{kind}") as temporary:
                 temporary.write_bytes(content)
     write_text(output / "runs.csv", to_csv(results))
-    write_text(output / "report.md", document(results, studies, pictures=True) + "\n")
+    write_text(output / "report.md", document(results, studies, left_out, pictures=True) + "\n")
     with replacing(output / "hparams") as temporary:
         write_hparams(temporary, results)
 
@@ -42,22 +49,33 @@ def drawn(study: Study) -> Mapping[str, Any]:
     return plots(study) if len(study.methods) > 1 else {}
 
 
-def document(results: Sequence[Mapping[str, Any]], studies: Sequence[Study], pictures: bool = False) -> str:
+def document(
+    results: Sequence[Mapping[str, Any]],
+    studies: Sequence[Study],
+    left_out: Sequence[str] = (),
+    pictures: bool = False,
+) -> str:
     """The report as Markdown: for each protocol its methods, then all runs."""
     parts = []
     if found := varied(studies):
         parts += [f"## {found.setting}", varied_table(found), *(["![varied](varied.png)"] if pictures else [])]
     for number, study in enumerate(studies, start=1):
         if len(study.methods) < 2:
+            left_out = [*left_out, *study.amiss]
             continue
         about = f"{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}"
-        parts.append(f"## {study.title or 'Methods'}\n\n{about}; 95 % intervals by stratified bootstrap over runs.")
+        parts.append(
+            f"## {study.title or 'Methods'}\n\n{about}; 95 % intervals by stratified bootstrap over runs."
+            + (" One seed: no intervals." if len(study.seeds) < 2 else "")
+        )
         parts += [method_table(study), task_table(study), improvement_table(study)]
         ending = f"-{number}" if len(studies) > 1 else ""
         if pictures:
             parts += [f"![{name}]({name}{ending}.png)" for name in drawn(study)]
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
+    if pictures and left_out:
+        parts.append("Runs left out:\n\n" + "\n".join(f"- {sentence}" for sentence in left_out))
     if pictures or not parts:
         parts += ["## Runs", table(results)] if parts else [table(results)]
     return "\n\n".join(parts)

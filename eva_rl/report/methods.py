@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +17,10 @@ from eva_rl.report.table import markdown
 
 REFERENCE = "full"
 """The method whose final score the others' learning curves are measured by."""
-PROTOCOL = ("adapter.rank", "adapter.budget", "adapter.layers")
+PROTOCOL = ("adapter.rank", "adapter.layers")
 """Settings of an adapter that belong to the protocol: how much it may train, and where."""
+DERIVED = ("adapter.config.", "adapter.size.")
+"""Settings of an adapter that mostly follow from others of it, and name a variant where no other does."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Study:
         if before is None:
             return None
         points = {0: before["mean"]}
-        points |= {int(step): found[self.score]["mean"] for step, found in run["curve"].items()}
+        points |= {int(step): f[self.score]["mean"] for step, f in run["curve"].items() if f[self.score] is not None}
         return sorted((points | {run["steps"]: run[self.score]["mean"]}).items())
 
     def mean_curve(self, method: str) -> list[tuple[int, float]]:
@@ -102,11 +105,14 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
 
 def _protocol(run: Mapping[str, Any]) -> dict[str, Any]:
     settings = flat(run["settings"])
-    return {name: v for name, v in settings.items() if name not in ("task", "seed") and not _of_method(name)}
+    free = {name for name in settings if name == "task" or name.endswith("seed") or _of_method(name)}
+    return {name: value for name, value in settings.items() if name not in free}
 
 
 def _of_method(name: str) -> bool:
     """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
+    if name.endswith("seed"):  # some methods draw numbers of their own, from the run's seed
+        return False
     return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
 
 
@@ -144,16 +150,42 @@ def _cells_in_words(cells: set[tuple[str, int]]) -> str:
 
 
 def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for the method of each run: the adapter's, and where several differ in it, the settings that tell them apart."""
+    """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
+
+    A setting is named where it is not the commonest among the variants.
+    """
     settings = [{k: v for k, v in flat(run["settings"]).items() if _of_method(k)} for run in runs]
     variants: dict[str, list[dict[str, Any]]] = {}
     for run, own in zip(runs, settings, strict=True):
         variants.setdefault(run["adapter"], []).append(own)
-    differs = {name: _differing(own) for name, own in variants.items()}
+    named = {name: _telling(own) for name, own in variants.items()}
     return [
-        ", ".join([run["adapter"], *(f"{k.removeprefix('adapter.')}={own.get(k)}" for k in differs[run["adapter"]])])
+        ", ".join(
+            [
+                run["adapter"],
+                *(
+                    f"{k.removeprefix('adapter.')}={own.get(k)}"
+                    for k in named[run["adapter"]]
+                    if own.get(k) != named[run["adapter"]][k]
+                ),
+            ]
+        )
         for run, own in zip(runs, settings, strict=True)
     ]
+
+
+def _telling(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that tell variants apart, each with its commonest value (`...` where several are as common)."""
+    variants = list({json.dumps(own, sort_keys=True): own for own in settings}.values())
+    differs = _differing(variants)
+    chosen = [name for name in differs if not name.startswith(DERIVED)]
+    if len({json.dumps([own.get(name) for name in chosen]) for own in variants}) < len(variants):
+        chosen = differs
+    found = {}
+    for name in chosen:
+        counts = Counter(json.dumps(own.get(name)) for own in variants).most_common(2)
+        found[name] = json.loads(counts[0][0]) if len(counts) < 2 or counts[0][1] > counts[1][1] else ...
+    return found
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,6 +211,11 @@ def steps_to(curve: Sequence[tuple[int, float]], level: float) -> float | None:
             )
         before = step, height
     return None
+
+
+def _steps_in_words(curve: Sequence[tuple[int, float]], level: float) -> str:
+    steps = steps_to(curve, level)
+    return f"> {curve[-1][0]}" if steps is None else f"{steps:.0f}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +264,9 @@ def method_table(study: Study) -> str:
     for name in study.ranked():
         runs, own = study.methods[name], study.scores(name)
         areas, curve = study.areas(name), study.mean_curve(name)
-        reached = [None if goal is None or len(curve) < 3 else steps_to(curve, part * goal) for part in (0.5, 0.9)]
+        reached = [
+            None if goal is None or len(curve) < 3 else _steps_in_words(curve, part * goal) for part in (0.5, 0.9)
+        ]
         rows.append(
             (
                 name,
@@ -235,7 +274,7 @@ def method_table(study: Study) -> str:
                 study.estimate(own, interquartile_mean),
                 None if name == best else probability_of_improvement(study.scores(best), own),
                 None if areas is None else study.estimate(areas),
-                *(None if steps is None else f"{steps:.0f}" for steps in reached),
+                *reached,
                 f"{np.mean([run['trainable_parameters'] for run in runs]):,.0f}",
                 f"{_seconds(runs, 'init'):.1f}",
                 f"{_seconds(runs, 'train'):.0f}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eva_rl.report.methods import Study, Varied, improvement
+from eva_rl.report.statistics import Estimate
 from eva_rl.report.study import average, interquartile_mean
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
@@ -36,8 +37,9 @@ def scores_plot(study: Study) -> Figure:
     ):
         for place, name in enumerate(names):
             found = study.estimate(study.scores(name), statistic)
-            spread = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
-            axes.errorbar(found.mean, place, xerr=spread, fmt="o", color=_color(name), markersize=4, capsize=2)
+            axes.errorbar(
+                found.mean, place, xerr=_spread([found]), fmt="o", color=_color(name), markersize=4, capsize=2
+            )
         axes.set(xlabel=f"{title} of the {study.score.replace('_', ' ')}", yticks=range(len(names)), yticklabels=names)
         axes.grid(axis="x", alpha=0.3)
     grid = np.array([[np.mean(study.scores(name)[task]) for task in study.tasks] for name in names])
@@ -81,8 +83,7 @@ def pareto_plot(study: Study) -> Figure:
             for name, runs in study.methods.items()
         }
         for name, (x, found) in points.items():
-            spread = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
-            axes.errorbar(x, found.mean, yerr=spread, fmt="o", color=_color(name), markersize=5, alpha=0.7)
+            axes.errorbar(x, found.mean, yerr=_spread([found]), fmt="o", color=_color(name), markersize=5, alpha=0.7)
         front = pareto_front({name: (x, found.mean) for name, (x, found) in points.items()})
         axes.step(*zip(*[(points[n][0], points[n][1].mean) for n in front], strict=True), "k:", where="post", alpha=0.5)
         for name in points if len(points) < 8 else front:
@@ -114,9 +115,8 @@ def varied_plot(found: Varied) -> Figure:
     places = {value: place for place, value in enumerate(sorted({v for line in found.lines.values() for v, _ in line}))}
     for shift, ((name, line), style) in enumerate(zip(sorted(found.lines.items()), _styles(), strict=False)):
         aside = 0.04 * (shift - (len(found.lines) - 1) / 2)  # bars of several methods stand side by side
-        spread = [[e.mean - (e.low or e.mean) for _, e in line], [(e.high or e.mean) - e.mean for _, e in line]]
         x, y = [places[value] + aside for value, _ in line], [estimate.mean for _, estimate in line]
-        axes.errorbar(x, y, yerr=spread, label=name, capsize=2, **style)
+        axes.errorbar(x, y, yerr=_spread([estimate for _, estimate in line]), label=name, capsize=2, **style)
     axes.set_xticks(range(len(places)), map(str, places))
     axes.set(xlabel=found.setting, ylabel=f"mean {found.score.replace('_', ' ')} with its 95 % interval")
     axes.grid(alpha=0.3)
@@ -136,10 +136,20 @@ def improvement_plot(study: Study) -> Figure:
     image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    sure = np.array([[cell is not None and (cell.low > 0.5 or cell.high < 0.5) for cell in row] for row in found])
+    sure = np.array([[_excludes_a_half(cell) for cell in row] for row in found])
     _numbers(axes, grid, sure)
     figure.colorbar(image, ax=axes, label="P(row > column)")
     return figure
+
+
+def _excludes_a_half(found: Estimate | None) -> bool:
+    return found is not None and found.low is not None and (found.low > 0.5 or found.high < 0.5)
+
+
+def _spread(found: Sequence[Estimate]) -> np.ndarray:
+    """How far the intervals reach below and above their means, (2, n); 0 where there is none."""
+    ends = [(e.mean, e.mean) if e.low is None else (e.low, e.high) for e in found]
+    return np.array([[e.mean - low, high - e.mean] for e, (low, high) in zip(found, ends, strict=True)]).T.clip(0)
 
 
 def to_png(figure: Figure) -> bytes:

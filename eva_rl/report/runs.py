@@ -32,7 +32,8 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"The folder '{folder}' does not exist.")
-        for run in sorted({path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}):
+        found = {path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}
+        for run in sorted(run for run in found if not run.name.startswith(".")):  # those are files half written
             try:
                 result = json.loads((run / "result.json").read_text())
                 complete = result["status"] == "complete" and all(name in result for name in NEEDED)
@@ -95,11 +96,8 @@ def to_csv(results: Sequence[Mapping[str, Any]]) -> str:
 def _place(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides the scores of the base as it is."""
     settings = result["settings"]
-    return (
-        *(result[name] for name in ("base", "task", "seed", "dataset")),
-        settings["episodes"],
-        settings["target_return"],
-    )
+    decides = ("base", "task", "seed", "dataset", "demonstrations", "target_return")
+    return (*(result[name] for name in decides), settings["episodes"], settings["training"].get("precision"))
 
 
 def _alike(result: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -48,9 +48,10 @@ def stratified(runs: Runs, statistic: Callable[[np.ndarray], np.ndarray] = avera
         parts.append(center + (drawn - center) * np.sqrt(n / max(n - 1, 1)) * student)
     whole = np.concatenate([np.asarray(runs[task], float) for task in sorted(runs)])
     low, high = np.quantile(statistic(np.concatenate(parts, 1)), [0.025, 0.975])
+    center = float(statistic(whole))
     if max(len(scores) for scores in runs.values()) < 2:
-        low = high = None
-    return Estimate(float(statistic(whole)), _plain(low), _plain(high), len(whole))
+        return Estimate(center, None, None, len(whole))
+    return Estimate(center, min(float(low), center), max(float(high), center), len(whole))  # up to rounding
 
 
 def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
@@ -68,15 +69,14 @@ def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estim
         drawn.append(
             _wins(x[rng.integers(len(x), size=(DRAWS, len(x)))], y[rng.integers(len(y), size=(DRAWS, len(y)))])
         )
+    count = sum(map(len, runs.values()))
+    if max(map(len, [*runs.values(), *others.values()])) < 2:
+        return Estimate(float(np.mean(found)), None, None, count)
     low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
-    return Estimate(float(np.mean(found)), float(low), float(high), sum(map(len, runs.values())))
+    return Estimate(float(np.mean(found)), float(low), float(high), count)
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The share of pairs of (..., n) and (..., m) in which the first is larger."""
     x, y = x[..., :, None], y[..., None, :]
     return ((x > y) + 0.5 * (x == y)).mean((-1, -2))
-
-
-def _plain(value: float | None) -> float | None:
-    return None if value is None else float(value)

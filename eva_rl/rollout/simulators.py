@@ -60,7 +60,7 @@ class Board:
 
 
 class Stage:
-    """The environments of one group. Those of a task are made once and used by every group."""
+    """The environments of one group. Those of a task stay for the next group that has it."""
 
     def __init__(self, board: Board):
         self.board = board
@@ -73,6 +73,8 @@ class Stage:
         """Begin the episodes of `jobs`."""
         self.jobs, self.envs, self.steps = jobs, [], 0
         self.board.ended[:], self.board.solved[:] = True, UNKNOWN
+        for gone in [key for key in self.made if key[0] not in {job.task for job in jobs}]:
+            self.made.pop(gone).close()  # a simulator may take 20 MB, and a split has many tasks
         for row, job in enumerate(jobs):
             with _named(job, "at its start"):
                 env = self.made.get((job.task, row))

@@ -67,7 +67,7 @@ class TrainingResult:
     losses: list[float]
     """The training loss of every step."""
     seconds: float
-    """Wall time of all steps, those before an interruption included; evaluations too."""
+    """Wall time of all steps, those before an interruption included, without the evaluations."""
 
     def tenths(self) -> list[float]:
         """The mean loss of each tenth of the steps; none where there are fewer than ten."""
@@ -226,7 +226,9 @@ def train(
                         log(done, inspect(batch.share(0, config.accumulate)))
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
                 model.eval()
+                paused = time.perf_counter()
                 log(done, evaluate(done))
+                started += time.perf_counter() - paused  # evaluations are no training
                 model.train()
             if processes.first and (done % config.checkpoint_every == 0 or done == steps):
                 save(checkpoints, state, torch.tensor(losses, dtype=torch.float64), time.perf_counter() - started)
