@@ -21,6 +21,7 @@ from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
 from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.rollout.simulators import Board, LocalSimulator
 
 module = importlib.import_module("eva_rl.rollout.rollout")  # the package has a function of that name
 
@@ -518,3 +519,22 @@ def test_a_discrete_environment_does_not_fit_a_continuous_interface():
 def test_no_episodes_are_refused():
     with pytest.raises(UserError, match="episodes=0"):
         rollout(Stub(repeat(1), make_interface()), Recall, "toy", 4, [], 1.0)
+
+
+def test_a_simulator_keeps_the_environments_of_the_tasks_at_hand_alone():
+    made, closed = [], []
+
+    class Counted(Recall):
+        def close(self):
+            closed.append(self)
+
+    def make(task: str) -> Callable[[], gym.Env]:
+        return lambda: made.append(task) or Counted()
+
+    simulator = LocalSimulator(Board.sizes(2, make_interface()))
+    for tasks in ("aa", "aa", "ab", "bb", "c"):
+        simulator.send([Job(task, make(task), seed, 1.0) for seed, task in enumerate(tasks)])
+    assert made == ["a", "a", "b", "b", "c"]
+    assert len(closed) == 4
+    simulator.close()
+    assert len(closed) == 5
