@@ -151,6 +151,15 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.fixture
+def base(run, dummy_domain, tmp_path) -> Path:
+    """A tiny checkpoint that knows the dummy domain."""
+    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=4", "training.batch_size=4"]
+    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
+    assert status == 0, err
+    return tmp_path / "pretrained" / "model"
+
+
 def _make_dataset(
     dataset_id: str = "dummy/random-v0",
     kind: str = "Continuous",

@@ -26,14 +26,6 @@ QUICK = [
 ]
 
 
-@pytest.fixture
-def base(run, dummy_domain, tmp_path) -> Path:
-    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=4", "training.batch_size=4"]
-    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
-    assert status == 0, err
-    return tmp_path / "pretrained" / "model"
-
-
 def result_of(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
 

@@ -23,14 +23,6 @@ QUICK = ["steps=2", "episodes=2", "workers=0", "training.batch_size=4", "trainin
 FOLDERS = "run_dir=grid/${adapter.name}-${seed}"
 
 
-@pytest.fixture
-def base(run, dummy_domain, tmp_path) -> Path:
-    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=2", "training.batch_size=4"]
-    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
-    assert status == 0, err
-    return tmp_path / "pretrained" / "model"
-
-
 def finished(folder: Path) -> dict[str, dict]:
     """The results below a folder, by the names of their runs."""
     found = {
