@@ -79,7 +79,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
         """(B, N, d) -> (B, n, d), of the n tokens that `read` picks."""
-        q, k, v = self.q(x[:, read]), self.k(x), self.v(x)
+        read_from = x if read == slice(None) else x[:, read]  # the very tensor that k and v read, where it is all of it
+        q, k, v = self.q(read_from), self.k(x), self.v(x)
         q, k, v = (rearrange(y, "b n (h e) -> b h n e", h=self.heads) for y in (q, k, v))
         start, _, stride = read.indices(x.shape[1])
         return self.o(rearrange(attend(q, k, v, start, stride), "b h n e -> b n (h e)"))
