@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -244,6 +245,18 @@ def test_losses_fall_and_every_step_has_one(tmp_path):
 
 def test_the_same_seed_gives_the_same_losses_and_another_gives_others(tmp_path):
     assert run(tmp_path / "a")[0] == run(tmp_path / "b")[0] != run(tmp_path / "c", seed=1)[0]
+
+
+def test_the_time_of_training_is_without_that_of_the_evaluations(tmp_path):
+    def evaluate(step: int) -> dict[str, float]:
+        time.sleep(0.5)
+        return {}
+
+    model, started = make_model(), time.perf_counter()
+    result = train(model, batches, model.loss, STEPS, replace(CONFIG, evaluate_every=4), tmp_path, evaluate=evaluate)
+    assert result.seconds < time.perf_counter() - started - 0.9
+    with safe_open(sorted(tmp_path.glob("step-*"))[-1], "pt") as file:
+        assert float(file.metadata()["seconds"]) <= result.seconds
 
 
 def test_zero_steps_change_nothing_and_write_nothing(tmp_path):
