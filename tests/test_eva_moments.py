@@ -576,3 +576,15 @@ def test_rows_whose_squares_overflow_are_learned_or_called_not_finite(method):
     rows = 1e20 * decaying(100, 16, 1).float()
     moments, changes = take_in(method, [rows], 4)
     assert not changes[0].finite.any() or captured(moments.leading(0, 4)[0], rows, True) >= 0.99
+
+
+def test_a_core_that_rounding_made_more_indefinite_than_expected_still_gives_components():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 4, generator=generator, dtype=torch.float64)).Q.mT  # (k, d)
+    scatter = basis.mT @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)) @ basis
+    core = basis @ scatter @ basis.mT - torch.diag(torch.tensor([0, 0, 0, 3e-5], dtype=torch.float64))
+    vectors, values = nystrom(
+        (basis @ scatter)[None], core[None], basis[None], torch.tensor([1e-6], dtype=torch.float64)
+    )
+    torch.testing.assert_close(values[0, :3], torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-3, atol=1e-3)
+    assert vectors.isfinite().all()

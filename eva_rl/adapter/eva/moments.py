@@ -236,7 +236,14 @@ def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: Tensor) -> tuple[
     directions that C leaves empty, it keeps the vectors of the basis.
     """
     shift = noise.clamp(min=1e-200)[:, None]  # (A, 1)
-    lower = torch.linalg.cholesky(core + torch.diag_embed(shift.expand(core.shape[:-1])))  # L L^T = Q C Q^T
+    for _ in range(8):  # some processors round more coarsely than `noise` allows for: ten times as much then
+        shifted = core + torch.diag_embed(shift.expand(core.shape[:-1]))
+        lower, failed = torch.linalg.cholesky_ex(shifted)  # L L^T = Q C Q^T
+        if not failed.any():
+            break
+        shift = torch.where(failed[:, None] > 0, 10 * shift, shift)
+    else:
+        lower = torch.linalg.cholesky(shifted)  # raises
     factor = torch.linalg.solve_triangular(lower, image + shift[..., None] * basis, upper=False)  # F^T F ~ C
     values, rotation = torch.linalg.eigh(factor @ factor.mT)
     values, rotation = values.flip(-1), rotation.flip(-1)
