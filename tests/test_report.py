@@ -8,6 +8,8 @@ from results import estimate, result, write_run
 
 from eva_rl.errors import UserError
 from eva_rl.report import Stopwatch, markdown
+from eva_rl.report.document import save_report
+from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results, table, to_csv
 
 
@@ -169,3 +171,14 @@ def test_a_phase_within_another_does_not_count_twice(monkeypatch):
     with clock("train"), clock("rollout"):
         pass
     assert clock.seconds == {"train": 7.0, "rollout": 3.0}
+
+
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", sorted(path.parents[1].name for path in COMMITTED.glob("*/report/report.md")))
+def test_a_committed_report_is_what_its_runs_make(name, tmp_path):
+    results, left_out = read_results([COMMITTED / name])
+    save_report(tmp_path, results, studies(results), left_out)
+    for file in ("report.md", "runs.csv"):
+        assert (tmp_path / file).read_bytes() == (COMMITTED / name / "report" / file).read_bytes()
