@@ -30,8 +30,8 @@ def scores_plot(study: Study) -> Figure:
     from matplotlib.figure import Figure
 
     names = study.ranked()
-    figure = Figure(figsize=(12, 1.5 + 0.33 * len(names)), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 3))
+    figure = Figure(figsize=(7.5 + 0.45 * max(len(study.tasks), 10), 2 + 0.33 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 0.6 * max(len(study.tasks), 10)))
     for axes, statistic, title in zip(
         panels, (average, interquartile_mean), ("mean", "interquartile mean"), strict=False
     ):
@@ -40,8 +40,9 @@ def scores_plot(study: Study) -> Figure:
             axes.errorbar(
                 found.mean, place, xerr=_spread([found]), fmt="o", color=_color(name), markersize=4, capsize=2
             )
-        axes.set(xlabel=f"{title} of the {study.score.replace('_', ' ')}", yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=title, yticks=range(len(names)), yticklabels=names)
         axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(study.score.replace("_", " "))
     grid = np.array([[np.mean(study.scores(name)[task]) for task in study.tasks] for name in names])
     image = panels[2].imshow(grid, aspect="auto", cmap="viridis", vmin=min(0.0, grid.min()), vmax=max(1.0, grid.max()))
     short = [task.partition("/")[2] for task in study.tasks]
