@@ -54,11 +54,9 @@ def main() -> None:
         domains[task.partition("/")[0]].append(found)
     rows = []
     for name, members in domains.items():
-        means = [
-            np.mean([found[score]["mean"] for found in members if found[score]]) for score in ("normalized_score",)
-        ]
+        score = np.mean([found["normalized_score"]["mean"] for found in members if found["normalized_score"]])
         solved = [found["success_rate"]["mean"] for found in members if found["success_rate"]]
-        rows.append((name, len(members), f"{means[0]:.2f}", f"{np.mean(solved):.2f}" if solved else None))
+        rows.append((name, len(members), f"{score:.2f}", f"{np.mean(solved):.2f}" if solved else None))
     print(markdown(["domain", "tasks", "mean normalized score", "mean success"], rows), end="\n\n")
     print(markdown(HEADER, [row(task, found) for task, found in sorted(tasks.items())]))
 

@@ -27,9 +27,12 @@ def save_report(
     """
     make_folder(output)
     pictures: dict[str, Any] = {}
+    names = []
     for number, study in enumerate(studies, start=1):
         ending = f"-{number}" if len(studies) > 1 else ""
-        pictures |= {f"{name}{ending}": figure for name, figure in drawn(study).items()}
+        own = {f"{name}{ending}": figure for name, figure in plots(study).items()} if len(study.methods) > 1 else {}
+        names.append(list(own))
+        pictures |= own
     if found := varied(studies):
         pictures["varied"] = varied_plot(found)
     for old in (path for name in PICTURES for path in output.glob(f"{name}*.*")):
@@ -40,26 +43,25 @@ def save_report(
             with replacing(output / f"{name}.{kind}") as temporary:
                 temporary.write_bytes(content)
     write_text(output / "runs.csv", to_csv(results))
-    write_text(output / "report.md", document(results, studies, left_out, pictures=True) + "\n")
+    write_text(output / "report.md", document(results, studies, left_out, names) + "\n")
     with replacing(output / "hparams") as temporary:
         write_hparams(temporary, results)
-
-
-def drawn(study: Study) -> Mapping[str, Any]:
-    return plots(study) if len(study.methods) > 1 else {}
 
 
 def document(
     results: Sequence[Mapping[str, Any]],
     studies: Sequence[Study],
     left_out: Sequence[str] = (),
-    pictures: bool = False,
+    pictures: Sequence[Sequence[str]] | None = None,
 ) -> str:
-    """The report as Markdown: for each protocol its methods, then all runs."""
+    """The report as Markdown: for each protocol its methods, then all runs.
+
+    `pictures`: the names of each study's; without them it is shortened to what a terminal should show.
+    """
     parts = []
     if found := varied(studies):
         parts += [f"## {found.setting}", varied_table(found), *(["![varied](varied.png)"] if pictures else [])]
-    for number, study in enumerate(studies, start=1):
+    for study, own in zip(studies, pictures or [()] * len(studies), strict=True):
         if len(study.methods) < 2:
             left_out = [*left_out, *study.amiss]
             continue
@@ -69,9 +71,7 @@ def document(
             + (" One seed: no intervals." if len(study.seeds) < 2 else "")
         )
         parts += [method_table(study), task_table(study), improvement_table(study)]
-        ending = f"-{number}" if len(studies) > 1 else ""
-        if pictures:
-            parts += [f"![{name}]({name}{ending}.png)" for name in drawn(study)]
+        parts += [f"![{name.partition('-')[0]}]({name}.png)" for name in own]
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
     if pictures and left_out:
