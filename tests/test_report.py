@@ -173,6 +173,17 @@ def test_a_phase_within_another_does_not_count_twice(monkeypatch):
     assert clock.seconds == {"train": 7.0, "rollout": 3.0}
 
 
+def test_a_phase_that_goes_on_counts_up_to_now(monkeypatch):
+    now = iter([0.0, 2.0, 5.0, 6.0, 9.0, 9.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Stopwatch("train", "rollout")
+    with clock("train"):
+        with clock("rollout"):
+            pass
+        assert clock.rounded() == {"train": 3.0, "rollout": 3.0}
+    assert clock.rounded() == {"train": 6.0, "rollout": 3.0}
+
+
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from eva_rl.interface import Batch
-from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend
+from eva_rl.model.decision_transformer import VECTOR, Block, DecisionTransformer, attend
 
 LEAST = 4
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
@@ -57,8 +57,9 @@ class Decoder:
         self.length = 0
         """Steps in the window."""
         self.heads, tokens = config.heads, config.context * self.kinds
-        # (layers, keys and values, n h, N, e)
-        kept = (config.layers, 2, rows * self.heads, tokens, config.width // self.heads)
+        tokens += -tokens % VECTOR
+        # (layers, keys and values, n, h, N, e)
+        kept = (config.layers, 2, rows, self.heads, tokens, config.width // self.heads)
         self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
         self.kept = 0
         """Tokens whose keys and values are there."""
@@ -95,7 +96,6 @@ class Decoder:
         tensors = {k: v for k, v in vars(self.now).items() if k != "interface"}
         self.now = replace(self.now, **{k: v[rows] for k, v in tensors.items()})
         self.tokens = self.tokens[rows]
-        rows = (rows[:, None] * self.heads + torch.arange(self.heads, device=rows.device)).flatten()
         self.cache = self.cache[:, :, rows]
 
     def _show(self, **known: Tensor) -> None:
@@ -124,22 +124,22 @@ class Decoder:
             last = block is self.blocks[-1]  # the others' outputs would go nowhere
             first = d if last else 0  # of qkv's outputs
             qkv = F.linear(normed, block.qkv[first:], block.qkv_bias[first:])  # (n, m, 3 d), or 2 d
-            keys[:, start:end], values[:, start:end] = (self._split(part) for part in qkv.split(d, -1)[-2:])
+            keys[..., start:end, :], values[..., start:end, :] = (self._split(y) for y in qkv.split(d, -1)[-2:])
             if last:
                 # A product with a view in three dimensions would copy the weights for each episode.
                 x, q = x[:, -1:], F.linear(normed[:, -1].contiguous(), block.qkv[:d], block.qkv_bias[:d])[:, None]
             else:
                 q = qkv[..., :d]
             # All the cache, not [:end] of it: a contiguous tensor is multiplied faster, and the rest is masked.
-            y = attend(self._split(q), keys, values, end - q.shape[1])  # (n h, m, e)
-            x = x + F.linear(rearrange(y, "(n h) m e -> n m (h e)", h=self.heads), block.o, block.o_bias)
+            y = attend(self._split(q), keys, values, end - q.shape[1])  # (n, h, m, e)
+            x = x + F.linear(rearrange(y, "n h m e -> n m (h e)"), block.o, block.o_bias)
             hidden = F.linear(block.feed_forward_norm(x).to(self.dtype), block.up, block.up_bias)
             x = x + F.linear(F.gelu(hidden), block.down, block.down_bias)
         self.kept = end
         return x[:, -1]
 
     def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n m (h e) -> (n h) m e", h=self.heads)
+        return rearrange(x, "n m (h e) -> n h m e", h=self.heads)
 
 
 @dataclass(frozen=True)

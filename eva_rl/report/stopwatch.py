@@ -13,23 +13,30 @@ class Stopwatch:
 
     def __init__(self, *phases: str):
         self._open: list[str] = []
+        self._since = 0.0
         self.seconds = dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._settle()
         self._open.append(phase)
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[self._open.pop()] += elapsed
-            if self._open:
-                self.seconds[self._open[-1]] -= elapsed
+            self._settle()
+            self._open.pop()
 
     def rounded(self) -> dict[str, float]:
-        """Seconds by phase as result.json states them."""
+        """Seconds by phase as result.json states them, up to now."""
+        self._settle()
         return {phase: round(seconds, 2) for phase, seconds in self.seconds.items()}
+
+    def _settle(self) -> None:
+        """Count the time since the last call for the innermost open phase."""
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
 
     def __str__(self) -> str:
         return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
