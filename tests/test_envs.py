@@ -222,6 +222,19 @@ def test_action_noise_is_a_pure_function_independent_of_the_environments_seed():
     assert not np.array_equal(draws, environment.standard_normal(4))
 
 
+@pytest.mark.parametrize("name", ["push-v3", "shelf-place-v3", "stick-pull-v3"])
+def test_the_gripper_touches_when_meta_world_says_so(name):
+    env = DOMAIN.make(name)
+    expert, inner, answers = DOMAIN.expert(name, env), env.unwrapped._env, set()
+    observation, _ = env.reset(seed=3)
+    for _ in range(120):
+        observation, *_ = env.step(expert(observation))
+        geom = inner._get_id_main_object()
+        answers.add(inner.touching_object(geom))
+        assert inner.touching_object(geom) == type(inner).touching_object(inner, geom)
+    assert answers == {False, True}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAIN.tasks)
 def test_an_episode_of_any_task_depends_on_its_seed_alone(name):
