@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from eva_rl.interface import Batch
-from eva_rl.model.decision_transformer import VECTOR, Block, DecisionTransformer, attend
+from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend, padded
 
 LEAST = 4
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
@@ -56,10 +56,9 @@ class Decoder:
         """The window, embedded: (n, N, d)."""
         self.length = 0
         """Steps in the window."""
-        self.heads, tokens = config.heads, config.context * self.kinds
-        tokens += -tokens % VECTOR
+        self.heads = config.heads
         # (layers, keys and values, n, h, N, e)
-        kept = (config.layers, 2, rows, self.heads, tokens, config.width // self.heads)
+        kept = (config.layers, 2, rows, self.heads, padded(self.tokens.shape[1]), config.width // self.heads)
         self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
         self.kept = 0
         """Tokens whose keys and values are there."""
