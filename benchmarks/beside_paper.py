@@ -1,19 +1,19 @@
 """The study of Continual World's tasks beside the EVA paper's: success rates of the methods that both have.
 
-    python -m benchmarks.beside_paper benchmarks/results/cw10
+    python -m benchmarks.beside_paper
 
-The paper's are from its table of decision making (arXiv 2410.07170): three seeds of ten episodes, the best of ranks 2 to 16 (and of rho
-1 and 2) for each entry, a model of four times the size, 100,000 steps.
+Writes `benchmarks/results/cw10.md`, of the runs that `python -m eva_rl.finetune study=cw10` left in `benchmarks/results/cw10`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.eva_init import RESULTS
+from eva_rl.files import write_text
 from eva_rl.report import markdown
 from eva_rl.report.methods import Study, studies
 from eva_rl.report.runs import read_results
@@ -56,16 +56,38 @@ def beside(study: Study) -> str:
     return markdown(["method", "", *columns, "mean"], rows)
 
 
+PROTOCOLS = markdown(
+    ["", "paper (arXiv 2410.07170)", "here"],
+    [
+        ("model", "12 M weights, context of 50 steps", "3.2 M weights, context of 20 steps"),
+        ("pretrained on", "MT40, 80 M transitions, 1 M steps", "MT40, 0.32 M transitions, 4,000 steps"),
+        ("trajectories of a task", "2 M transitions", "40 episodes, 8,000 transitions"),
+        ("fine-tuning", "100,000 steps of 128 windows", "200 steps of 32 windows"),
+        ("learning rate", "1e-4 for all", "each method's own, found on two tasks of MT40"),
+        ("size", "the best of ranks 2, 4, 8 and 16 for each entry", "rank 8, or as many weights"),
+        ("rolled out", "10 episodes a seed", "50 episodes a seed, each of a goal that no trajectory had"),
+        ("seeds", "3", "those below"),
+    ],
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    results, left_out = read_results([parser.parse_args().folder])
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    folder = RESULTS / "cw10"
+    results, left_out = read_results([folder])
     found = studies(results)
     if len(found) != 1:
-        sys.exit(f"error: runs of {len(found)} protocols were found where those of one were expected.")
-    for sentence in [*left_out, *found[0].amiss]:
+        sys.exit(f"error: runs of {len(found)} protocols are in '{folder}' where those of one were expected.")
+    [study] = found
+    for sentence in [*left_out, *study.amiss]:
         print(sentence, file=sys.stderr)
-    print(beside(found[0]))
+    table = beside(study)
+    about = f"Success rates, means of {len(study.tasks)} tasks and seeds {', '.join(map(str, study.seeds))}"
+    report = f"All methods, pictures and every run: [report](cw10/report/report.md), `python -m eva_rl.report {folder.relative_to(RESULTS.parents[1])}`."
+    write_text(
+        RESULTS / "cw10.md", f"`python -m benchmarks.beside_paper`\n\n{about}.\n\n{table}\n\n{PROTOCOLS}\n\n{report}\n"
+    )
+    print(table)
 
 
 if __name__ == "__main__":
