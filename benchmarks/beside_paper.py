@@ -56,19 +56,29 @@ def beside(study: Study) -> str:
     return markdown(["method", "", *columns, "mean"], rows)
 
 
-PROTOCOLS = markdown(
-    ["", "paper (arXiv 2410.07170)", "here"],
-    [
-        ("model", "12 M weights, context of 50 steps", "3.2 M weights, context of 20 steps"),
-        ("pretrained on", "MT40, 80 M transitions, 1 M steps", "MT40, 0.32 M transitions, 4,000 steps"),
-        ("trajectories of a task", "2 M transitions", "40 episodes, 8,000 transitions"),
-        ("fine-tuning", "100,000 steps of 128 windows", "200 steps of 32 windows"),
+def protocols(study: Study) -> str:
+    """What the two did, side by side."""
+    own = study.protocol
+    rows = [
+        ("model", "12 M weights, 50 steps of context, with rewards", "3.2 M weights, 20 steps of context, without"),
+        ("pretrained on", "MT40: 80 M transitions, 1 M steps", "MT40: 0.32 M transitions, 4,000 steps"),
+        ("trajectories of a task", None, f"{own['demonstrations']} episodes of a noisy expert"),
+        (
+            "fine-tuning",
+            "100,000 steps of 128 windows",
+            f"{own['steps']} steps of {own['training.batch_size']} windows",
+        ),
         ("learning rate", "1e-4 for all", "each method's own, found on two tasks of MT40"),
-        ("size", "the best of ranks 2, 4, 8 and 16 for each entry", "rank 8, or as many weights"),
-        ("rolled out", "10 episodes a seed", "50 episodes a seed, each of a goal that no trajectory had"),
-        ("seeds", "3", "those below"),
-    ],
-)
+        (
+            "schedule",
+            "4,000 steps of warm-up, cosine to 1e-6",
+            f"{own['training.warmup']} steps of warm-up, cosine to 0",
+        ),
+        ("rank", "the best of 2, 4, 8 and 16 for each entry", f"{own['adapter.rank']}, or as many weights"),
+        ("rolled out", "10 episodes a seed", f"{own['episodes']} a seed, each of a goal that no trajectory had"),
+        ("seeds", "3", ", ".join(map(str, study.seeds))),
+    ]
+    return markdown(["", "paper", "here"], rows)
 
 
 def main() -> None:
@@ -79,15 +89,22 @@ def main() -> None:
     if len(found) != 1:
         sys.exit(f"error: runs of {len(found)} protocols are in '{folder}' where those of one were expected.")
     [study] = found
-    for sentence in [*left_out, *study.amiss]:
-        print(sentence, file=sys.stderr)
-    table = beside(study)
-    about = f"Success rates, means of {len(study.tasks)} tasks and seeds {', '.join(map(str, study.seeds))}"
-    report = f"All methods, pictures and every run: [report](cw10/report/report.md), `python -m eva_rl.report {folder.relative_to(RESULTS.parents[1])}`."
-    write_text(
-        RESULTS / "cw10.md", f"`python -m benchmarks.beside_paper`\n\n{about}.\n\n{table}\n\n{PROTOCOLS}\n\n{report}\n"
-    )
-    print(table)
+    parts = [
+        "`python -m benchmarks.beside_paper`",
+        f"Success rates on Continual World's tasks, means over seeds {', '.join(map(str, study.seeds))} here; in the last column over the "
+        f"{len(study.tasks)} tasks shown, ours with the 95 % interval of runs of several seeds. Paper: arXiv 2410.07170, its table of "
+        "decision making.",
+        beside(study),
+        protocols(study),
+        *(
+            ["Not in the table:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)]
+            if (missing := [*left_out, *study.amiss])
+            else []
+        ),
+        "All methods, pictures and runs: [report](cw10/report/report.md), made by `python -m eva_rl.report benchmarks/results/cw10`.",
+    ]
+    write_text(RESULTS / "cw10.md", "\n\n".join(parts) + "\n")
+    print("\n\n".join(parts[2:4]))
 
 
 if __name__ == "__main__":

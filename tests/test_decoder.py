@@ -104,17 +104,20 @@ def test_episodes_that_leave_change_nothing_for_those_that_stay():
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_an_episodes_actions_do_not_depend_by_a_bit_on_how_many_are_beside_it(precision):
-    model = make_model()
+@pytest.mark.parametrize("width", [16, 256])  # wider models take other kernels
+def test_an_episodes_actions_do_not_depend_by_a_bit_on_how_many_are_beside_it(width, precision):
+    model = DecisionTransformer(ModelConfig(2, width // 8, width, 8, 0.1, TOKENS[0]), [CONTINUOUS]).eval()
+    generator = torch.Generator().manual_seed(0)
     with torch.autocast("cpu", precision, enabled=precision is not None):
-        decoders = {count: Decoder(model, "toy", count) for count in (1, 2, 3, EPISODES)}
-        for step in range(30):
-            observations, rewards = environment(step, None)
-            expected = decoders[EPISODES].act(observations, 20.0 - rewards)
-            for count, decoder in decoders.items():
-                if count < EPISODES:
-                    assert torch.equal(decoder.act(observations[:count], 20.0 - rewards[:count]), expected[:count])
-                decoder.record(expected[:count], rewards[:count])
+        whole, *others = (Decoder(model, "toy", count) for count in (50, 1, 3, 15, 17, 34))
+        for _ in range(12):
+            observations, rewards = torch.randn(50, 3, generator=generator), torch.rand(50, generator=generator)
+            expected = whole.act(observations, 20.0 - rewards)
+            whole.record(expected, rewards)
+            for decoder in others:
+                own = slice(decoder.episodes)
+                assert torch.equal(decoder.act(observations[own], 20.0 - rewards[own]), expected[own])
+                decoder.record(expected[own], rewards[own])
 
 
 def test_under_autocast_the_actions_are_nearly_those_in_float32():

@@ -32,6 +32,13 @@ def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
     assert found["lora"][2] == "1.00 [1.00, 1.00]"
 
 
+def test_methods_that_miss_the_same_runs_are_named_together():
+    results = [result("eva", *cell) for cell in CELLS]
+    results += [result(name, *cell) for name in ("lora", "dora") for cell in CELLS[:-1]]
+    [study] = studies(results)
+    assert study.amiss[0] == "dora, lora: missing d/b seed 2; for all methods left out of the comparison"
+
+
 @pytest.mark.parametrize("setting", ["steps", "episodes", "training.batch_size", "base", "adapter.rank"])
 def test_runs_of_other_protocols_are_never_compared_with_each_other(setting):
     results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
-from eva_rl.model.decision_transformer import Trunk
+from eva_rl.model.decision_transformer import Trunk, attend
 
 PRESETS = files("eva_rl.configs") / "model"
 TINY = ModelConfig(layers=2, heads=2, width=32, context=5, dropout=0.0)
@@ -447,3 +447,20 @@ def test_impossible_sizes_and_tokens_are_refused_in_one_sentence(wrong):
         ModelConfig(**wrong)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "start", "stride"),
+    [(17, 17, 0, 1), (3, 31, 20, 1), (2, 48, 40, 1), (20, 60, 1, 3), (32, 150, 100, 1)],
+)
+def test_a_query_sees_the_keys_up_to_its_own_and_no_others(queries, keys, start, stride, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, count, 8, generator=generator).to(dtype) for count in (queries, keys, keys))
+    found = attend(q, k, v, start, stride)
+    assert found.dtype == dtype
+    for i in range(queries):
+        seen = start + i * stride + 1
+        scores = q[..., i : i + 1, :].double() @ k[..., :seen, :].double().mT / 8**0.5
+        expected = scores.softmax(-1) @ v[..., :seen, :].double()
+        torch.testing.assert_close(found[..., i : i + 1, :].double(), expected, rtol=0, atol=tolerance)

@@ -21,7 +21,7 @@ from eva_rl.model.observations import make_encoder
 TOKENS = ("return", "state", "action", "reward")
 TRUNK_LAYERS = ("q", "k", "v", "o", "up", "down")
 VECTOR = 32
-"""bfloat16 numbers in a vector register."""
+"""bfloat16 numbers in a vector register of 512 bits."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0, stride: int = 1) -> 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     # In bfloat16 on CPUs the fused kernel is two to three times slower than its formula, at these lengths.
     with torch.autocast("cpu", enabled=False):  # whose softmax would go to float32 and back
-        if spare := padded(m) - m:
+        if spare := padded(m, q.dtype) - m:
             k, v, m = F.pad(k, (0, 0, 0, spare)), F.pad(v, (0, 0, 0, spare)), m + spare
         unseen = torch.zeros(n, m, dtype=q.dtype).masked_fill_(
             torch.arange(m) > last_seen(n, start, stride), -torch.inf
         )
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        scores = torch.baddbmm(unseen.expand(len(q), n, m), q, k.transpose(-1, -2))  # (..., n, m)
+        scores = torch.baddbmm(unseen.expand(len(q), n, m), q, k.transpose(-1, -2))  # (B, n, m)
         return (scores.softmax(-1) @ v).view(*shape, n, -1)
 
 
-def padded(keys: int) -> int:
-    """How many keys to have for this many, the others unseen: softmax takes four times as long for what fills no register."""
+def padded(keys: int, dtype: torch.dtype) -> int:
+    """`keys` rounded up to whole vector registers where that adds few: the softmax of bfloat16 is slow on a remainder."""
     spare = -keys % VECTOR
-    return keys + spare if spare < VECTOR / 2 else keys
+    return keys + spare if dtype == torch.bfloat16 and spare < VECTOR / 2 else keys
 
 
 def last_seen(n: int, start: int, stride: int, device: torch.device | None = None) -> Tensor:

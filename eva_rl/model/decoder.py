@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eva_rl.interface import Batch
 from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend, padded
 
-LEAST = 4
+LEAST = 16
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
 
 
@@ -58,7 +58,8 @@ class Decoder:
         """Steps in the window."""
         self.heads = config.heads
         # (layers, keys and values, n, h, N, e)
-        kept = (config.layers, 2, rows, self.heads, padded(self.tokens.shape[1]), config.width // self.heads)
+        places = padded(config.context * self.kinds, self.dtype)
+        kept = (config.layers, 2, rows, self.heads, places, config.width // self.heads)
         self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
         self.kept = 0
         """Tokens whose keys and values are there."""

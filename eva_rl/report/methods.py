@@ -130,10 +130,12 @@ def _study(protocol: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> Study
     if cells and not shared:
         amiss.append(f"{', '.join(sorted(cells))} have no task and seed in common: they are not compared")
     everywhere = set().union(*cells.values())
+    missing: dict[str, list[str]] = {}
     for label, own in sorted(cells.items()):
-        missing = _cells_in_words(everywhere - set(own))
-        if missing:
-            amiss.append(f"{label}: missing {missing}; for all methods left out of the comparison")
+        missing.setdefault(_cells_in_words(everywhere - set(own)), []).append(label)
+    for place, labels in missing.items():
+        if place:
+            amiss.append(f"{', '.join(labels)}: missing {place}; for all methods left out of the comparison")
     for task in sorted({task for task, _ in shared}):
         absent = sorted({seed for _, seed in shared} - {seed for other, seed in shared if other == task})
         if absent:

@@ -19,6 +19,7 @@ class Stopwatch:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self._settle()
+        self.seconds[phase] += 0.0  # one that was not named at first fails here
         self._open.append(phase)
         try:
             yield
@@ -39,7 +40,7 @@ class Stopwatch:
         self._since = now
 
     def __str__(self) -> str:
-        return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.rounded().items())
 
 
 def peak_memory() -> int | None:
