@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import wait
 
 import gymnasium as gym
 import numpy as np
@@ -35,7 +36,6 @@ from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, Decoder, load_base
 from eva_rl.report import markdown, versions
 from eva_rl.rollout import Job, Simulators, rollout
-from eva_rl.rollout.simulators import ready
 from eva_rl.training import autocast
 
 TASK = "metaworld/push-v3"
@@ -62,19 +62,18 @@ def raw(simulators: Simulators, interface: Interface, jobs: Sequence[Job]) -> fl
     episodes, rng = len(jobs), np.random.default_rng(0)
     size = -(-episodes // max(simulators.workers, 1))
     running = simulators.provide(-(-episodes // size), size, interface)
-    left = dict.fromkeys(running, STEPS)
+    left = {simulator.connection: (simulator, STEPS) for simulator in running}
     start = time.perf_counter()
     for number, simulator in enumerate(running):
         simulator.send(jobs[number * size : (number + 1) * size])
     while left:
-        for simulator in ready(list(left)):
+        for connection in wait(list(left)):
+            simulator, steps = left.pop(connection)
             simulator.receive()
-            if left[simulator]:
-                left[simulator] -= 1
+            if steps:
+                left[connection] = simulator, steps - 1
                 simulator.board.actions[:] = rng.uniform(-1, 1, simulator.board.actions.shape)
                 simulator.send(None)
-            else:
-                del left[simulator]
     return episodes * STEPS / (time.perf_counter() - start)
 
 

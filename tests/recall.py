@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -71,3 +72,8 @@ class Raises(Recall):
         if self.length == 8 and self.step_number == 6:
             raise ValueError("the arm\nis stuck")
         return super().step(action)
+
+
+class Hangs(Recall):
+    def step(self, action):
+        time.sleep(600)

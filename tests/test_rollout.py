@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -14,9 +16,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from recall import KILLER, Fragile, Mortal, Raises, Recall
+from recall import KILLER, Fragile, Hangs, Mortal, Raises, Recall
 from torch import Tensor
 
+from eva_rl.cores import available_cores
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
@@ -263,6 +266,42 @@ def test_no_simulator_outlives_its_rollout(make_env):
         time.sleep(0.05)
     left = {p for p in processes() - before if "resource_tracker" not in command_of(p)}
     assert not left
+
+
+def test_an_interruption_ends_a_rollout_whose_simulators_hang():
+    stub, seeds = Stub(repeat(1), make_interface()), list(range(4))
+    ctrl_c = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.monotonic()
+    ctrl_c.start()
+    with pytest.raises(KeyboardInterrupt):
+        rollout(stub, Hangs, "toy", 3, seeds, 1.0, workers=2)
+    assert time.monotonic() - start < 60  # a step takes 600 s
+
+
+def test_a_policy_that_fails_ends_the_rollout_with_its_error():
+    def fail(history: Batch, step: Tensor) -> Tensor:
+        raise ZeroDivisionError("no such action")
+
+    with pytest.raises(ZeroDivisionError, match="no such action"):
+        rollout(Stub(fail, make_interface()), Recall, "toy", 3, SEEDS, 1.0, workers=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_policies_act_under_the_callers_autocast_without_gradients_and_with_their_share_of_the_cores(workers, enabled):
+    found = set()
+
+    def look(history: Batch, step: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        found.add((*autocast, torch.is_grad_enabled(), torch.get_num_threads()))
+        return constant(0.5)(history, step)
+
+    before = torch.get_num_threads()
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        rollout(Stub(look, make_interface()), Recall, "toy", 3, SEEDS, 1.0, workers=workers)
+    threads = max(1, min(before, available_cores() // workers)) if workers else before
+    assert found == {(enabled, torch.bfloat16, False, threads)}
+    assert torch.get_num_threads() == before
 
 
 def command_of(process: int) -> str:

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from eva_rl.cores import available_cores
 from eva_rl.errors import UserError
-from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, Simulators, ready
+from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ def rollout(
     """Run one episode for each job.
 
     The policy first asks for the job's target return; every reward received is subtracted from what it asks for next
-    (Chen et al. 2021, algorithm 1). While it chooses actions for one group of episodes, the others' environments step.
+    (Chen et al. 2021, algorithm 1). Groups of episodes run side by side, each with a policy and a thread of its own, which
+    waits while the group's environments step in their process: so every core has work, be it a model's or a simulator's.
 
     Args:
-        make_policy: a policy for n episodes that begin.
+        make_policy: a policy for n episodes that begin. Policies of several groups act at the same time.
         interface: which the environments' spaces must fit.
         finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
             the rollout breaks off.
@@ -104,47 +106,49 @@ def rollout(
         raise UserError("episodes=0 was given where at least 1 episode was expected.")
     limit = max(check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values())
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
-    groups = deque(_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size))
+    groups = [_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size)]
     rows = {} if finished is None else finished
     idle = simulators.provide(len(groups), size, interface)[:]
-    busy: dict[object, _Group] = {}
+    waiting, busy = deque(groups), {}
     deaths, whole = 0, False
+    kind = torch.device(device).type
+    autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
     bar = tqdm(total=len(jobs), desc=label, unit="episode", bar_format=BAR)
-    with bar, _threads_left(simulators.workers), torch.no_grad():
+
+    def show() -> None:
+        bar.n = sum(group.progress(limit) for group in groups)
+        bar.update(0)
+
+    def play(simulator: Simulator | LocalSimulator, group: _Group) -> None:
+        with torch.no_grad(), torch.autocast(kind, **autocast):  # they hold for one thread
+            group.play(simulator, make_policy, interface, device, show)
+
+    with bar, _threads(simulators.workers, len(idle)) as pool:
         try:
-            while groups or busy:
-                while groups and idle:
-                    simulator, group = idle.pop(), groups.popleft()
-                    busy[simulator] = group
-                    group.begin(make_policy)
-                    simulator.send(group.jobs)
-                for simulator in list(ready(list(busy))):
-                    group = busy[simulator]
+            while waiting or busy:
+                while waiting and idle:
+                    simulator, group = idle.pop(), waiting.popleft()
+                    busy[pool.submit(play, simulator, group)] = simulator, group
+                for over in wait(busy, return_when=FIRST_COMPLETED).done:
+                    simulator, group = busy.pop(over)
                     try:
-                        simulator.receive()
+                        over.result()
                     except Died:
                         deaths += 1
                         _report_death(group, deaths)
-                        del busy[simulator]
-                        idle.append(simulators.replace(simulator))
-                        groups.appendleft(group)
-                        continue
-                    if group.advance(simulator.board, interface, device):
-                        simulator.send(None)
-                    else:
-                        rows.update(group.ended)
-                        idle.append(simulator)
-                        del busy[simulator]
-                bar.n = len(rows) + sum(group.progress(limit) for group in busy.values())
-                bar.update(0)
+                        simulator = simulators.replace(simulator)
+                        waiting.appendleft(group)
+                    idle.append(simulator)
             whole = True
         finally:
             if not whole:
-                for group in busy.values():
-                    rows.update(group.ended)
-                simulators.close()  # they may be in the middle of a step
-        bar.n = len(jobs)
-        bar.update(0)
+                simulators.kill()  # they may be in the middle of a step, and threads wait for them
+            pool.shutdown()
+            for group in groups:
+                rows.update(group.ended)
+            if not whole:
+                simulators.close()
+        show()
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
@@ -176,15 +180,34 @@ class _Group:
     def __init__(self, numbers: Sequence[int], jobs: Sequence[Job]):
         self.numbers = numbers
         self.jobs = [jobs[number] for number in numbers]
+        self._begin()
 
-    def begin(self, make_policy: Callable[[int], Policy]) -> None:
+    def _begin(self) -> None:
         count = len(self.jobs)
-        self.policy = make_policy(count)
         self.alive = np.arange(count)
         self.wanted = np.array([job.target_return for job in self.jobs])
         self.returns, self.lengths = np.zeros(count), np.zeros(count, np.int64)
         self.solved = np.full((2, count), UNKNOWN, np.int8)  # at any step; at the last
         self.steps = -1  # none, not even reset
+
+    def play(
+        self,
+        simulator: Simulator | LocalSimulator,
+        make_policy: Callable[[int], Policy],
+        interface: Interface,
+        device: torch.device | str,
+        stepped: Callable[[], None],
+    ) -> None:
+        """Run the episodes, anew if they had begun; `stepped` is called after every step."""
+        self._begin()
+        self.policy = make_policy(len(self.jobs))
+        simulator.send(self.jobs)
+        simulator.receive()
+        while self.advance(simulator.board, interface, device):
+            simulator.send(None)
+            stepped()
+            simulator.receive()
+        del self.policy  # and its memory
 
     def advance(self, board: Board, interface: Interface, device: torch.device | str) -> bool:
         """Take in what the environments did and choose the next actions; False when all episodes have ended."""
@@ -242,13 +265,28 @@ def _report_death(group: _Group, deaths: int) -> None:
 
 
 @contextmanager
-def _threads_left(workers: int) -> Iterator[None]:
-    """Leave cores to the simulators: threads that wait for each other on too few of them lose more than they win."""
+def _threads(workers: int, policies: int) -> Iterator[Executor]:
+    """What runs the groups: as many threads as there are simulators' processes, each with its share of the cores to compute
+    with, or this thread where the simulator is in this process."""
     import torch
 
+    if not workers:
+        yield _ThisThread()
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, available_cores() - workers)) if workers else before)
+    each = max(1, min(before, available_cores() // workers))
+    torch.set_num_threads(each)
     try:
-        yield
+        with ThreadPoolExecutor(policies, "policy", torch.set_num_threads, (each,)) as pool:
+            yield pool
     finally:
         torch.set_num_threads(before)
+
+
+class _ThisThread(Executor):
+    """For environments in this process: what they render with may belong to the thread that made them."""
+
+    def submit(self, function: Callable[..., None], /, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future

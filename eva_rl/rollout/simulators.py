@@ -6,10 +6,10 @@ import math
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -187,6 +187,10 @@ class Simulator:
         if error is not None:
             raise error
 
+    def kill(self) -> None:
+        """End its process at once; whoever is waiting in `receive` learns that it died."""
+        self.process.kill()
+
     def close(self) -> None:
         self.connection.close()  # its process ends by itself
         self.process.join(2)
@@ -209,6 +213,9 @@ class LocalSimulator:
             self.stage.reset(message)
 
     def receive(self) -> None:
+        pass
+
+    def kill(self) -> None:
         pass
 
     def close(self) -> None:
@@ -247,6 +254,11 @@ class Simulators:
         self.running[self.running.index(dead)] = new = type(dead)(self.sizes)
         return new
 
+    def kill(self) -> None:
+        """End their processes at once, whatever they are at; `close` is still to be called."""
+        for simulator in self.running:
+            simulator.kill()
+
     def close(self) -> None:
         while self.running:
             self.running.pop().close()
@@ -256,16 +268,6 @@ class Simulators:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def ready(busy: Sequence[Simulator | LocalSimulator]) -> Iterator[Simulator | LocalSimulator]:
-    """Those that have something to `receive`; waits until there is one."""
-    connections = {s.connection: s for s in busy if isinstance(s, Simulator)}
-    if len(connections) < len(busy):
-        yield from (s for s in busy if isinstance(s, LocalSimulator))
-        return
-    for connection in wait(list(connections)):
-        yield connections[connection]
 
 
 def _view(memory: dict[str, Any], sizes: dict[str, tuple[str, tuple[int, ...]]]) -> Board:
