@@ -60,7 +60,7 @@ def jobs_of(episodes: int, make_env: Callable[[], gym.Env] = ours_env) -> list[J
 def raw(simulators: Simulators, interface: Interface, jobs: Sequence[Job]) -> float:
     """Steps a second of as many simulators, each with its share of the episodes, from their resets to their ends."""
     episodes, rng = len(jobs), np.random.default_rng(0)
-    size = -(-episodes // max(simulators.workers, 1))
+    size = -(-episodes // simulators.workers)
     running = simulators.provide(-(-episodes // size), size, interface)
     left = {simulator.connection: (simulator, STEPS) for simulator in running}
     start = time.perf_counter()
@@ -134,9 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=["small", "paper"], default=["small", "paper"])
     parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at least 1")
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
+    if a.workers < 1:
+        parser.error(f"--workers {a.workers} was given where at least 1 was expected.")
     interface = load_base("mt40-small").model.interfaces["metaworld"]
     rows = []
     for preset in a.presets:

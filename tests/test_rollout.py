@@ -19,7 +19,6 @@ import torch
 from recall import KILLER, Fragile, Hangs, Mortal, Raises, Recall
 from torch import Tensor
 
-from eva_rl.cores import available_cores
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
@@ -157,12 +156,31 @@ def test_the_result_does_not_depend_on_how_many_run_at_once(parallel):
     assert len(set(together.returns)) > 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("parallel", [1, 2, 3, 7])
-def test_the_progress_bar_neither_overflows_nor_warns(parallel, capfd):
+def test_the_progress_bar_neither_overflows_nor_warns(parallel, workers, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rollout(Stub(repeat(1), make_interface()), Recall, "toy", 3, SEEDS, 1.0, parallel=parallel)
+        rollout(Stub(repeat(1), make_interface()), Recall, "toy", 3, SEEDS, 1.0, parallel=parallel, workers=workers)
     assert "100%" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_progress_bar_that_nobody_reads_any_more_ends_the_rollout(workers, monkeypatch):
+    written = []
+
+    class Closes:
+        def write(self, text: str) -> None:
+            written.append(text)
+            if len(written) > 2:
+                raise BrokenPipeError
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Closes())
+    with pytest.raises(BrokenPipeError):
+        rollout(Stub(repeat(1), make_interface()), Recall, "toy", 3, SEEDS, 1.0, parallel=1, workers=workers)
 
 
 def test_episodes_come_in_the_order_of_their_seeds():
@@ -269,13 +287,36 @@ def test_no_simulator_outlives_its_rollout(make_env):
 
 
 def test_an_interruption_ends_a_rollout_whose_simulators_hang():
-    stub, seeds = Stub(repeat(1), make_interface()), list(range(4))
-    ctrl_c = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    asked = []
+
+    def interrupt(history: Batch, step: Tensor) -> Tensor:
+        asked.append(threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)))
+        if len(asked) == 1:
+            asked[0].start()
+        return constant(0.5)(history, step)
+
     start = time.monotonic()
-    ctrl_c.start()
     with pytest.raises(KeyboardInterrupt):
-        rollout(stub, Hangs, "toy", 3, seeds, 1.0, workers=2)
-    assert time.monotonic() - start < 60  # a step takes 600 s
+        rollout(Stub(interrupt, make_interface()), Hangs, "toy", 3, SEEDS, 1.0, workers=2)
+    assert time.monotonic() - start < 30  # a step takes 60 s
+
+
+def test_an_interruption_keeps_what_had_ended():
+    finished, shown = {}, []
+
+    def interrupt(history: Batch, step: Tensor) -> Tensor:
+        shown.append(len(step))
+        if len(shown) == 20:  # seven episodes, one at a time for each of two simulators, take 20 steps at least
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(shown) >= 20:
+            time.sleep(1)
+        return repeat(1)(history, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        rollout(Stub(interrupt, make_interface()), Recall, "toy", 3, SEEDS * 3, 1.0, 1, workers=2, finished=finished)
+    assert 0 < len(finished) < 3 * len(SEEDS)
+    for number, (_, length, *_) in finished.items():
+        assert length == length_of((SEEDS * 3)[number])
 
 
 def test_a_policy_that_fails_ends_the_rollout_with_its_error():
@@ -288,20 +329,22 @@ def test_a_policy_that_fails_ends_the_rollout_with_its_error():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("enabled", [False, True])
-def test_policies_act_under_the_callers_autocast_without_gradients_and_with_their_share_of_the_cores(workers, enabled):
-    found = set()
+def test_policies_act_under_the_callers_autocast_without_gradients_in_one_thread(workers, enabled):
+    found, before = set(), torch.get_num_threads()
 
     def look(history: Batch, step: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         found.add((*autocast, torch.is_grad_enabled(), torch.get_num_threads()))
         return constant(0.5)(history, step)
 
-    before = torch.get_num_threads()
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        rollout(Stub(look, make_interface()), Recall, "toy", 3, SEEDS, 1.0, workers=workers)
-    threads = max(1, min(before, available_cores() // workers)) if workers else before
-    assert found == {(enabled, torch.bfloat16, False, threads)}
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            rollout(Stub(look, make_interface()), Recall, "toy", 3, SEEDS, 1.0, workers=workers)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found == {(enabled, torch.float16, False, 1)}
 
 
 def command_of(process: int) -> str:

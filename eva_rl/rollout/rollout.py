@@ -18,7 +18,6 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from eva_rl.cores import available_cores
 from eva_rl.errors import UserError
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of
@@ -35,6 +34,8 @@ LONGEST = 10_000
 """Steps after which an episode of an environment without a time limit is given up."""
 DEATHS = 3
 """Simulators that may die before a rollout gives up."""
+REFRESH = 0.1
+"""Seconds from one look at the progress to the next."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -119,17 +120,19 @@ def rollout(
         bar.n = sum(group.progress(limit) for group in groups)
         bar.update(0)
 
+    stepped = (lambda: None) if simulators.workers else show  # other threads leave the bar, and its lock, to this one
+
     def play(simulator: Simulator | LocalSimulator, group: _Group) -> None:
         with torch.no_grad(), torch.autocast(kind, **autocast):  # they hold for one thread
-            group.play(simulator, make_policy, interface, device, show)
+            group.play(simulator, make_policy, interface, device, stepped)
 
-    with bar, _threads(simulators.workers, len(idle)) as pool:
+    with bar, _threads(simulators.workers) as pool:
         try:
             while waiting or busy:
                 while waiting and idle:
                     simulator, group = idle.pop(), waiting.popleft()
                     busy[pool.submit(play, simulator, group)] = simulator, group
-                for over in wait(busy, return_when=FIRST_COMPLETED).done:
+                for over in wait(busy, REFRESH, FIRST_COMPLETED).done:
                     simulator, group = busy.pop(over)
                     try:
                         over.result()
@@ -139,16 +142,15 @@ def rollout(
                         simulator = simulators.replace(simulator)
                         waiting.appendleft(group)
                     idle.append(simulator)
+                show()
             whole = True
         finally:
-            if not whole:
-                simulators.kill()  # they may be in the middle of a step, and threads wait for them
-            pool.shutdown()
             for group in groups:
                 rows.update(group.ended)
             if not whole:
+                simulators.kill()  # they may be in the middle of a step, and threads wait for them
+                pool.shutdown()
                 simulators.close()
-        show()
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
@@ -265,20 +267,19 @@ def _report_death(group: _Group, deaths: int) -> None:
 
 
 @contextmanager
-def _threads(workers: int, policies: int) -> Iterator[Executor]:
-    """What runs the groups: as many threads as there are simulators' processes, each with its share of the cores to compute
-    with, or this thread where the simulator is in this process."""
+def _threads(workers: int) -> Iterator[Executor]:
+    """What runs the groups: as many threads as there are simulators' processes, or this one where the simulator is in this
+    process. Each computes by itself, whatever their number: products shared out among threads are rounded differently."""
     import torch
 
-    if not workers:
-        yield _ThisThread()
-        return
     before = torch.get_num_threads()
-    each = max(1, min(before, available_cores() // workers))
-    torch.set_num_threads(each)
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(policies, "policy", torch.set_num_threads, (each,)) as pool:
-            yield pool
+        if workers:
+            with ThreadPoolExecutor(workers, "policy", torch.set_num_threads, (1,)) as pool:
+                yield pool
+        else:
+            yield _ThisThread()
     finally:
         torch.set_num_threads(before)
 
