@@ -77,3 +77,13 @@ class Raises(Recall):
 class Hangs(Recall):
     def step(self, action):
         time.sleep(60)
+
+
+class Forks(Hangs):
+    """Its process has a child that outlives it for a while."""
+
+    def step(self, action):
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        return super().step(action)

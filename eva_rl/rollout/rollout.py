@@ -145,12 +145,14 @@ def rollout(
                 show()
             whole = True
         finally:
-            for group in groups:
-                rows.update(group.ended)
-            if not whole:
-                simulators.kill()  # they may be in the middle of a step, and threads wait for them
-                pool.shutdown()
-                simulators.close()
+            try:
+                for group in groups:
+                    rows.update(group.ended)
+            finally:
+                if not whole:
+                    simulators.kill()  # they may be in the middle of a step, and threads wait for them
+                    pool.shutdown()
+                    simulators.close()
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 

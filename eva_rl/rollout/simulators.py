@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # it needs torch, and simulators' processes start sooner with
 
 UNKNOWN = -1
 """An environment that does not say whether its task is solved."""
+LOOK = 1.0
+"""Seconds from one look at whether a process that says nothing is alive to the next."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,9 @@ class Simulator:
             Died: if its process is no more.
         """
         try:
+            while not self.connection.poll(LOOK):
+                if not self.process.is_alive():  # children of its own may keep the connection open
+                    raise Died
             error = self.connection.recv()
         except (EOFError, ConnectionResetError) as ended:
             raise Died from ended
