@@ -303,11 +303,11 @@ def test_an_interruption_ends_a_rollout_whose_simulators_hang(make_env):
 
 
 def test_an_interruption_keeps_what_had_ended():
-    finished, number = {}, itertools.count(1)
+    finished, counter = {}, itertools.count(1)
 
     def interrupt(history: Batch, step: Tensor) -> Tensor:
-        acts = next(number)
-        if acts == 20:  # seven episodes, one at a time for each of two simulators, take 20 steps at least
+        acts = next(counter)
+        if acts == 20:  # of two threads, whose episodes take 8 steps at most: one has ended, and few of the 21
             os.kill(os.getpid(), signal.SIGINT)
         if acts >= 20:
             time.sleep(1)
