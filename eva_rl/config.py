@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.errors import UserError, did_you_mean, in_one_line
+from eva_rl.errors import UserError, did_you_mean, in_one_line, while_read
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ ConfigStore.instance().store(
             "output_subdir": None,
             "run": {"dir": "."},
             "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"},
-            "job": {"chdir": False},
+            "job": {"chdir": False, "name": "${hydra.job.config_name}"},  # what a cluster calls its jobs
             "help": {"template": HELP},
         },
     },
@@ -265,11 +265,8 @@ def entry_point(
             ):  # a launcher's own would be unknown to processes started here
                 multiprocessing.set_start_method("spawn", force=True)
             try:  # here, because Hydra prints a line of its own for an exception that leaves the job
-                main(parse(config, schema))
-                sys.stdout.flush()
-            except BrokenPipeError:  # `... | head` has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(1)
+                with while_read():
+                    main(parse(config, schema))
             except Exception as error:
                 known = isinstance(error, UserError | OmegaConfBaseException)
                 said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
@@ -284,10 +281,12 @@ def entry_point(
 
         def run() -> None:
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
-                return print(choices(group))
+                with while_read():
+                    return print(choices(group))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
             try:
-                hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
+                with while_read():
+                    hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
             except ValueError as error:  # Hydra's answer to `model=3`
                 if composed:
                     raise

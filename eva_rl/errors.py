@@ -1,7 +1,10 @@
 """Mistakes a user can make and mend. Entry points print them as one sentence, without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -36,3 +39,18 @@ def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     if len(known) <= 12:
         return f"Known are {', '.join(repr(name) for name in known)}."
     return ""
+
+
+@contextmanager
+def while_read() -> Iterator[None]:
+    """End without a word, with status 1, where the reader of what is printed (`... | head`) has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # was it this pipe that broke?
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            sys.exit(1)
+        raise

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from eva_rl.config import FinetuneConfig, PretrainConfig, entry_point, parse, run_folder, setting_names, to_yaml
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, while_read
 from eva_rl.model import ModelConfig
 from eva_rl.training import TrainingConfig
 
@@ -193,8 +193,16 @@ def test_fine_tuning_settings_are_complete_for_every_adapter(adapter):
     assert config.adapter.name == adapter
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback():
-    command = f"{sys.executable} -u -m eva_rl.tasks | true"
+@pytest.mark.parametrize("name", ["collect", "pretrain", "finetune"])
+def test_a_cluster_calls_a_job_by_its_command(name):
+    with hydra.initialize_config_module("eva_rl.configs", version_base="1.3"):
+        assert hydra.compose(name, return_hydra_config=True).hydra.job.name == name
+
+
+@pytest.mark.parametrize("command", ["tasks", "finetune --help", "finetune 'adapter=?'", "finetune --cfg job task=a/b"])
+@pytest.mark.parametrize("option", ["", "-u"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(option, command):
+    command = f"{sys.executable} {option} -m eva_rl.{command} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
@@ -331,3 +339,8 @@ def test_help_names_the_settings_and_writes_nothing(tmp_path):
     assert process.stderr == ""
     assert "demonstrations" in process.stdout
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_taken_for_a_reader_that_has_seen_enough():
+    with pytest.raises(BrokenPipeError, match="a simulator"), while_read():
+        raise BrokenPipeError("a simulator")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, while_read
 from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results
@@ -29,8 +29,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for sentence in left_out + [sentence for study in compared for sentence in study.amiss]:
         print(sentence, file=sys.stderr)
-    print(document(results, compared))
-    print(f"{output}: the same with pictures, CSV, and `tensorboard --logdir {output / 'hparams'}`")
+    with while_read():
+        print(document(results, compared))
+        print(f"{output}: the same with pictures, CSV, and `tensorboard --logdir {output / 'hparams'}`")
 
 
 if __name__ == "__main__":
