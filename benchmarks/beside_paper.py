@@ -47,8 +47,9 @@ def beside(study: Study) -> str:
     columns = {task: f"metaworld/{task}-v3" for task in TASKS if f"metaworld/{task}-v3" in study.tasks}
     rows = []
     for method in (name for name in PAPER if name in study.methods):
-        scores, theirs = study.scores(method), dict(zip(TASKS, PAPER[method], strict=True))
-        ours = [f"{np.mean(scores[task]):.2f}" for task in columns.values()]
+        found, theirs = study.scores(method), dict(zip(TASKS, PAPER[method], strict=True))
+        scores = {task: found[task] for task in columns.values()}
+        ours = [f"{np.mean(own):.2f}" for own in scores.values()]
         rows.append((method, "ours", *ours, study.estimate(scores)))
         rows.append(
             ("", "paper", *(f"{theirs[task]:.2f}" for task in columns), f"{np.mean([theirs[t] for t in columns]):.2f}")
@@ -89,6 +90,9 @@ def main() -> None:
     if len(found) != 1:
         sys.exit(f"error: runs of {len(found)} protocols are in '{folder}' where those of one were expected.")
     [study] = found
+    if study.score != "success_rate" or not any(f"metaworld/{task}-v3" in study.tasks for task in TASKS):
+        sys.exit(f"error: '{folder}' has no success rates that all methods share on tasks of the paper.")
+    absent = [f"{name}: no such method among {', '.join(study.methods)}" for name in PAPER if name not in study.methods]
     parts = [
         "`python -m benchmarks.beside_paper`",
         f"Success rates on Continual World's tasks, means over seeds {', '.join(map(str, study.seeds))} here; in the last column over the "
@@ -98,7 +102,7 @@ def main() -> None:
         protocols(study),
         *(
             ["Not in the table:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)]
-            if (missing := [*left_out, *study.amiss])
+            if (missing := [*left_out, *study.amiss, *absent])
             else []
         ),
         "All methods, pictures and runs: [report](cw10/report/report.md), made by `python -m eva_rl.report benchmarks/results/cw10`.",

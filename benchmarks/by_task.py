@@ -14,16 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from eva_rl.report import Estimate, markdown
-from eva_rl.report.runs import read_results
+from eva_rl.report import markdown
+from eva_rl.report.labels import in_words, labels, protocol_of
+from eva_rl.report.runs import estimate, read_results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    results, left_out = read_results([parser.parse_args().folder])
-    methods = sorted({r["adapter"] for r in results}, key=lambda name: (name != "none", name))
-    cells = {(r["task"], r["adapter"]): r for r in results}
+    folder = parser.parse_args().folder
+    results, left_out = read_results([folder])
+    protocols, seeds = {in_words(protocol_of(r)) for r in results}, {r["seed"] for r in results}
+    if len(protocols) != 1 or len(seeds) != 1:
+        sys.exit(
+            f"error: runs of {len(protocols)} protocols and {len(seeds)} seeds are in '{folder}' where one of each was "
+            "expected: `python -m eva_rl.report` compares those."
+        )
+    cells = {(r["task"], method): r for method, r in zip(labels(results), results, strict=True)}
+    methods = sorted({method for _, method in cells}, key=lambda name: (name != "none", name))
     tasks = sorted({task for task, _ in cells})
     whole = [task for task in tasks if all((task, method) in cells for method in methods)]
     for sentence in [
@@ -34,10 +42,12 @@ def main() -> None:
     rows = []
     for task in whole:
         score = "normalized_score" if cells[task, methods[0]]["success_rate"] is None else "success_rate"
-        found = [Estimate(**cells[task, method][score]) for method in methods]
+        found = [estimate(cells[task, method][score]) for method in methods]
         rows.append((task, {"success_rate": "success", "normalized_score": "normalized"}[score], *found))
-    means = [np.mean([cells[task, method]["normalized_score"]["mean"] for task in whole]) for method in methods]
-    rows.append((f"mean of {len(whole)} tasks", "normalized", *(f"{mean:.2f}" for mean in means)))
+    scaled = [task for task in whole if all(cells[task, method]["normalized_score"] for method in methods)]
+    if scaled:
+        means = [np.mean([cells[task, method]["normalized_score"]["mean"] for task in scaled]) for method in methods]
+        rows.append((f"mean of {len(scaled)} tasks", "normalized", *(f"{mean:.2f}" for mean in means)))
     print(markdown(["task", "score", *("zero-shot" if method == "none" else method for method in methods)], rows))
 
 

@@ -91,13 +91,13 @@ def check_run_folder(path: Path, resume: bool = False) -> None:
     """
     make_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
     if not resume and (path / "result.json").exists():
-        raise UserError(f"'{path}' holds the result of an earlier run: set another run_dir, or remove it.")
+        raise UserError(f"'{path}' holds the result of an earlier run: set another run_dir, or remove the folder.")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -107,7 +107,7 @@ def read_json(path: Path) -> Any:
         UserError: if it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"The file '{path}' does not exist.") from error
     except (OSError, ValueError) as error:
@@ -117,4 +117,4 @@ def read_json(path: Path) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")

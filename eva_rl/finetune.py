@@ -78,6 +78,11 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 f"'{run_dir}' was finished without zero-shot scores: set zero_shot=false, or another run_dir."
             )
         return print(f"{run_dir}: finished earlier, its result stays; `python -m eva_rl.evaluate` scores it again")
+    if config.resume and not earlier and training.evaluate_every and any(run_dir.glob("checkpoints/*.safetensors")):
+        raise UserError(
+            f"'{run_dir}' holds training states but no result.json with the learning curve up to there: remove the folder, or set "
+            "another run_dir."
+        )
     source = find_source(config.task, config.dataset)
     clock = Stopwatch("collect", "load", "init", "train", "rollout")
 

@@ -81,6 +81,16 @@ def test_a_run_finished_without_zero_shot_scores_does_not_pass_for_one_with_them
     assert run("finetune", *arguments, "zero_shot=false")[0] == 0
 
 
+def test_a_learning_curve_that_was_lost_is_not_begun_in_the_middle(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", *QUICK, "training.evaluate_every=1"]
+    assert run("finetune", *arguments)[0] == 0
+    Path("run/result.json").unlink()
+    status, _, err = run("finetune", *arguments)
+    assert status == 1
+    assert "no result.json with the learning curve up to there: remove the folder" in err
+    assert not Path("run/result.json").exists()
+
+
 def test_a_study_is_one_word(run, base, monkeypatch):
     status, out, _ = run("finetune", "study=?")
     assert status == 0

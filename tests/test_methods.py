@@ -6,8 +6,8 @@ from results import result
 
 from eva_rl.config import FinetuneConfig, choices, parse, protocol
 from eva_rl.report import Estimate
-from eva_rl.report.methods import area, improvement, method_table, steps_to, studies, task_table, varied
-from eva_rl.report.plots import _excludes_a_half, _spread, pareto_front, plots, to_png
+from eva_rl.report.methods import area, improvement, method_table, steps_to, studies, task_table, told_apart, varied
+from eva_rl.report.plots import _spread, pareto_front, plots, to_png, varied_plot
 
 CELLS = [(task, seed) for task in ("d/a", "d/b") for seed in range(3)]
 
@@ -36,7 +36,7 @@ def test_methods_that_miss_the_same_runs_are_named_together():
     results = [result("eva", *cell) for cell in CELLS]
     results += [result(name, *cell) for name in ("lora", "dora") for cell in CELLS[:-1]]
     [study] = studies(results)
-    assert study.amiss[0] == "dora, lora: missing d/b seed 2; for all methods left out of the comparison"
+    assert study.amiss[0] == "dora; lora: missing d/b seed 2; for all methods left out of the comparison"
 
 
 @pytest.mark.parametrize("setting", ["steps", "episodes", "training.batch_size", "base", "adapter.rank"])
@@ -68,6 +68,66 @@ def test_a_variant_is_named_by_what_is_not_common_among_the_variants():
     ]
     [study] = studies(results)
     assert set(study.methods) == {"eva", "eva, eva.rho=2", "eva, eva.center=False"}
+
+
+def test_methods_of_one_name_are_told_apart_across_protocols_too():
+    variant = {8: {"adapter.eva.rho": 1}, 4: {"adapter.eva.rho": 2}}
+    results = [
+        result("eva", *cell, settings={"adapter.rank": rank} | own) for rank, own in variant.items() for cell in CELLS
+    ]
+    found = varied(studies(results))
+    assert {name: [value for value, _ in line] for name, line in found.lines.items()} == {
+        "eva, eva.rho=1": [8],
+        "eva, eva.rho=2": [4],
+    }
+
+
+def test_a_size_that_follows_from_the_rank_makes_no_variant():
+    results = [
+        result(name, *cell, settings={"adapter.rank": rank, "adapter.config.r": rank})
+        for name in ("eva", "lora")
+        for rank in (2, 4)
+        for cell in CELLS
+    ]
+    assert set(varied(studies(results)).lines) == {"eva", "lora"}
+
+
+@pytest.mark.parametrize("setting", ["adapter.eva", "adapter.ratios"])
+@pytest.mark.parametrize("value", [None, {}])
+def test_a_setting_that_is_null_or_empty_is_not_one_that_is_missing(setting, value):
+    results = [result("lora", *cell, settings=own) for own in ({}, {setting: value}) for cell in CELLS]
+    [study] = studies(results)
+    assert len(study.methods) == 2
+
+
+def test_runs_that_no_label_tells_apart_are_left_out_and_named():
+    results = [result("lora", *cell, settings={"adapter.config.x": x}) for x in (8, "8") for cell in CELLS[:1]]
+    results += [result("lora", *cell, settings={"adapter.config.x": 8}) for cell in CELLS[1:]]
+    results += [result("eva", *cell) for cell in CELLS]
+    [study] = studies(results)
+    assert "lora, config.x=8: d/a, seed 0 left out: it is there twice, with other settings" in study.amiss
+    assert all(len(runs) == 5 for runs in study.methods.values())
+
+
+def test_a_method_with_few_runs_does_not_take_the_others_theirs():
+    results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS] + [result("dora", *CELLS[0])]
+    [study] = studies(results)
+    assert set(study.methods) == {"eva", "lora"}
+    assert study.amiss == ["dora: left out, as it has 1 runs where others have 6"]
+
+
+def test_a_method_alone_under_its_protocol_is_named():
+    results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]
+    results += [result("dora", *cell, settings={"steps": 7, "training.batch_size": 4}) for cell in CELLS]
+    amiss = [sentence for study in studies(results) for sentence in study.amiss]
+    assert amiss == ["dora: the only method under steps=7, training.batch_size=4, not compared"]
+
+
+def test_protocols_stand_in_the_order_of_their_numbers():
+    results = [
+        result(name, *c, settings={"steps": n}) for n in (1000, 50, 100) for name in ("eva", "lora") for c in CELLS
+    ]
+    assert [study.title for study in studies(results)] == ["steps=50", "steps=100", "steps=1000"]
 
 
 def test_what_a_method_draws_from_the_runs_seed_does_not_make_it_several():
@@ -114,7 +174,9 @@ def test_one_seed_makes_no_difference_sure():
     [study] = studies(results)
     found = improvement(study, "eva", "lora")
     assert (found.mean, found.low, found.high) == (1.0, None, None)
-    assert not _excludes_a_half(found)
+    assert told_apart(study, "eva", "lora")  # twenty tasks agree
+    [few] = studies([result(name, "d/a", seed, s) for name, s in (("eva", 0.9), ("lora", 0.1)) for seed in range(3)])
+    assert not told_apart(few, "eva", "lora")  # six runs can't
 
 
 def test_an_evaluation_that_does_not_say_whether_it_succeeded_is_no_point_of_the_curve():
@@ -177,6 +239,47 @@ def test_learning_curves_run_from_zero_shot_to_the_end_and_are_measured_by_full_
     assert (found["full"][half], found["full"][half + 1]) == ("50", "90")
     assert (found["eva"][half], found["eva"][half + 1]) == ("20", "36")
     assert study.areas("full")["d/a"] == pytest.approx([0.4] * 3)
+
+
+def test_no_curve_is_measured_by_a_reference_that_ends_at_nothing():
+    results = [result(name, *cell, -0.5, curve={50: -0.7}, before=-0.9) for name in ("full", "eva") for cell in CELLS]
+    [study] = studies(results)
+    header, *_ = method_table(study).splitlines()
+    half = [cell.strip() for cell in header.strip("|").split("|")].index("steps to half of full") - 1
+    assert rows(method_table(study))["eva"][half] == "–"
+
+
+def test_a_method_without_its_curves_is_named():
+    results = [result(name, *cell, curve={50: 0.4}) for name in ("full", "eva") for cell in CELLS]
+    results[-1]["curve"] = {}
+    [study] = studies(results)
+    assert study.amiss == ["eva: no learning curve, as not all of its runs have one"]
+
+
+def test_labels_are_drawn_as_they_stand():
+    settings = {"adapter.config.target_modules": r".*\.q$|\w+\.v$"}
+    results = [result("lora", *cell, settings=own) for own in (settings, {}) for cell in CELLS]
+    results += [result("lora", *cell, settings={"adapter.config.target_modules": "x" * 400}) for cell in CELLS]
+    [study] = studies(results)
+    for figure in plots(study).values():
+        to_png(figure)
+    assert len({line.replace(r"\|", "").count("|") for line in method_table(study).splitlines()}) == 1
+
+
+def test_however_many_methods_there_are_each_has_its_line():
+    results = [
+        result(f"m{number:02}", *cell, settings={"steps": steps})
+        for number in range(70)
+        for steps in (50, 100)
+        for cell in CELLS[:1]
+    ]
+    [axes] = varied_plot(varied(studies(results))).axes
+    assert len(axes.get_legend().get_texts()) == 70
+
+
+def test_tasks_of_one_name_in_two_domains_keep_their_domains():
+    results = [result(name, task, 0) for name in ("eva", "lora") for task in ("dmc/reacher", "gym/reacher")]
+    assert rows(task_table(studies(results)[0]))["method"][:2] == ["dmc/reacher", "gym/reacher"]
 
 
 def test_a_table_of_tasks_has_a_column_each():

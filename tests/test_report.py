@@ -37,6 +37,56 @@ def test_runs_of_other_settings_are_not_averaged_together(tmp_path):
     assert ["mean of 1 runs" in line for line in means] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"adapter.rank": 4}, {"adapter.eva.rho": 2}, {"episodes": 7}, {"training.batch_size": 8}]
+)
+def test_the_table_averages_only_what_was_made_alike(tmp_path, settings):
+    for seed in range(2):
+        write_run(tmp_path / f"a{seed}", result(seed=seed, success=0.2))
+        write_run(tmp_path / f"b{seed}", result(seed=seed, success=0.8, settings=settings))
+    [name] = [key.rpartition(".")[2] for key in settings]
+    text = table(read_results([tmp_path])[0])
+    assert [line.count("mean of 2 runs") for line in text.splitlines() if "mean of" in line] == [1, 1]
+    assert name in text
+
+
+WRONG = [
+    {"settings": None},
+    {"settings": []},
+    {"seed": "0"},
+    {"curve": None},
+    {"curve": {"50": {}}},
+    {"curve": {"soon": {}}},
+    {"zero_shot": None},
+    {"zero_shot": {}},
+    {"seconds": {}},
+    {"success_rate": 0.5},
+    {"success_rate": {"mean": float("nan"), "low": None, "high": None, "n": 3}},
+    {"success_rate": {"mean": 0.5, "low": 0.4, "n": 3}},
+    {"learning_rate": None},
+    {"trainable_parameters": None},
+    {"dataset": None},
+]
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=str)
+def test_a_result_that_is_not_as_a_run_writes_it_is_named_and_left_out(tmp_path, changes):
+    write_run(tmp_path / "whole", result())
+    write_run(tmp_path / "wrong", result(seed=1) | changes)
+    results, [sentence] = read_results([tmp_path])
+    assert len(results) == 1
+    assert sentence.startswith(f"{tmp_path / 'wrong'}: ")
+    assert next(iter(changes)) in sentence
+
+
+def test_a_run_that_wrote_nothing_yet_is_named(tmp_path):
+    write_run(tmp_path / "whole", result())
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").touch()
+    _, [sentence] = read_results([tmp_path])
+    assert "begun: not a complete" in sentence
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "partial"}', '{"status": "complete"}'])
 def test_runs_that_are_not_complete_are_named_and_left_out(tmp_path, content):
     write_run(tmp_path / "whole", result())
@@ -140,19 +190,30 @@ def test_what_is_left_out_is_said_on_stderr_and_in_the_report(study):
     assert "A-2: not a complete fine-tuning run" in text
 
 
-def test_pictures_of_an_earlier_report_that_are_no_more_go(study):
+def test_pictures_of_an_earlier_report_that_are_no_more_go_and_nobody_elses(study):
     (study / "report").mkdir()
-    for name in ("scores-2.png", "varied.svg", "mine.png"):
+    mine = {"mine.png", "scores_of_mine.png", "curves-final.svg", "varied.2024.png", "improvements.png"}
+    for name in ("scores-2.png", "varied.svg", *mine):
         (study / "report" / name).write_text("old")
     assert report(study).returncode == 0
     left = {path.name for path in (study / "report").iterdir()}
-    assert "mine.png" in left
+    assert left >= mine
     assert not left & {"scores-2.png", "varied.svg"}
 
 
+def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
+    (study / "report" / "hparams").mkdir(parents=True)
+    (study / "report" / "hparams" / "mine.txt").write_text("mine")
+    done = report(study)
+    assert done.returncode == 1
+    assert "holds other files than a report's" in done.stderr
+    assert [path.name for path in (study / "report").rglob("*.*")] == ["mine.txt"]
+
+
 def test_a_csv_has_scores_and_settings_of_every_run():
-    runs = [result(), result("lora", seed=1, settings={"adapter.rank": 4}, normalized_score=None)]
+    runs = [result(run="a"), result("lora", seed=1, settings={"adapter.rank": 4}, normalized_score=None, run="b/c")]
     header, first, second = (line.split(",") for line in to_csv(runs).splitlines())
+    assert dict(zip(header, second, strict=True))["run"] == "b/c"
     assert dict(zip(header, first, strict=True))["success_rate_mean"] == "0.5"
     assert dict(zip(header, second, strict=True))["adapter.rank"] == "4"
     assert dict(zip(header, second, strict=True))["normalized_score_mean"] == ""

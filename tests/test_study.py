@@ -6,23 +6,53 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eva_rl.report.study import interquartile_mean, probability_of_improvement, stratified
+from eva_rl.report.study import (
+    _variance,
+    _wins,
+    average,
+    interquartile_mean,
+    permutation_test,
+    probability_of_improvement,
+    stratified,
+)
 
 TASKS = 10
 
 
-def runs_of(rng: np.random.Generator, means, seeds: int = 5, spread: float = 0.1) -> dict[str, list[float]]:
-    return {f"task-{i}": (mean + spread * rng.standard_normal(seeds)).tolist() for i, mean in enumerate(means)}
+def runs_of(
+    rng: np.random.Generator, means, seeds: int = 5, spreads: float | list[float] = 0.1
+) -> dict[str, list[float]]:
+    spreads = np.broadcast_to(spreads, len(means))
+    return {
+        f"task-{i}": (m + s * rng.standard_normal(seeds)).tolist()
+        for i, (m, s) in enumerate(zip(means, spreads, strict=True))
+    }
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12).map(lambda scores: scores * 4))
+def even(scores: np.ndarray) -> np.ndarray:
+    return np.full(len(scores), 1 / len(scores))
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12).map(lambda scores: np.array(scores * 4)))
 def test_the_interquartile_mean_is_scipys_trimmed_mean_where_a_quarter_is_whole(scores):
-    assert interquartile_mean(np.array(scores)) == pytest.approx(scipy.stats.trim_mean(scores, 0.25), abs=1e-9)
+    assert interquartile_mean(scores, even(scores)) == pytest.approx(scipy.stats.trim_mean(scores, 0.25), abs=1e-9)
 
 
 def test_between_whole_quarters_scores_count_by_their_part():
-    assert interquartile_mean(np.array([0.0, 1.0, 2.0])) == pytest.approx((0.25 * 0 + 1 + 0.25 * 2) / 1.5)
-    assert interquartile_mean(np.array([0.0, 0.0, 1.0, 1.0, 100.0])) == pytest.approx((0.75 * 0 + 1 + 0.75 * 1) / 2.5)
+    for scores, expected in (([0.0, 1.0, 2.0], 1.0), ([0.0, 0.0, 1.0, 1.0, 100.0], (0.75 * 0 + 1 + 0.75 * 1) / 2.5)):
+        assert interquartile_mean(np.array(scores), even(np.array(scores))) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 5)), min_size=1, max_size=12))
+def test_a_score_of_twice_the_weight_counts_as_two(pairs):
+    scores, weights = (np.array(column, float) for column in zip(*pairs, strict=True))
+    repeated = np.repeat(scores, weights.astype(int))
+    for statistic in (average, interquartile_mean):
+        assert statistic(scores, weights) == pytest.approx(statistic(repeated, even(repeated)), abs=1e-6)
+
+
+def test_a_task_counts_the_same_whatever_the_number_of_its_runs():
+    assert stratified({"a": [1.0] * 9, "b": [0.0]}).mean == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -31,6 +61,15 @@ def test_in_a_thousand_draws_the_interval_of_the_mean_holds_the_truth_as_often_a
     held = 0
     for _ in range(1000):
         found = stratified(runs_of(rng, means, seeds))
+        held += found.low <= means.mean() <= found.high
+    assert 930 <= held <= 970
+
+
+@pytest.mark.parametrize("spreads", [[0] * 9 + [0.1], [0] * 8 + [0.1] * 2, [0] * 5 + [0.02, 0.05, 0.1, 0.2, 0.3]])
+def test_it_does_where_most_tasks_are_solved_by_every_run(spreads):
+    rng, means, held = np.random.default_rng(6), np.linspace(0.2, 0.9, TASKS), 0
+    for _ in range(1000):
+        found = stratified(runs_of(rng, means, 3, spreads))
         held += found.low <= means.mean() <= found.high
     assert 930 <= held <= 970
 
@@ -44,13 +83,27 @@ def test_in_a_thousand_draws_the_interval_of_the_interquartile_mean_does():
     assert 930 <= held <= 970
 
 
-def test_in_a_thousand_draws_the_interval_of_the_probability_of_improvement_does():
-    rng, means, truth = np.random.default_rng(2), np.linspace(0.2, 0.9, TASKS), scipy.stats.norm.cdf(0.5 / np.sqrt(2))
-    held = 0
+@pytest.mark.parametrize(("seeds", "better"), [(3, 0.0), (3, 0.05), (10, 0.05)])
+def test_in_a_thousand_draws_the_interval_of_the_probability_of_improvement_does(seeds, better):
+    rng, means, held = np.random.default_rng(2), np.linspace(0.2, 0.9, TASKS), 0
+    truth = scipy.stats.norm.cdf(better / 0.1 / np.sqrt(2))
     for _ in range(1000):
-        found = probability_of_improvement(runs_of(rng, means + 0.05, 10), runs_of(rng, means, 10))
+        found = probability_of_improvement(runs_of(rng, means + better, seeds), runs_of(rng, means, seeds))
         held += found.low <= truth <= found.high
     assert 930 <= held <= 970
+
+
+@pytest.mark.parametrize(("tasks", "seeds"), [(1, 2), (1, 3), (3, 3), (10, 2), (10, 3)])
+def test_methods_that_are_the_same_are_told_apart_no_more_often_than_a_test_at_5_percent_says(tasks, seeds):
+    rng, means = np.random.default_rng(4), np.linspace(0.2, 0.9, tasks)
+    found = [permutation_test(runs_of(rng, means, seeds), runs_of(rng, means, seeds)) for _ in range(300)]
+    assert np.mean(np.array(found) <= 0.05) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_methods_of_which_one_is_always_better_are_told_apart():
+    rng, means = np.random.default_rng(5), np.linspace(0.2, 0.9, TASKS)
+    assert permutation_test(runs_of(rng, means + 1.0), runs_of(rng, means)) < 0.001
+    assert permutation_test(same := runs_of(rng, means), same) == 1.0
 
 
 def test_improvement_is_certain_even_or_impossible():
@@ -65,3 +118,11 @@ def test_improvement_is_certain_even_or_impossible():
 def test_one_run_a_task_has_no_interval():
     found = stratified({"a": [0.5], "b": [0.7]})
     assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.6), None, None, 2)
+
+
+def test_the_variance_of_a_probability_of_improvement_is_not_biased():
+    rng = np.random.default_rng(0)
+    draws = [_wins(rng.standard_normal(3) + 0.7, rng.standard_normal(4)) for _ in range(20_000)]
+    assert np.mean([_variance(wins) for wins in draws]) == pytest.approx(
+        np.var([wins.mean() for wins in draws]), rel=0.03
+    )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_rl.errors import UserError
 from eva_rl.files import make_folder, replacing, write_text
 from eva_rl.report.methods import Study, improvement_table, method_table, task_table, varied, varied_table
 from eva_rl.report.plots import plots, to_png, to_svg, varied_plot
 from eva_rl.report.runs import table, to_csv
 from eva_rl.report.tensorboard import write_hparams
 
-PICTURES = ("scores", "pareto", "improvement", "curves", "varied")
+OWN_PICTURE = re.compile(r"(scores|pareto|improvement|curves|varied)(-\d+)?\.(png|svg)")
+STATED = {
+    "base": "base {}",
+    "demonstrations": "{} demonstrations",
+    "steps": "{} steps",
+    "adapter.rank": "rank {}",
+    "episodes": "{} episodes a score",
+}
+"""The settings of a protocol that its section begins with."""
+BOLD = (
+    "Bold, here and in the picture: runs shuffled between the two methods within each task are as far from even in less than "
+    "5 % of the shuffles (no correction for the number of pairs)."
+)
 
 
 def save_report(
@@ -23,9 +37,12 @@ def save_report(
     The same runs make the same bytes with the same versions of matplotlib, but for `hparams/`, which holds times.
 
     Raises:
-        UserError: if files can't be written there.
+        UserError: if files can't be written there, or its `hparams/` is not a report's.
     """
     make_folder(output)
+    hparams = output / "hparams"
+    if hparams.exists() and not all(re.fullmatch(r"\d{4}-.*", path.name) for path in hparams.iterdir()):
+        raise UserError(f"'{hparams}' holds other files than a report's: name another --output.")
     pictures: dict[str, Any] = {}
     names = []
     for number, study in enumerate(studies, start=1):
@@ -35,8 +52,8 @@ def save_report(
         pictures |= own
     if found := varied(studies):
         pictures["varied"] = varied_plot(found)
-    for old in (path for name in PICTURES for path in output.glob(f"{name}*.*")):
-        if old.suffix in (".png", ".svg") and old.stem not in pictures:
+    for old in output.iterdir():
+        if OWN_PICTURE.fullmatch(old.name) and old.stem not in pictures:
             old.unlink()
     for name, figure in pictures.items():
         for kind, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
@@ -44,7 +61,7 @@ def save_report(
                 temporary.write_bytes(content)
     write_text(output / "runs.csv", to_csv(results))
     write_text(output / "report.md", document(results, studies, left_out, names) + "\n")
-    with replacing(output / "hparams") as temporary:
+    with replacing(hparams) as temporary:
         write_hparams(temporary, results)
 
 
@@ -65,15 +82,17 @@ def document(
         if len(study.methods) < 2:
             left_out = [*left_out, *study.amiss]
             continue
-        about = f"{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}"
+        settings = study.protocol
+        stated = [words.format(settings[name]) for name, words in STATED.items() if settings.get(name) is not None]
         parts.append(
-            f"## {study.title or 'Methods'}\n\n{about}; 95 % intervals by stratified bootstrap over runs."
-            + (" One seed: no intervals." if len(study.seeds) < 2 else "")
+            f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}; "
+            f"{', '.join(stated)}. 95 % intervals by stratified bootstrap over runs; where all runs of each task agree they have "
+            "no width." + (" One seed: no intervals." if len(study.seeds) < 2 else "")
         )
-        parts += [method_table(study), task_table(study), improvement_table(study)]
-        parts += [f"![{name.partition('-')[0]}]({name}.png)" for name in own]
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
+        parts += [method_table(study), task_table(study), improvement_table(study), BOLD]
+        parts += [f"![{name.partition('-')[0]}]({name}.png)" for name in own]
     if pictures and left_out:
         parts.append("Runs left out:\n\n" + "\n".join(f"- {sentence}" for sentence in left_out))
     if pictures or not parts:

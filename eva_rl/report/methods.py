@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from eva_rl.report.result import flat
+from eva_rl.report.labels import MISSING, differing, in_words, labels, protocol_of
 from eva_rl.report.statistics import Estimate
-from eva_rl.report.study import Runs, average, interquartile_mean, probability_of_improvement, stratified
+from eva_rl.report.study import (
+    Runs,
+    Statistic,
+    average,
+    interquartile_mean,
+    permutation_test,
+    probability_of_improvement,
+    stratified,
+)
 from eva_rl.report.table import markdown
 
 REFERENCE = "full"
 """The method whose final score the others' learning curves are measured by."""
-PROTOCOL = ("adapter.rank", "adapter.layers")
-"""Settings of an adapter that belong to the protocol: how much it may train, and where."""
-DERIVED = ("adapter.config.", "adapter.size.")
-"""Settings of an adapter that mostly follow from others of it, and name a variant where no other does."""
 
 
 @dataclass
@@ -42,6 +45,12 @@ class Study:
         return sorted({run["task"] for runs in self.methods.values() for run in runs})
 
     @property
+    def short_tasks(self) -> list[str]:
+        """The tasks without their domains, where that leaves them apart."""
+        short = [task.partition("/")[2] or task for task in self.tasks]
+        return short if len(set(short)) == len(short) else self.tasks
+
+    @property
     def seeds(self) -> list[int]:
         return sorted({run["seed"] for runs in self.methods.values() for run in runs})
 
@@ -49,7 +58,7 @@ class Study:
         """Each task's scores, a run each."""
         return self._by_task(method, lambda run: run[self.score]["mean"])
 
-    def estimate(self, runs: Runs, statistic: Callable[[np.ndarray], np.ndarray] = average) -> Estimate:
+    def estimate(self, runs: Runs, statistic: Statistic = average) -> Estimate:
         """A statistic of these runs' scores with its interval, which for success rates lies within 0 and 1."""
         found = stratified(runs, statistic)
         if self.score != "success_rate" or found.low is None:
@@ -91,57 +100,79 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
     """The protocols among these runs, each with its methods.
 
     Methods of one name are told apart by the settings in which they differ. Runs on tasks or seeds that not all methods of
-    a protocol have, and runs without the score that the others have, are left out and named.
+    a protocol have, methods with less than half of them, and runs without the score that the others have are left out and
+    named.
     """
-    protocols: dict[str, list[Mapping[str, Any]]] = {}
-    for run in results:
-        protocols.setdefault(json.dumps(_protocol(run), sort_keys=True), []).append(run)
-    found = [_study(json.loads(protocol), runs) for protocol, runs in sorted(protocols.items())]
-    differs = _differing([study.protocol for study in found])
+    protocols: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for label, run in zip(labels(results), results, strict=True):
+        protocols.setdefault(in_words(protocol_of(run)), []).append((label, run))
+    found = [_study(json.loads(protocol), runs) for protocol, runs in protocols.items()]
+    differs = differing([study.protocol for study in found])
+    found.sort(key=lambda study: [_in_order(study.protocol.get(name)) for name in differs])
     for study in found:
-        study.title = ", ".join(f"{name}={study.protocol.get(name)}" for name in differs)
+        study.title = ", ".join(f"{name}={study.protocol.get(name, MISSING)}" for name in differs)
+    if len(found) > 1 and varied(found) is None:
+        for study in (study for study in found if len(study.methods) == 1):
+            study.amiss.append(f"{next(iter(study.methods))}: the only method under {study.title}, not compared")
     return found
 
 
-def _protocol(run: Mapping[str, Any]) -> dict[str, Any]:
-    settings = flat(run["settings"])
-    free = {name for name in settings if name == "task" or name.endswith("seed") or _of_method(name)}
-    return {name: value for name, value in settings.items() if name not in free}
+def _in_order(value: Any) -> tuple[bool, float, str]:
+    """A key that puts numbers before text, each in its order."""
+    number = isinstance(value, int | float)
+    return not number, float(value) if number else 0.0, str(value)
 
 
-def _of_method(name: str) -> bool:
-    """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
-    if name.endswith("seed"):  # some methods draw numbers of their own, from the run's seed
-        return False
-    return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
-
-
-def _study(protocol: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> Study:
+def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Study:
+    """runs: each with the label of its method."""
     score = "success_rate"
-    if any(run["success_rate"] is None for run in runs) and any(run["normalized_score"] is not None for run in runs):
+    if any(run["success_rate"] is None for _, run in runs) and any(
+        run["normalized_score"] is not None for _, run in runs
+    ):
         score = "normalized_score"
-    amiss, cells = [], {}
-    for label, run in zip(_labels(runs), runs, strict=True):
+    amiss: list[str] = []
+    cells: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {}
+    twice = set()
+    for label, run in runs:
+        cell = run["task"], run["seed"]
         if run[score] is None:
             amiss.append(f"{label}: {run['task']}, seed {run['seed']} left out: it has no {score.replace('_', ' ')}")
+        elif cell in cells.setdefault(label, {}):
+            twice.add((label, *cell))
         else:
-            cells.setdefault(label, {})[run["task"], run["seed"]] = run
+            cells[label][cell] = run
+    for label, task, seed in sorted(twice):
+        del cells[label][task, seed]
+        amiss.append(f"{label}: {task}, seed {seed} left out: it is there twice, with other settings")
+    most = max(map(len, cells.values()), default=0)
+    for label in sorted(label for label, own in cells.items() if 2 * len(own) < most):
+        amiss.append(f"{label}: left out, as it has {len(cells.pop(label))} runs where others have {most}")
     shared = set.intersection(*map(set, cells.values())) if cells else set()
     if cells and not shared:
-        amiss.append(f"{', '.join(sorted(cells))} have no task and seed in common: they are not compared")
+        amiss.append(f"{'; '.join(sorted(cells))} have no task and seed in common: they are not compared")
     everywhere = set().union(*cells.values())
     missing: dict[str, list[str]] = {}
     for label, own in sorted(cells.items()):
         missing.setdefault(_cells_in_words(everywhere - set(own)), []).append(label)
-    for place, labels in missing.items():
+    for place, names in missing.items():
         if place:
-            amiss.append(f"{', '.join(labels)}: missing {place}; for all methods left out of the comparison")
+            amiss.append(f"{'; '.join(names)}: missing {place}; for all methods left out of the comparison")
     for task in sorted({task for task, _ in shared}):
         absent = sorted({seed for _, seed in shared} - {seed for other, seed in shared if other == task})
         if absent:
             amiss.append(f"{task}: seeds {', '.join(map(str, absent))} are missing, its mean is of the others")
     methods = {label: [own[cell] for cell in sorted(shared)] for label, own in sorted(cells.items())}
-    return Study(protocol, score, methods if shared else {}, amiss=amiss)
+    study = Study(protocol, score, methods if shared else {}, amiss=amiss)
+    if any(len(study.mean_curve(name)) > 2 for name in study.methods):
+        curveless = [name for name in study.methods if len(study.mean_curve(name)) < 3 and _trains(study.methods[name])]
+        amiss += [f"{name}: no learning curve, as not all of its runs have one" for name in curveless]
+        if REFERENCE not in methods and (variants := [name for name in methods if name.startswith(f"{REFERENCE}, ")]):
+            amiss.append(f"{'; '.join(variants)}: several, so that curves are measured by none of them")
+    return study
+
+
+def _trains(runs: Sequence[Mapping[str, Any]]) -> bool:
+    return any(run["trainable_parameters"] for run in runs)
 
 
 def _cells_in_words(cells: set[tuple[str, int]]) -> str:
@@ -149,50 +180,6 @@ def _cells_in_words(cells: set[tuple[str, int]]) -> str:
     for task, seed in sorted(cells):
         seeds.setdefault(task, []).append(seed)
     return "; ".join(f"{task} seed {', '.join(map(str, own))}" for task, own in seeds.items())
-
-
-def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
-
-    A setting is named where it is not the commonest among the variants.
-    """
-    settings = [{k: v for k, v in flat(run["settings"]).items() if _of_method(k)} for run in runs]
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for run, own in zip(runs, settings, strict=True):
-        variants.setdefault(run["adapter"], []).append(own)
-    named = {name: _telling(own) for name, own in variants.items()}
-    return [
-        ", ".join(
-            [
-                run["adapter"],
-                *(
-                    f"{k.removeprefix('adapter.')}={own.get(k)}"
-                    for k in named[run["adapter"]]
-                    if own.get(k) != named[run["adapter"]][k]
-                ),
-            ]
-        )
-        for run, own in zip(runs, settings, strict=True)
-    ]
-
-
-def _telling(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that tell variants apart, each with its commonest value (`...` where several are as common)."""
-    variants = list({json.dumps(own, sort_keys=True): own for own in settings}.values())
-    differs = _differing(variants)
-    chosen = [name for name in differs if not name.startswith(DERIVED)]
-    if len({json.dumps([own.get(name) for name in chosen]) for own in variants}) < len(variants):
-        chosen = differs
-    found = {}
-    for name in chosen:
-        counts = Counter(json.dumps(own.get(name)) for own in variants).most_common(2)
-        found[name] = json.loads(counts[0][0]) if len(counts) < 2 or counts[0][1] > counts[1][1] else ...
-    return found
-
-
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = sorted(set().union(*settings))
-    return [name for name in names if len({json.dumps(own.get(name)) for own in settings}) > 1]
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float:
@@ -236,9 +223,9 @@ def varied(studies: Sequence[Study]) -> Varied | None:
     None if they differ in something else too, or were not run on the same tasks and seeds.
     """
     compared = [study for study in studies if study.methods]
-    differs = _differing([study.protocol for study in compared]) if len(compared) > 1 else []
+    differs = differing([study.protocol for study in compared]) if len(compared) > 1 else []
     values = [study.protocol.get(name) for study in compared for name in differs]
-    if len(differs) != 1 or not all(isinstance(value, int | float) for value in values):
+    if len(differs) != 1 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return None
     cells = {frozenset((r["task"], r["seed"]) for runs in s.methods.values() for r in runs) for s in compared}
     if len(cells) > 1 or len({study.score for study in compared}) > 1:
@@ -267,7 +254,8 @@ def method_table(study: Study) -> str:
         runs, own = study.methods[name], study.scores(name)
         areas, curve = study.areas(name), study.mean_curve(name)
         reached = [
-            None if goal is None or len(curve) < 3 else _steps_in_words(curve, part * goal) for part in (0.5, 0.9)
+            None if goal is None or goal <= 0 or len(curve) < 3 else _steps_in_words(curve, part * goal)
+            for part in (0.5, 0.9)
         ]
         rows.append(
             (
@@ -291,7 +279,6 @@ def method_table(study: Study) -> str:
 
 def task_table(study: Study) -> str:
     """A row a method, a column a task."""
-    short = [task.partition("/")[2] for task in study.tasks]
     rows = [
         (
             name,
@@ -300,21 +287,30 @@ def task_table(study: Study) -> str:
         )
         for name in study.ranked()
     ]
-    return markdown(["method", *short, "mean"], rows)
+    return markdown(["method", *study.short_tasks, "mean"], rows)
 
 
 def improvement_table(study: Study) -> str:
-    """The probability that the row's method scores more than the column's on the same task."""
+    """The probability that the row's method scores more than the column's on the same task; bold where they can be told apart."""
     names = study.ranked()
-    rows = [
-        (row, *(None if row == column else f"{improvement(study, row, column).mean:.2f}" for column in names))
-        for row in names
-    ]
-    return markdown(["P(row > column)", *names], rows)
+
+    def cell(row: str, column: str) -> str | None:
+        if row == column:
+            return None
+        mark = "**" if told_apart(study, row, column) else ""
+        return f"{mark}{improvement(study, row, column).mean:.2f}{mark}"
+
+    return markdown(["P(row > column)", *names], [(row, *(cell(row, column) for column in names)) for row in names])
 
 
 def improvement(study: Study, method: str, other: str) -> Estimate:
     return probability_of_improvement(study.scores(method), study.scores(other))
+
+
+def told_apart(study: Study, method: str, other: str) -> bool:
+    """Whether a permutation test rejects at 5 % that the two score alike."""
+    first, second = sorted((method, other))  # the same shuffles whoever is asked about
+    return method != other and permutation_test(study.scores(first), study.scores(second)) <= 0.05
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]], phase: str) -> float:

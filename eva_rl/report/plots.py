@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eva_rl.report.methods import Study, Varied, improvement
+from eva_rl.report.methods import Study, Varied, improvement, told_apart
 from eva_rl.report.statistics import Estimate
 from eva_rl.report.study import average, interquartile_mean
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+LONGEST = 60
+"""Characters of a label; the tables have it whole."""
 
 
 def plots(study: Study) -> Mapping[str, Figure]:
@@ -40,28 +45,27 @@ def scores_plot(study: Study) -> Figure:
             axes.errorbar(
                 found.mean, place, xerr=_spread([found]), fmt="o", color=_color(name), markersize=4, capsize=2
             )
-        axes.set(xlabel=title, yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=title, yticks=range(len(names)), yticklabels=map(_plain, names))
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(study.score.replace("_", " "))
     grid = np.array([[np.mean(study.scores(name)[task]) for task in study.tasks] for name in names])
     image = panels[2].imshow(grid, aspect="auto", cmap="viridis", vmin=min(0.0, grid.min()), vmax=max(1.0, grid.max()))
-    short = [task.partition("/")[2] for task in study.tasks]
-    panels[2].set_xticks(range(len(short)), short, rotation=40, ha="right", fontsize=8)
-    _numbers(panels[2], grid)
+    panels[2].set_xticks(range(len(study.tasks)), study.short_tasks, rotation=40, ha="right", fontsize=8)
+    _numbers(panels[2], image)
     figure.colorbar(image, ax=panels[2], label=study.score.replace("_", " "))
     return figure
 
 
 def curves_plot(study: Study) -> Figure:
-    """The mean learning curve of each method, and below it those of each task."""
+    """The mean learning curve of each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    for name, style in zip(study.ranked(), _styles(), strict=False):
+    for name, style in zip(study.ranked(), _styles(), strict=False):  # as many styles as it takes
         curve = study.mean_curve(name)
         if len(curve) > 1:
-            axes.plot(*zip(*curve, strict=True), label=name, **style)
+            axes.plot(*zip(*curve, strict=True), label=_plain(name), **style)
     axes.set(xlabel="optimiser steps", ylabel=f"{study.score.replace('_', ' ')}, mean of {len(study.tasks)} tasks")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -89,8 +93,9 @@ def pareto_plot(study: Study) -> Figure:
         axes.step(*zip(*[(points[n][0], points[n][1].mean) for n in front], strict=True), "k:", where="post", alpha=0.5)
         for name in points if len(points) < 8 else front:
             x, found = points[name]
-            axes.annotate(name, (x, found.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        if label == "trainable weights":
+            axes.annotate(_plain(name), (x, found.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        costs_of = [x for x, _ in points.values()]
+        if label == "trainable weights" and max(costs_of) > 10 * min(costs_of):
             axes.set_xscale("symlog", linthresh=10_000, linscale=0.3)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
@@ -115,9 +120,11 @@ def varied_plot(found: Varied) -> Figure:
     axes = figure.subplots()
     places = {value: place for place, value in enumerate(sorted({v for line in found.lines.values() for v, _ in line}))}
     for shift, ((name, line), style) in enumerate(zip(sorted(found.lines.items()), _styles(), strict=False)):
-        aside = 0.04 * (shift - (len(found.lines) - 1) / 2)  # bars of several methods stand side by side
+        aside = min(0.04, 0.6 / len(found.lines)) * (
+            shift - (len(found.lines) - 1) / 2
+        )  # bars of several methods stand side by side
         x, y = [places[value] + aside for value, _ in line], [estimate.mean for _, estimate in line]
-        axes.errorbar(x, y, yerr=_spread([estimate for _, estimate in line]), label=name, capsize=2, **style)
+        axes.errorbar(x, y, yerr=_spread([estimate for _, estimate in line]), label=_plain(name), capsize=2, **style)
     axes.set_xticks(range(len(places)), map(str, places))
     axes.set(xlabel=found.setting, ylabel=f"mean {found.score.replace('_', ' ')} with its 95 % interval")
     axes.grid(alpha=0.3)
@@ -126,25 +133,21 @@ def varied_plot(found: Varied) -> Figure:
 
 
 def improvement_plot(study: Study) -> Figure:
-    """How likely the row's method scores more than the column's on the same task; bold where the interval excludes a half."""
+    """How likely the row's method scores more than the column's on the same task; bold where a permutation test tells them
+    apart at 5 %, not corrected for the number of pairs."""
     from matplotlib.figure import Figure
 
     names = study.ranked()
-    found = [[None if a == b else improvement(study, a, b) for b in names] for a in names]
-    grid = np.array([[0.5 if cell is None else cell.mean for cell in row] for row in found])
+    grid = np.array([[0.5 if a == b else improvement(study, a, b).mean for b in names] for a in names])
+    sure = np.array([[told_apart(study, a, b) for b in names] for a in names])
     figure = Figure(figsize=(3 + 0.5 * len(names), 2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    sure = np.array([[_excludes_a_half(cell) for cell in row] for row in found])
-    _numbers(axes, grid, sure)
+    image = axes.imshow(np.ma.masked_array(grid, np.eye(len(names))), cmap="RdBu_r", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), map(_plain, names), rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), map(_plain, names), fontsize=8)
+    _numbers(axes, image, sure)
     figure.colorbar(image, ax=axes, label="P(row > column)")
     return figure
-
-
-def _excludes_a_half(found: Estimate | None) -> bool:
-    return found is not None and found.low is not None and (found.low > 0.5 or found.high < 0.5)
 
 
 def _spread(found: Sequence[Estimate]) -> np.ndarray:
@@ -170,17 +173,20 @@ def _saved(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
     return stream.getvalue()
 
 
-def _numbers(axes: Axes, grid: np.ndarray, bold: np.ndarray | None = None) -> None:
-    low, high = grid.min(), grid.max()
-    for (row, column), value in np.ndenumerate(grid):
+def _numbers(axes: Axes, image: AxesImage, bold: np.ndarray | None = None) -> None:
+    """Each cell's value on it, in black or white, whichever its colour leaves readable."""
+    for (row, column), value in np.ma.ndenumerate(image.get_array()):
         weight = "bold" if bold is not None and bold[row, column] else "normal"
-        middling = (
-            bold is not None and 0.2 < value < 0.8
-        )  # the ends of this colour map are dark, of the other the low one
-        dark = not middling if bold is not None else value < (low + high) / 2
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axes.text(
             column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, weight=weight, color="w" if dark else "k"
         )
+
+
+def _plain(name: str) -> str:
+    """A label as it stands, which matplotlib would set as mathematics between two dollar signs, and not too long."""
+    return (name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…").replace("$", r"\$")
 
 
 def _color(name: str) -> str:
@@ -188,5 +194,5 @@ def _color(name: str) -> str:
     return "C3" if name.startswith("eva") else "C0"
 
 
-def _styles() -> list[dict[str, str]]:
-    return [{"color": f"C{n % 10}", "linestyle": ("-", "--", ":")[n // 10 % 3], "marker": "."} for n in range(60)]
+def _styles() -> Iterator[dict[str, str]]:
+    return ({"color": f"C{n % 10}", "linestyle": ("-", "--", ":")[n // 10 % 3], "marker": "."} for n in count())

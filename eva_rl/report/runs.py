@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from eva_rl.errors import UserError
+from eva_rl.report.labels import differing, in_words, labels, protocol_of
 from eva_rl.report.result import flat
 from eva_rl.report.scores import SCORES
 from eva_rl.report.statistics import Estimate
 from eva_rl.report.table import markdown
 
 FACTS = ("task", "adapter", "base", "demonstrations", "steps", "learning_rate", "seed")
-NEEDED = (*FACTS, *SCORES, "zero_shot", "settings", "seconds", "trainable_parameters", "total_parameters")
+NUMBERS = ("demonstrations", "target_return", "steps", "learning_rate", "trainable_parameters", "total_parameters")
 
 
 def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -29,20 +32,24 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
         UserError: if a folder does not exist.
     """
     results, places, left_out = {}, {}, []
-    for folder in folders:
+    for folder in {folder.resolve(): folder for folder in folders}.values():
         if not folder.is_dir():
             raise UserError(f"The folder '{folder}' does not exist.")
-        found = {path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}
+        found = {path.parent for name in ("config.yaml", "result.json", ".lock") for path in folder.rglob(name)}
         for run in sorted(run for run in found if not run.name.startswith(".")):  # those are files half written
             try:
-                result = json.loads((run / "result.json").read_text())
-                complete = result["status"] == "complete" and all(name in result for name in NEEDED)
+                result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+                complete = result["status"] == "complete" and "zero_shot" in result
             except (OSError, ValueError, KeyError, TypeError):
                 complete = False
             if not complete:
                 left_out.append(f"{run}: not a complete fine-tuning run, left out")
                 continue
-            key = json.dumps(result["settings"], sort_keys=True)
+            if wrong := _malformed(result):
+                left_out.append(f"{run}: left out, as {wrong} in its result.json is not as expected")
+                continue
+            result["run"] = run.relative_to(folder).as_posix()
+            key = in_words(result["settings"])
             if places.setdefault(key, run) == run:
                 results[key] = result
             else:
@@ -55,22 +62,74 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
     return found, left_out
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Success rates before and after fine-tuning with their 95 % intervals: a row a run, and means of runs made alike."""
+def _malformed(result: Mapping[str, Any]) -> str:
+    """What in a complete run's result.json is not as a run writes it; empty if all is."""
+    if not isinstance(settings := result.get("settings"), dict) or not isinstance(settings.get("training"), dict):
+        return "settings"
+    if not all(isinstance(result.get(name), str) for name in ("task", "adapter", "base", "dataset")):
+        return "task, adapter, base or dataset"
+    if type(result.get("seed")) is not int:
+        return "seed"
+    for name in NUMBERS:
+        if not _is_number(result.get(name)):
+            return name
+    if not isinstance(seconds := result.get("seconds"), dict) or not all(
+        _is_number(seconds.get(phase)) for phase in ("init", "train")
+    ):
+        return "seconds"
+    if not isinstance(curve := result.get("curve"), dict) or not all(step.isdecimal() for step in curve):
+        return "curve"
+    groups = {
+        "": result,
+        "zero_shot.": result["zero_shot"],
+        **{f"curve.{step}.": found for step, found in curve.items()},
+    }
+    for place, group in groups.items():
+        for name in SCORES:
+            if not isinstance(group, dict) or not _is_score(group.get(name, ())):
+                return place + name
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_score(value: Any) -> bool:
+    """Whether this is an `Estimate`, or null for a score that the task does not have."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or set(value) != {f.name for f in fields(Estimate)}:
+        return False
+    ends = [value["low"], value["high"]]
+    return all(map(_is_number, [value["mean"], value["n"]])) and (ends == [None, None] or all(map(_is_number, ends)))
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Success rates before and after fine-tuning with their 95 % intervals: a row a run, and means of runs made alike.
+
+    Alike are runs of one method under one protocol.
+    """
+    names, protocols = labels(results), [protocol_of(r) for r in results]
+    further = [name for name in differing(protocols) if name not in FACTS]
     rows, groups = [], {}
-    for r in sorted(results, key=lambda r: (*_alike(r), r["task"], r["seed"])):
-        after, before = _estimate(r["success_rate"]), _estimate(r["zero_shot"]["success_rate"])
+    for r, name, protocol in zip(results, names, protocols, strict=True):
+        after, before = estimate(r["success_rate"]), estimate(r["zero_shot"]["success_rate"])
         score = None if r["normalized_score"] is None else f"{r['normalized_score']['mean']:.2f}"
         init, train = (f"{r['seconds'][phase]:.0f}" for phase in ("init", "train"))
-        rows.append((r["task"], *_alike(r), r["seed"], before, after, score, init, train))
+        own = (name, *(r[fact] for fact in ("base", "demonstrations", "steps", "learning_rate")))
+        own += tuple(protocol.get(setting) for setting in further)
+        place = name, r["base"], r["demonstrations"], r["steps"], r["learning_rate"], in_words(protocol)
+        rows.append(((*place, r["task"], r["seed"]), (r["task"], *own, r["seed"], before, after, score, init, train)))
         if r["success_rate"] is not None:
-            groups.setdefault(_alike(r), []).append(r)
-    for alike, members in groups.items():
+            groups.setdefault(place, (own, []))[1].append(r)
+    rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    for _, (own, members) in sorted(groups.items()):
         before = [m["zero_shot"]["success_rate"] for m in members]
         before = None if None in before else f"{sum(b['mean'] for b in before) / len(members):.3f}"
         after = sum(m["success_rate"]["mean"] for m in members) / len(members)
-        rows.append((f"mean of {len(members)} runs", *alike, "", before, f"{after:.3f}", "", "", ""))
-    header = ["task", "adapter", "base", "episodes", "steps", "rate", "seed"]
+        rows.append((f"mean of {len(members)} runs", *own, "", before, f"{after:.3f}", "", "", ""))
+    header = ["task", "method", "base", "episodes", "steps", "rate", *further, "seed"]
     return markdown([*header, "zero-shot success", "success", "normalized", "init s", "train s"], rows)
 
 
@@ -80,16 +139,18 @@ def to_csv(results: Sequence[Mapping[str, Any]]) -> str:
     settings = [flat(r["settings"]) for r in results]
     names = [name for name in sorted(set().union(*settings)) if name not in FACTS]
     ends = ("mean", "low", "high", "n")
-    header = [*FACTS, *(f"{score}_{end}" for score in SCORES for end in ends)]
+    header = ["run", "method", *FACTS, *(f"{score}_{end}" for score in SCORES for end in ends)]
     header += [f"zero_shot_{score}_{end}" for score in SCORES for end in ends]
     header += ["trainable_parameters", "total_parameters", *(f"seconds_{phase}" for phase in phases), *names]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
-    for r, own in zip(results, settings, strict=True):
+    for r, method, own in zip(results, labels(results), settings, strict=True):
         found = [(group[score] or {}).get(end) for group in (r, r["zero_shot"]) for score in SCORES for end in ends]
         sizes = [r["trainable_parameters"], r["total_parameters"], *(r["seconds"].get(phase) for phase in phases)]
-        writer.writerow([*(r[name] for name in FACTS), *found, *sizes, *(own.get(name) for name in names)])
+        writer.writerow(
+            [r["run"], method, *(r[name] for name in FACTS), *found, *sizes, *(own.get(name) for name in names)]
+        )
     return stream.getvalue()
 
 
@@ -97,13 +158,9 @@ def _place(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides the scores of the base as it is."""
     settings = result["settings"]
     decides = ("base", "task", "seed", "dataset", "demonstrations", "target_return")
-    return (*(result[name] for name in decides), settings["episodes"], settings["training"].get("precision"))
+    return (*(result[name] for name in decides), settings.get("episodes"), settings["training"].get("precision"))
 
 
-def _alike(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What runs must have in common for their mean to mean something; the columns from adapter to rate."""
-    return tuple(result[name] for name in ("adapter", "base", "demonstrations", "steps", "learning_rate"))
-
-
-def _estimate(fields: Mapping[str, Any] | None) -> Estimate | None:
-    return None if fields is None else Estimate(**fields)
+def estimate(found: Mapping[str, Any] | None) -> Estimate | None:
+    """A score as result.json states it."""
+    return None if found is None else Estimate(**found)

@@ -24,10 +24,8 @@ def save_sweep(run_dir: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]
     for task, found in results.items():
         asked = [scores["target_return"] for scores in found]
         means = [scores["episode_return"]["mean"] for scores in found]
-        half = [
-            scores["episode_return"]["mean"] - (scores["episode_return"]["low"] or mean)
-            for scores, mean in zip(found, means, strict=True)
-        ]
+        lows = [scores["episode_return"]["low"] for scores in found]
+        half = [0.0 if low is None else mean - low for mean, low in zip(means, lows, strict=True)]
         axes.errorbar(asked, means, yerr=half, fmt="o-", capsize=3, label=task)
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], ":", color="grey", label="as asked")

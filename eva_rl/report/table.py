@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table with aligned columns; None is shown as a dash."""
-    cells = [["–" if cell is None else str(cell) for cell in row] for row in [header, *rows]]
+    cells = [["–" if cell is None else str(cell).replace("|", r"\|") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells

@@ -1,0 +1,84 @@
+"""What a run's settings say: under which protocol it was made, and what to call its method among others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eva_rl.report.result import flat
+
+PROTOCOL = ("adapter.rank", "adapter.layers")
+"""Settings of an adapter that belong to the protocol: how much it may train, and where."""
+DERIVED = ("adapter.config.", "adapter.size.")
+"""Settings of an adapter that mostly follow from others of it, and name a variant where no other does."""
+MISSING = "not set"
+
+
+def protocol_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings but the method's, the task and the seed, by their names on the command line."""
+    settings = flat(run["settings"])
+    free = {name for name in settings if name == "task" or name.endswith("seed") or _of_method(name)}
+    return {name: value for name, value in settings.items() if name not in free}
+
+
+def _of_method(name: str) -> bool:
+    """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
+    if name.endswith("seed"):  # some methods draw numbers of their own, from the run's seed
+        return False
+    return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
+
+
+def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
+
+    A setting is named where it is not the commonest among the variants.
+    """
+    variants: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run in runs:
+        own = {name: value for name, value in flat(run["settings"]).items() if _of_method(name)}
+        variants.setdefault(run["adapter"], []).append((in_words(protocol_of(run)), own))
+    named = {name: _telling(own) for name, own in variants.items()}
+    places = {name: iter(own) for name, own in variants.items()}
+    found = []
+    for adapter in (run["adapter"] for run in runs):
+        _, own = next(places[adapter])
+        told = [k for k, commonest in named[adapter].items() if _value(own, k) != commonest]
+        found.append(", ".join([adapter, *(f"{k.removeprefix('adapter.')}={own.get(k, MISSING)}" for k in told)]))
+    return found
+
+
+def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | None]:
+    """The settings that tell variants apart, each with its commonest value (None where several are as common).
+
+    runs: the protocol of each and the settings of its method. What differs between protocols only, as a size that follows
+    from the rank does, tells no variants apart.
+    """
+    variants = list({in_words(own): own for _, own in runs}.values())
+    differs = differing(variants)
+    chosen = [name for name in differs if not name.startswith(DERIVED)]
+    told = {(protocol, *(_value(own, name) for name in chosen)) for protocol, own in runs}
+    if len(told) < len({(protocol, in_words(own)) for protocol, own in runs}):
+        chosen = differs
+    found = {}
+    for name in chosen:
+        counts = Counter(_value(own, name) for own in variants).most_common(2)
+        found[name] = counts[0][0] if len(counts) < 2 or counts[0][1] > counts[1][1] else None
+    return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the settings that are not the same in all of these."""
+    names = sorted(set().union(*settings))
+    return [name for name in names if len({_value(own, name) for own in settings}) > 1]
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """The same text for the same settings."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    """A setting's value as text; one that is not set is no value, not even null."""
+    return json.dumps(settings[name]) if name in settings else MISSING
