@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="run nothing")
     a = parser.parse_args()
-    known = [line.split()[0] for line in choices("adapter").splitlines()]
+    known = [line.split()[0] for line in choices("adapter", "finetune").splitlines()]
     methods = a.methods or [name for name in known if name != "peft"]
     wanted = cells(methods, a.seeds, a.steps, a.episodes)
     if a.table:

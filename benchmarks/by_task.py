@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eva_rl.errors import UserError
 from eva_rl.report import markdown
 from eva_rl.report.labels import in_words, labels, protocol_of
 from eva_rl.report.runs import estimate, read_results
@@ -23,7 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    results, left_out = read_results([folder])
+    try:
+        results, left_out = read_results([folder])
+    except UserError as error:
+        sys.exit(f"error: {error}")
     protocols, seeds = {in_words(protocol_of(r)) for r in results}, {r["seed"] for r in results}
     if len(protocols) != 1 or len(seeds) != 1:
         sys.exit(

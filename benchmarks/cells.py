@@ -72,7 +72,7 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _collect(datasets: set[tuple[str, int]]) -> None:
-    """Make the datasets first: two cells must not collect the same one at once."""
+    """Make the datasets first, so that no cell's seconds hold those of collecting."""
     for task, seed in sorted(datasets):
         subprocess.run([sys.executable, "-m", "eva_rl.collect", f"task={task}", f"seed={seed}"], check=True)
 

@@ -70,10 +70,10 @@ def beyond_the_end(found: dict[str, dict], method: str) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", help="default: all with an adapter, and full and head")
+    known = [line.split()[0] for line in choices("adapter", "finetune").splitlines()]
+    parser.add_argument("--methods", nargs="+", choices=known, help="default: all with an adapter, and full and head")
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
-    known = [line.split()[0] for line in choices("adapter").splitlines()]
     methods = a.methods or [name for name in known if name not in ("none", "peft", *SAME_AS)]
     found = run_cells(cells(methods, RATES[START]), FOLDER, a.workers)
     attempted = cells(methods, RATES[START])

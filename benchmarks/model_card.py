@@ -18,6 +18,7 @@ import numpy as np
 from eva_rl import envs
 from eva_rl.files import read_json
 from eva_rl.report import Estimate, markdown
+from eva_rl.report.runs import estimate
 
 HEADER = (
     "task",
@@ -36,12 +37,8 @@ def row(task: str, found: dict[str, Any]) -> list[object]:
     reference = [
         Estimate(scores[who], *scores.get(f"{who}_interval", (None, None)), n=0) for who in ("random", "expert")
     ]
-    own = [_estimate(found[score]) for score in ("episode_return", "normalized_score", "success_rate")]
+    own = [estimate(found[score]) for score in ("episode_return", "normalized_score", "success_rate")]
     return [task, *reference, *own, scores["expert_success_rate"]]
-
-
-def _estimate(fields: dict[str, Any] | None) -> Estimate | None:
-    return None if fields is None else Estimate(**fields)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def measure(task: str, episodes: int) -> dict[str, float | list[float] | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("domain")
+    parser.add_argument("domain", choices=sorted(envs.domains()))
     parser.add_argument("--episodes", type=int, default=20, help="of each policy and task, at least 2")
     arguments = parser.parse_args()
     domain = envs.domains()[arguments.domain]

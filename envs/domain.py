@@ -1,7 +1,7 @@
 """What every domain file in this folder offers: its tasks, their environments, an expert, a scale for scores.
 
-A new domain is one new file that defines a subclass of `Domain` and a module-level `DOMAIN = ThatClass()`; nothing else
-is touched. The simulator is imported inside the methods, never at the top of the file, so that listing tasks stays
+A new domain is one new file that defines a subclass of `Domain` and a module-level `DOMAIN = ThatClass()`, and an extra in
+pyproject.toml for its packages. The simulator is imported inside the methods, never at the top of the file, so that listing tasks stays
 instant and a missing package is met only where it is needed.
 """
 

@@ -216,10 +216,9 @@ class MergeConfig:
     output: str | None
 
 
-HELP = """Settings are given as key=value; the files in configs/ explain them.
+HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
+there is to choose from, where a command has these.
 
-Choices of whole sections (key=choice):
-$APP_CONFIG_GROUPS
 Settings and their defaults:
 
 $CONFIG"""
@@ -233,7 +232,7 @@ ConfigStore.instance().store(
         "hydra": {
             "output_subdir": None,
             "run": {"dir": "."},
-            "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"},
+            "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "."},
             "job": {"chdir": False, "name": "${hydra.job.config_name}"},  # what a cluster calls its jobs
             "help": {"template": HELP},
         },
@@ -266,7 +265,7 @@ def entry_point(
                 multiprocessing.set_start_method("spawn", force=True)
             try:  # here, because Hydra prints a line of its own for an exception that leaves the job
                 with while_read():
-                    main(parse(config, schema))
+                    main(checked(parse(config, schema)))
             except Exception as error:
                 known = isinstance(error, UserError | OmegaConfBaseException)
                 said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
@@ -282,7 +281,7 @@ def entry_point(
         def run() -> None:
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
                 with while_read():
-                    return print(choices(group))
+                    return print(choices(group, name))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
             try:
                 with while_read():
@@ -296,10 +295,12 @@ def entry_point(
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
             except KeyboardInterrupt as interruption:
-                kept = str(interruption) or "Collected episodes are kept."
+                kept = str(interruption)
+                if not kept and schema in (CollectConfig, PretrainConfig, FinetuneConfig):
+                    kept = "Collected episodes are kept."
                 if "resume" in get_type_hints(schema):
                     kept += " A run continues with its run_dir and resume=true."
-                print(f"\nInterrupted. {kept}", file=sys.stderr)
+                print(f"\nInterrupted. {kept}".rstrip(), file=sys.stderr)
                 sys.exit(130)
 
         return run
@@ -307,16 +308,23 @@ def entry_point(
     return decorate
 
 
-def choices(group: str) -> str:
-    """The choices of a section such as `adapter`, with the first line of each one's file.
+SECTIONS = {"pretrain": ("model",), "finetune": ("adapter", "study")}
+"""What a command has several files of settings to choose from for."""
+
+
+def choices(group: str, command: str) -> str:
+    """The choices of a command's section such as `adapter`, with the first line of each one's file.
 
     Raises:
-        SystemExit: if there is no such section.
+        SystemExit: if it has no such section.
     """
-    folder = resources.files("eva_rl.configs") / group
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=str) if folder.is_dir() else []
-    if not files:
-        sys.exit(f"error: There is no section '{group}' to choose from.")
+    sections = SECTIONS.get(command, ())
+    if group not in sections:
+        hint = f"It has {' and '.join(sections)}." if sections else "It has none."
+        sys.exit(f"error: {command} has no section '{group}' to choose from. {hint}")
+    files = sorted(
+        (f for f in (resources.files("eva_rl.configs") / group).iterdir() if f.name.endswith(".yaml")), key=str
+    )
     texts = {Path(f.name).stem: f.read_text(encoding="utf-8").removeprefix("# @package _global_\n") for f in files}
     lines = [(name, text.partition("\n")[0].removeprefix("# ")) for name, text in texts.items()]
     width = max(len(name) for name, _ in lines)
@@ -333,9 +341,29 @@ def parse(config: DictConfig, schema: type) -> Any:
     if missing:
         raise UserError(f"'{missing[0]}' is not set: add {missing[0]}=... to the command line.")
     built = _build(schema, OmegaConf.to_container(config, resolve=True), "")
-    if getattr(built, "seed", 0) < 0:
-        raise UserError(f"seed={built.seed} was given where a whole number of at least 0 was expected.")
+    if not 0 <= getattr(built, "seed", 0) < 2**63:
+        raise UserError(f"seed={built.seed} was given where a whole number from 0 to 2**63 - 1 was expected.")
     return built
+
+
+def checked(config: Any) -> Any:
+    """A config whose settings go together with each other and with what the command line names.
+
+    Raises:
+        UserError: if they don't.
+    """
+    if getattr(config, "resume", False) and config.run_dir is None:
+        raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
+    method = getattr(config, "adapter", None)
+    if isinstance(method, AdapterSettings) and method.budget is not None:
+        given = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
+        for name in method.size or ():
+            if f"adapter.config.{name}" in given:
+                raise UserError(
+                    f"adapter.config.{name} was given, which adapter.budget={method.budget} decides: set adapter.rank or "
+                    f"adapter.size.{name} (how much it grows with the size), or adapter.budget=null."
+                )
+    return config
 
 
 def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
@@ -358,8 +386,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         hint = next(option for option in options if option is not type(None))
     if is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, key + ".")
-    if get_origin(hint) is tuple and isinstance(value, str):
+    if get_origin(hint) is tuple and isinstance(value, str | int | float) and not isinstance(value, bool):
         value = [value]  # one is a list of one
+    if value == "":
+        raise UserError(f"{key}= was given without a value.")
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_convert(item, get_args(hint)[0], key) for item in value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -386,8 +416,16 @@ def explain(error: Exception, schema: type) -> str:
     if "is not in struct" in message or "Could not override" in message:
         given = str(key or message.partition("'")[2].partition("'")[0])
         if given in setting_names(schema):
+            section = given.rpartition(".")[0]
+            if section in setting_names(schema):
+                return f"'{given}' can't be set: '{section}' is null here. Choose another {section.partition('.')[0]}."
             return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
+        if (section := given.rpartition(".")[0]) in OPEN:
+            return f"'{section}' has no '{given.rpartition('.')[2]}' yet: put a plus before it to add it, +{given}=..."
         return f"There is no setting '{given}'. {did_you_mean(given, setting_names(schema))}".rstrip()
+    if "LexerNoViableAlt" in message or "mismatched input" in message or "token recognition" in message:
+        said = message.partition(" See https")[0].removeprefix("LexerNoViableAltException: ").rstrip(" ^.")
+        return f"{said}: can't be read; put a value with letters beyond a to z, spaces or brackets into quotes, \"run_dir='a ä'\"."
     if "Could not find" in message:  # a choice of a group that there is not
         found, _, options = message.partition(" Config search path:")[0].partition(" Available options in ")
         choice = found.rpartition("Could not find ")[2].strip("'").removesuffix("'")
@@ -397,6 +435,10 @@ def explain(error: Exception, schema: type) -> str:
         near = did_you_mean(name, known)
         return f"There is no '{choice}'. {near if near.startswith('Did') else ''} {listed}".replace("  ", " ")
     return message.removesuffix(".") + "."
+
+
+OPEN = ("adapter.config", "adapter.ratios", "adapter.size", "weights")
+"""Sections that take any name."""
 
 
 def setting_names(schema: type, prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import Decoder, find_adapter, load_base, load_notes
+    from eva_rl.model import Decoder, base_name, find_adapter, load_base, load_notes
     from eva_rl.report import (
         SCORES,
         Stopwatch,
@@ -44,7 +44,7 @@ def main(config: EvaluateConfig) -> None:
         if config.adapter is not None:
             folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
-            if config.checkpoint not in (None, notes.base):
+            if config.checkpoint is not None and base_name(config.checkpoint) != base_name(notes.base):
                 raise UserError(
                     f"The adapter in '{folder}' belongs to the base '{notes.base}', not to '{config.checkpoint}'."
                 )

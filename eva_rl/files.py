@@ -15,6 +15,10 @@ from filelock import FileLock, Timeout
 
 from eva_rl.errors import UserError
 
+UMASK = os.umask(0)
+"""The permissions that new files do without here."""
+os.umask(UMASK)
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
@@ -26,6 +30,9 @@ def replacing(target: Path) -> Iterator[Path]:
         yield new
         if not os.path.lexists(new):
             raise FileNotFoundError(f"Nothing was written to become '{target}'.")
+        for path in (new, *new.rglob("*")):
+            if path.is_file() and not path.is_symlink():  # safetensors keeps what it writes from all others
+                path.chmod(path.stat().st_mode | (0o666 & ~UMASK))
         if target.is_dir() and not target.is_symlink():  # the system replaces a file in one step, a folder in two
             os.replace(target, scratch / "old")
         os.replace(new, target)
@@ -50,7 +57,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         InUseError: if another process has it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _named(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
@@ -75,12 +83,18 @@ def make_folder(path: Path) -> Path:
     Raises:
         UserError: if it can't be created or written to.
     """
-    try:
+    with _named(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"The folder '{path}' can't be written to ({error.strerror}): name another one.") from error
     return path
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # not to be read or written, a name too long, a file in the way
+        raise UserError(f"The folder '{folder}' can't be written to ({error.strerror}): name another one.") from error
 
 
 def check_run_folder(path: Path, resume: bool = False) -> None:
@@ -89,9 +103,16 @@ def check_run_folder(path: Path, resume: bool = False) -> None:
     Raises:
         UserError: if files can't be written there, or it holds the result of a run that this one does not resume.
     """
-    make_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
-    if not resume and (path / "result.json").exists():
-        raise UserError(f"'{path}' holds the result of an earlier run: set another run_dir, or remove the folder.")
+    with _named(path):
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    make_folder(nearest)
+    if resume:
+        return
+    for name in ("result.json", "adapter", "model"):
+        if (path / name).exists():
+            raise UserError(
+                f"'{path}' holds what an earlier run left, '{name}': set another run_dir, or remove the folder."
+            )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -37,7 +37,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import NOTES, AdapterNotes, Decoder, load_base, save_base
+    from eva_rl.model import NOTES, AdapterNotes, Decoder, base_name, load_base, save_base
     from eva_rl.report import (
         Stopwatch,
         TensorBoard,
@@ -196,8 +196,8 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if config.resume:  # also the seconds before the interruption
             clock.seconds["train"] = trained.seconds
         if adapter is not None:
-            notes = AdapterNotes(config.base, config.task, model.interfaces[interface.name], statistics)
-            save_adapter(adapter, run_dir / "adapter", config.base, {NOTES: asdict(notes)})
+            notes = AdapterNotes(base_name(config.base), config.task, model.interfaces[interface.name], statistics)
+            save_adapter(adapter, run_dir / "adapter", notes.base, {NOTES: asdict(notes)})
         elif facts["trainable_parameters"]:
             save_base(run_dir / "model", model, base.tasks | {config.task: statistics})
         policy = adapter.merged() if adapter else model

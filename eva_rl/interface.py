@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -79,9 +79,6 @@ class Interface:
         seen = f"of size {self.observation_size}" if vector else f"of {' and '.join(map(str, self.parts))}"
         size = " x ".join(map(str, self.choices)) if self.action_kind == "multi_discrete" else self.action_size
         return f"observations {seen} and {self.action_kind.replace('_', '-')} actions of size {size}"
-
-    def renamed(self, name: str) -> Interface:
-        return replace(self, name=name)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     )
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import DecisionTransformer, ModelConfig, save_base
+    from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
     from eva_rl.report import TensorBoard, versions
     from eva_rl.training import TrainingConfig, by_domain, check_run, check_shares, choose_device, train
 
@@ -53,9 +53,15 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     run_dir = run_folder(config.run_dir)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     output = Path(config.output) if config.output else run_dir / "model"
+    if training_config.evaluate_every:
+        raise UserError(
+            "training.evaluate_every is for fine-tuning: `python -m eva_rl.evaluate` scores a pretrained model."
+        )
     if group.first:
         check_run_folder(run_dir, config.resume)
-        check_run_folder(output.parent, resume=True)
+        if run_dir.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"output={output} would replace the run's own folder '{run_dir}': name another one.")
+        check_output(output)
 
     # Trajectories -> an interface for each family of tasks, and windows of all of them.
     with group.first_alone():

@@ -15,8 +15,8 @@ HALF = 2**30
 def episode_seed(purpose: Literal["collect", "evaluate"], task: str, seed: int, episode: int) -> int:
     """The seed that one episode's environment is reset with.
 
-    Seeds for collecting lie in [0, 2**30), those for evaluating in [2**30, 2**31), so the goals a policy is scored on
-    are never the goals its data came from, whatever the two runs' seeds.
+    Seeds for collecting lie in [0, 2**30), those for evaluating in [2**30, 2**31), so no policy is scored on a seed
+    that its data came from, whatever the two runs' seeds.
     """
     drawn = int(_sequence(task, seed, episode).generate_state(1)[0]) % HALF
     return drawn + HALF if purpose == "evaluate" else drawn

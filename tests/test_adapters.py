@@ -565,7 +565,7 @@ def test_an_initialisation_that_needs_data_and_gets_none_says_so(name):
 
 
 def test_every_choice_is_listed_with_a_line_of_its_own():
-    lines = choices("adapter").splitlines()
+    lines = choices("adapter", "finetune").splitlines()
     assert [line.split()[0] for line in lines] == ALL
     assert all(len(line.split()) > 3 for line in lines)
 

@@ -286,7 +286,7 @@ def test_other_seeds_and_other_tasks_give_other_episodes(dummy_domain, datasets_
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"episodes": 0}, "episodes=0"),
+        ({"episodes": 0}, "0 episodes to collect"),
         ({"episodes": -3}, "episodes=-3"),
         ({"noise": ()}, r"noise=\[\]"),
         ({"noise": (0.1, -0.1)}, r"noise=\[0.1, -0.1\]"),

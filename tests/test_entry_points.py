@@ -1,6 +1,7 @@
 """The commands from end to end, in this process, on the dummy environment and a tiny base."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -437,7 +438,15 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter.eva.tokens=word"], "tokens=word"),
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
-        ([f"task={TASK}", "demonstrations=0"], "episodes=0|demonstrations=0"),
+        ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
+        ([f"task={TASK}", "base="], "base= was given without a value"),
+        ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),
+        ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),
+        ([f"task={TASK}", "adapter=lora", "adapter.eva.rho=2"], "'adapter.eva' is null"),
+        ([f"task={TASK}", "adapter=lora", "adapter.ratios.lora_B=16"], "+adapter.ratios.lora_B="),
+        ([f"task={TASK}", "seed=99999999999999999999999"], "2**63"),
+        ([f"task={TASK}", "adapter.eva.rho=nan"], "rho"),
+        (["task=minari/mine/discrete-v0", "dataset=mine/other-v0"], "leave out dataset=mine/other-v0"),
         ([f"task={TASK}", "episodes=-1"], "episodes=-1"),
     ],
 )
@@ -477,6 +486,68 @@ def test_a_used_run_folder_is_not_overwritten(run, base):
     assert status == 1
     assert "seed=0" in sentence(err)
     assert Path("run/result.json").read_bytes() == before
+
+
+def test_a_folder_with_anothers_adapter_is_not_written_to(run, base):
+    Path("run/adapter").mkdir(parents=True)
+    Path("run/adapter/mine.txt").write_text("mine")
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=run", *QUICK)
+    assert status == 1
+    assert "holds what an earlier run left, 'adapter'" in sentence(err)
+    assert [path.name for path in Path("run").rglob("*.*")] == ["mine.txt"]
+
+
+def test_to_resume_takes_a_run_folder(run, base):
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", *QUICK, "resume=true")
+    assert status == 1
+    assert "without run_dir=" in sentence(err)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("output", ["mine", "file", ".", "run"])
+def test_pretraining_replaces_a_model_at_most(run, dummy_domain, output):
+    Path("mine").mkdir()
+    Path("mine/other.txt").write_text("mine")
+    Path("file").write_text("mine")
+    arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=2", "training.batch_size=4", "run_dir=run"]
+    status, _, err = run("pretrain", *arguments, f"output={output}")
+    assert status == 1
+    assert "name another" in sentence(err)
+    assert not Path("run").exists()
+    assert Path("mine/other.txt").read_text() == Path("file").read_text() == "mine"
+
+
+def test_an_adapter_finds_its_base_from_another_folder(run, base, monkeypatch):
+    Path("near").symlink_to(base)
+    assert run("finetune", f"task={TASK}", "base=near", "run_dir=run", *QUICK)[0] == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    arguments = ["adapter=../run", f"task={TASK}", "episodes=2", "workers=0"]
+    for further in (["run_dir=a"], ["run_dir=b", f"checkpoint={base}"]):
+        status, _, err = run("evaluate", *arguments, *further)
+        assert status == 0, err
+
+
+def test_what_is_no_model_says_where_one_is(run, base):
+    assert run("finetune", f"task={TASK}", f"base={base}", "adapter=full", "run_dir=whole", *QUICK)[0] == 0
+    assert run("finetune", f"task={TASK}", f"base={base}", "adapter=lora", "run_dir=lora", *QUICK)[0] == 0
+    for arguments, message in (
+        (["checkpoint=whole"], "name its model, 'whole/model'"),
+        (["checkpoint=lora"], "eva_rl.merge run=lora"),
+        (["adapter=nowhere"], "'nowhere' holds no adapter"),
+    ):
+        status, _, err = run("evaluate", *arguments, f"task={TASK}", "workers=0")
+        assert status == 1
+        assert message in sentence(err)
+
+
+def test_others_may_read_what_a_run_leaves(run, base):
+    assert run("finetune", f"task={TASK}", f"base={base}", "adapter=lora", "run_dir=run", *QUICK)[0] == 0
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in Path("run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files if path.name != ".lock"} == {0o666 & ~mask}
 
 
 def test_a_truncated_base_is_named(run, base):

@@ -138,7 +138,7 @@ def test_what_a_method_draws_from_the_runs_seed_does_not_make_it_several():
 
 
 def test_every_shipped_method_is_compared_with_every_other_under_one_protocol():
-    names = [line.split()[0] for line in choices("adapter").splitlines()]
+    names = [line.split()[0] for line in choices("adapter", "finetune").splitlines()]
     results = []
     with initialize_config_module("eva_rl.configs", version_base="1.3"):
         for name in (name for name in names if name != "peft"):

@@ -124,7 +124,7 @@ def test_the_zero_shot_scores_a_run_left_to_the_untrained_one_are_taken_from_the
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_results([tmp_path / "nowhere"])
 
 

@@ -295,8 +295,8 @@ def test_an_interface_that_does_not_fit_names_both():
     continuous = interface_of("arm", [pack("dummy", [episode], OBSERVATIONS, BOUNDED)])
     choices = an_episode(action_space=DISCRETE)
     discrete = interface_of("game", [pack("dummy", [choices], OBSERVATIONS, DISCRETE)])
-    assert continuous.fits(continuous.renamed("other"))
-    continuous.require(continuous.renamed("other"), "The dataset")
+    assert continuous.fits(dataclasses.replace(continuous, name="other"))
+    continuous.require(dataclasses.replace(continuous, name="other"), "The dataset")
     assert not continuous.fits(discrete)
     with pytest.raises(UserError, match=r"The dataset has .*discrete actions of size 3.*'arm' expects .*continuous"):
         continuous.require(discrete, "The dataset")

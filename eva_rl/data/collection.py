@@ -45,24 +45,24 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
-            raise UserError(f"episodes={self.episodes} was given where at least 1 episode was expected.")
+            raise UserError(f"{self.episodes} episodes to collect were asked for where at least 1 was expected.")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} was given where a whole number of at least 0 was expected.")
-        if not self.noise or not all(0 <= scale < np.inf for scale in self.noise):
+        if not self.noise or not all(0 <= scale <= 100 for scale in self.noise):
             raise UserError(
-                f"noise={list(self.noise)} was given where one or more numbers of at least 0 were expected."
+                f"noise={list(self.noise)} was given where one or more numbers from 0 to 100 were expected."
             )
 
     @property
     def dataset_id(self) -> str:
         """The Minari id this recipe's dataset is stored under; equal recipes have equal ids."""
-        noise = "" if self.noise == Recipe.noise else "-noise" + "_".join(f"{100 * s:g}" for s in self.noise)
+        noise = "" if self.noise == Recipe.noise else "-noise" + "_".join(f"{100 * s:.12g}" for s in self.noise)
         return f"{self.task}/expert{noise.replace('.', 'p')}-{self.episodes}-seed{self.seed}-v0"
 
     @property
     def staging(self) -> Path:
         """Where finished episodes wait until all are there. Recipes that differ in length alone share it."""
-        noise = "_".join(f"{s:g}" for s in self.noise)
+        noise = "_".join(f"{s:.12g}" for s in self.noise)
         return get_dataset_path() / ".collecting" / f"{self.task.replace('/', '.')}-{noise}-seed{self.seed}"
 
 

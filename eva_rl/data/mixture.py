@@ -48,5 +48,6 @@ def domain_weights(
             raise UserError(f"weights names '{domain}', which is not in the mixture. {did_you_mean(domain, sizes)}")
         if not 0 < weight < np.inf:
             raise UserError(f"weights.{domain}={weight} was given where a number above 0 was expected.")
-    shares = {domain: weights.get(domain, 1.0) * n ** (1 / temperature) for domain, n in sizes.items()}
+    largest = max(sizes.values(), default=1)  # its power is 1, and the others' too small at worst
+    shares = {domain: weights.get(domain, 1.0) * (n / largest) ** (1 / temperature) for domain, n in sizes.items()}
     return {domain: share / sum(shares.values()) for domain, share in shares.items()}

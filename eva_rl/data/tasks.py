@@ -11,6 +11,7 @@ import gymnasium as gym
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import environment_of, score_scale_of
 from eva_rl.envs import expand_tasks, find_task
+from eva_rl.errors import UserError
 
 MINARI = "minari/"
 DEMONSTRATIONS = 40
@@ -53,7 +54,9 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
         UserError: if there is no such task or dataset.
     """
     if task.startswith(MINARI):
-        dataset_id = dataset or task.removeprefix(MINARI)
+        dataset_id = task.removeprefix(MINARI)
+        if dataset not in (None, dataset_id):
+            raise UserError(f"task={task} names its trajectories itself: leave out dataset={dataset}.")
         scale = score_scale_of(dataset_id)
         return TaskSource(task, interface_name(dataset_id), dataset_id, partial(environment_of, dataset_id), scale)
     domain, name = find_task(task)

@@ -1,6 +1,16 @@
 """Windows -> tokens -> causal trunk -> actions."""
 
-from eva_rl.model.checkpoint import NOTES, AdapterNotes, Base, find_adapter, load_base, load_notes, save_base
+from eva_rl.model.checkpoint import (
+    NOTES,
+    AdapterNotes,
+    Base,
+    base_name,
+    check_output,
+    find_adapter,
+    load_base,
+    load_notes,
+    save_base,
+)
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.model.decoder import Decoder
 
@@ -12,6 +22,8 @@ __all__ = [
     "DecisionTransformer",
     "Decoder",
     "ModelConfig",
+    "base_name",
+    "check_output",
     "find_adapter",
     "load_base",
     "load_notes",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import eva_rl
 from eva_rl.errors import UserError, did_you_mean
-from eva_rl.files import read_json, replacing, write_json
+from eva_rl.files import check_run_folder, read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
 from eva_rl.spaces import Part
@@ -49,6 +49,21 @@ def save_base(folder: Path, model: DecisionTransformer, tasks: Mapping[str, Task
             shutil.copy(folder / "README.md", temporary / "README.md")
 
 
+def check_output(folder: Path) -> None:
+    """Look, without making it, whether a model can be written as this folder, over an earlier model at most.
+
+    Raises:
+        UserError: if something else is there, or files can't be written beside it.
+    """
+    check_run_folder(folder.absolute().parent, resume=True)
+    if (
+        folder.exists()
+        and not (folder / "model.safetensors").is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise UserError(f"'{folder}' is there and holds no model that would be replaced: name another folder.")
+
+
 def find_base(name: str) -> Path:
     """The folder of a base: of that path, of that name in the checkout's `checkpoints/`, or on the Hugging Face Hub.
 
@@ -75,6 +90,14 @@ def find_base(name: str) -> Path:
         ) from error
 
 
+def base_name(name: str) -> str:
+    """The name by which a base is found from any working folder."""
+    if not Path(name).is_dir():
+        return name
+    folder = Path(name).resolve()
+    return folder.name if folder.parent == CHECKPOINTS else str(folder)
+
+
 def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     """Load a base by name (see `find_base`), in evaluation mode.
 
@@ -82,6 +105,12 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
         UserError: if it is missing, truncated, or not one of this project's models.
     """
     folder = find_base(name)
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        raise UserError(f"'{folder}' is a run: name its model, '{folder / 'model'}'.")
+    if not (folder / "config.json").is_file() and (folder / "adapter").is_dir():
+        raise UserError(
+            f"'{folder}' is a run with an adapter: `python -m eva_rl.merge run={folder}` makes a model of it."
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(
@@ -130,13 +159,17 @@ def find_adapter(folder: Path) -> Path:
     """The adapter's folder in a run's folder, or the one named itself.
 
     Raises:
-        UserError: if the run trained a whole model instead.
+        UserError: if the run trained a whole model instead, or there is no adapter.
     """
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     if (folder / "model").is_dir():
         raise UserError(
             f"'{folder}' holds a whole model, not an adapter: name '{folder / 'model'}' as a checkpoint instead."
+        )
+    if not (folder / NOTES).is_file():
+        raise UserError(
+            f"'{folder}' holds no adapter of this project (no {NOTES}): name the folder of a run that trained one."
         )
     return folder
 

@@ -10,11 +10,17 @@ from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results
 
 
+def _folder(given: str) -> Path:
+    if not given:
+        raise argparse.ArgumentTypeError("an empty name was given where a folder was expected")
+    return Path(given)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m eva_rl.report", description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("folders", nargs="+", type=Path, help="folders with runs somewhere below them")
+    parser.add_argument("folders", nargs="+", type=_folder, help="folders with runs somewhere below them")
     parser.add_argument(
-        "--output", type=Path, help="where the report is written; report/ in the first folder by default"
+        "--output", type=_folder, help="where the report is written; report/ in the first folder by default"
     )
     arguments = parser.parse_args()
     try:
@@ -27,6 +33,9 @@ def main() -> None:
         save_report(output, results, compared, left_out)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
     for sentence in left_out + [sentence for study in compared for sentence in study.amiss]:
         print(sentence, file=sys.stderr)
     with while_read():

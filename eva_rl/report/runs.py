@@ -34,7 +34,7 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
     results, places, left_out = {}, {}, []
     for folder in {folder.resolve(): folder for folder in folders}.values():
         if not folder.is_dir():
-            raise UserError(f"The folder '{folder}' does not exist.")
+            raise UserError(f"'{folder}' is not a folder: name one that holds runs.")
         found = {path.parent for name in ("config.yaml", "result.json", ".lock") for path in folder.rglob(name)}
         for run in sorted(run for run in found if not run.name.startswith(".")):  # those are files half written
             try:

@@ -3,7 +3,8 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("eva_rl", "torch", "peft", "minari", "gymnasium", "numpy", "metaworld", "mujoco")
+PACKAGES = ("eva_rl", "torch", "peft", "minari", "gymnasium", "numpy", "metaworld", "mujoco", "dm_control", "minigrid")
+PACKAGES += ("ale_py", "box2d", "gymnasium_robotics")
 
 
 def versions() -> dict[str, str]:

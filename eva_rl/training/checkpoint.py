@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,12 +71,20 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
                 before = json.loads((file.metadata() or {}).get("identity", "null")) or now
         except (SafetensorError, OSError):
             continue  # damaged: `load_newest` passes it over, with a warning
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            was = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed)
+        if changed := list(_changes(before, now)):
             raise UserError(
-                f"'{folder}' was trained with {was}: resume with the same settings, or set another run_dir."
+                f"'{folder}' was trained with {', '.join(changed[:4])}: resume with the same settings, or set another run_dir."
             )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """What differs between nested settings, by their names on the command line."""
+    for key in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            yield from _changes(was, is_, f"{section}{key}.")
+        elif was != is_:
+            yield f"{section}{key}={was} (now {is_})"
 
 
 def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> Path:

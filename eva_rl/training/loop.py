@@ -57,9 +57,13 @@ class TrainingConfig:
         ):
             if getattr(self, name) < least:
                 raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "gradient_clip"):
-            if not getattr(self, name) >= 0:
+        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
+            if getattr(self, name) is None or not getattr(self, name) >= 0:
                 raise UserError(f"training.{name}={getattr(self, name)} was given where at least 0 was expected.")
+        if not self.gradient_clip > 0:
+            raise UserError(
+                f"training.gradient_clip={self.gradient_clip} was given where more than 0 was expected; inf clips nothing."
+            )
 
 
 @dataclass(frozen=True)

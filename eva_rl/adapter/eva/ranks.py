@@ -9,8 +9,6 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 
-RANKINGS = ("ratio", "paper")
-
 
 def explained(values: Tensor, rows: int, total: float, ranking: str) -> Tensor:
     """How much each component (k,) is worth, from eigenvalues `sigma^2` (k,) of M = `rows` centred rows.

@@ -56,7 +56,7 @@ class EvaSettings:
     """Of the random choices: components, rotation, permutation, and the first vectors of the iteration."""
 
     def __post_init__(self) -> None:
-        if self.rho < 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
+        if not self.rho >= 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
             raise UserError(
                 f"EVA was given rho={self.rho}, tau={self.tau}, max_batches={self.max_batches}, where rho >= 1, "
                 "0 < tau <= 1 and max_batches >= 1 were expected."
