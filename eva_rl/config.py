@@ -388,8 +388,6 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _build(hint, value, key + ".")
     if get_origin(hint) is tuple and isinstance(value, str | int | float) and not isinstance(value, bool):
         value = [value]  # one is a list of one
-    if value == "":
-        raise UserError(f"{key}= was given without a value.")
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_convert(item, get_args(hint)[0], key) for item in value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -399,6 +397,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         kind = get_args(hint)[1]
         return value if kind is Any else {k: _convert(v, kind, f"{key}.{k}") for k, v in value.items()}
     plain = hint if isinstance(hint, type) else None
+    if plain is str and value == "":
+        raise UserError(f"{key}= was given without a value.")
     if plain in (int, str, bool) and type(value) is plain:
         return value
     if plain is str and isinstance(value, int | float):

@@ -287,7 +287,7 @@ def test_other_seeds_and_other_tasks_give_other_episodes(dummy_domain, datasets_
     ("fields", "says"),
     [
         ({"episodes": 0}, "0 episodes to collect"),
-        ({"episodes": -3}, "episodes=-3"),
+        ({"episodes": -3}, "-3 episodes to collect"),
         ({"noise": ()}, r"noise=\[\]"),
         ({"noise": (0.1, -0.1)}, r"noise=\[0.1, -0.1\]"),
         ({"noise": (float("nan"),)}, r"noise=\[nan\]"),

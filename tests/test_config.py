@@ -82,6 +82,11 @@ def test_values_are_converted_to_the_declared_types():
     )
 
 
+def test_one_value_is_a_list_of_one():
+    assert read(noise=0.1).noise == (0.1,)
+    assert read(shape={"width": 32, "tokens": "state"}).shape.tokens == ("state",)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"), [(1, 1.0), ("1e-3", 0.001), ("3", 3.0), (-2.5, -2.5), ("1E5", 1e5)], ids=str
 )
@@ -121,7 +126,7 @@ def test_references_between_settings_are_resolved():
         ("resume", 1, "true or false"),
         ("name", None, "text"),
         ("name", ["a"], "text"),
-        ("noise", 0.1, "a list"),
+        ("noise", {"a": 0.1}, "a list"),
         ("shape", "small", "a list or section"),
         ("shape", None, "a list or section"),
         ("target", "high", "a number"),
