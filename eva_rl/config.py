@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.errors import UserError, did_you_mean, in_one_line, while_read
+from eva_rl.errors import UserError, did_you_mean, in_one_line, of_a_path, while_read
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class MergeConfig:
     run: str
+    base: str | None
     output: str | None
 
 
@@ -267,8 +268,10 @@ def entry_point(
                 with while_read():
                     main(checked(parse(config, schema)))
             except Exception as error:
-                known = isinstance(error, UserError | OmegaConfBaseException)
+                known = isinstance(error, UserError | OmegaConfBaseException) or of_a_path(error)
                 said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
+                if of_a_path(error):
+                    said = f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs of the grid go on
                     given = " ".join(HydraConfig.get().overrides.task)
                     said = f"error: {said}" if known else traceback.format_exc().rstrip()
@@ -352,13 +355,14 @@ def checked(config: Any) -> Any:
     Raises:
         UserError: if they don't.
     """
-    if getattr(config, "resume", False) and config.run_dir is None:
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    if alone and getattr(config, "resume", False) and config.run_dir is None:
         raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
     method = getattr(config, "adapter", None)
     if isinstance(method, AdapterSettings) and method.budget is not None:
-        given = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
+        given = dict(word.lstrip("+").split("=", 1) for word in HydraConfig.get().overrides.task if "=" in word)
         for name in method.size or ():
-            if f"adapter.config.{name}" in given:
+            if f"adapter.config.{name}" in given or f"{name}:" in given.get("adapter.config", ""):
                 raise UserError(
                     f"adapter.config.{name} was given, which adapter.budget={method.budget} decides: set adapter.rank or "
                     f"adapter.size.{name} (how much it grows with the size), or adapter.budget=null."
@@ -418,14 +422,17 @@ def explain(error: Exception, schema: type) -> str:
         if given in setting_names(schema):
             section = given.rpartition(".")[0]
             if section in setting_names(schema):
-                return f"'{given}' can't be set: '{section}' is null here. Choose another {section.partition('.')[0]}."
+                return f"'{given}' can't be set here: what was chosen has no '{section}'."
             return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
         if (section := given.rpartition(".")[0]) in OPEN:
-            return f"'{section}' has no '{given.rpartition('.')[2]}' yet: put a plus before it to add it, +{given}=..."
+            return f"'{section}' has no '{given.rpartition('.')[2]}' here: +{given}=..., with a plus, adds it where the method takes it."
         return f"There is no setting '{given}'. {did_you_mean(given, setting_names(schema))}".rstrip()
-    if "LexerNoViableAlt" in message or "mismatched input" in message or "token recognition" in message:
+    if "override_grammar" in message:
         said = message.partition(" See https")[0].removeprefix("LexerNoViableAltException: ").rstrip(" ^.")
-        return f"{said}: can't be read; put a value with letters beyond a to z, spaces or brackets into quotes, \"run_dir='a ä'\"."
+        return (
+            f"An argument can't be read ({said}): a value with =, commas, brackets, spaces or letters beyond a to z stands in "
+            "quotes, as in \"run_dir='a=ä'\"."
+        )
     if "Could not find" in message:  # a choice of a group that there is not
         found, _, options = message.partition(" Config search path:")[0].partition(" Available options in ")
         choice = found.rpartition("Could not find ")[2].strip("'").removesuffix("'")

@@ -1,6 +1,7 @@
 """Mistakes a user can make and mend. Entry points print them as one sentence, without a traceback."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,12 @@ def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     if len(known) <= 12:
         return f"Known are {', '.join(repr(name) for name in known)}."
     return ""
+
+
+def of_a_path(error: BaseException) -> bool:
+    """Whether the system refuses a file's or folder's name, or access to it."""
+    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, OSError) and error.errno in refusals and error.filename is not None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import Decoder, base_name, find_adapter, load_base, load_notes
+    from eva_rl.model import Decoder, find_adapter, load_base, load_notes, same_base
     from eva_rl.report import (
         SCORES,
         Stopwatch,
@@ -27,7 +27,7 @@ def main(config: EvaluateConfig) -> None:
     )
     from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
-    from eva_rl.training import autocast, check_precision, choose_device
+    from eva_rl.training import autocast, check_precision, choose_device, resolved
 
     if config.episodes < 1:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
@@ -44,7 +44,7 @@ def main(config: EvaluateConfig) -> None:
         if config.adapter is not None:
             folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
-            if config.checkpoint is not None and base_name(config.checkpoint) != base_name(notes.base):
+            if config.checkpoint is not None and not same_base(config.checkpoint, notes.base):
                 raise UserError(
                     f"The adapter in '{folder}' belongs to the base '{notes.base}', not to '{config.checkpoint}'."
                 )
@@ -74,6 +74,7 @@ def main(config: EvaluateConfig) -> None:
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
+    computed = {"device": device.type, "precision": resolved(config.precision, device)}
     interface_of = {source.task: source.interface for source in sources}
     finished, stopped = {}, None
     with clock("rollout"), Simulators(config.workers) as simulators, autocast(config.precision, device):
@@ -102,7 +103,7 @@ def main(config: EvaluateConfig) -> None:
             tensorboard.figures(0, {"evaluation/sweep": save_sweep(run_dir, results)})
         else:
             results = {task: found for task, [found] in results.items()}
-        write_json(run_dir / "result.json", _result(config, results, clock, stopped is None, versions()))
+        write_json(run_dir / "result.json", _result(config, computed, results, clock, stopped is None, versions()))
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
             interface = interface_of[job.task]
             with autocast(config.precision, device):
@@ -121,13 +122,16 @@ def main(config: EvaluateConfig) -> None:
     print(f"seconds: {clock}\n{run_dir / 'result.json'}")
 
 
-def _result(config: EvaluateConfig, results: dict, clock: object, complete: bool, versions: dict) -> dict:
+def _result(
+    config: EvaluateConfig, computed: dict, results: dict, clock: object, complete: bool, versions: dict
+) -> dict:
     return {
         "checkpoint": config.checkpoint,
         "adapter": config.adapter,
         "task": config.task,
         "seed": config.seed,
         "episodes": config.episodes,
+        **computed,
         "tasks": results,
         "seconds": clock.rounded(),
         "status": "complete" if complete else "partial",

@@ -52,7 +52,16 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     )
     from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
-    from eva_rl.training import Processes, TrainingConfig, autocast, check_run, check_shares, choose_device, train
+    from eva_rl.training import (
+        Processes,
+        TrainingConfig,
+        autocast,
+        check_run,
+        check_shares,
+        choose_device,
+        resolved,
+        train,
+    )
 
     # What was asked for. Mistakes show before anything is written.
     method, start = config.adapter, config.adapter.start_function()
@@ -156,6 +165,8 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         "trainable_parameters": trainable_parameters(model),
         "total_parameters": total_parameters,
         "settings": protocol(config),
+        "device": device.type,
+        "precision": resolved(training.precision, device),
     }
 
     # Train, save, score again.

@@ -59,8 +59,9 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         )
     if group.first:
         check_run_folder(run_dir, config.resume)
-        if run_dir.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output={output} would replace the run's own folder '{run_dir}': name another one.")
+        checkpoints = (run_dir / "checkpoints").resolve()
+        if checkpoints.is_relative_to(output.resolve()) or output.resolve().is_relative_to(checkpoints):
+            raise UserError(f"output={output} would replace files of the run in '{run_dir}': name another folder.")
         check_output(output)
 
     # Trajectories -> an interface for each family of tasks, and windows of all of them.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
     result = result_of(folder)
     assert result["status"] == "complete"
     assert {"task", "adapter", "base", "seed", "steps", "seconds", "versions"} <= result.keys()
+    assert (result["device"], result["precision"] in ("bfloat16", "float32")) == ("cpu", True)
     assert set(result["seconds"]) == {"collect", "load", "init", "train", "rollout"}
     assert result["success_rate"] == {"mean": 1.0, "low": pytest.approx(0.4385, abs=1e-3), "high": 1.0, "n": 3}
     assert result["zero_shot"].keys() == {"success_rate", "success_at_end", "episode_return", "normalized_score"}
@@ -442,8 +444,11 @@ def _interrupting(at: int):
         ([f"task={TASK}", "base="], "base= was given without a value"),
         ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),
         ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),
-        ([f"task={TASK}", "adapter=lora", "adapter.eva.rho=2"], "'adapter.eva' is null"),
+        ([f"task={TASK}", "adapter=lora", "adapter.eva.rho=2"], "what was chosen has no 'adapter.eva'"),
         ([f"task={TASK}", "adapter=lora", "adapter.ratios.lora_B=16"], "+adapter.ratios.lora_B="),
+        ([f"task={TASK}", "adapter=lora", "adapter.config={r: 2}"], "adapter.size.r"),
+        ([f"task={TASK}", "base=" + "a" * 300], "can't be used (File name too long)"),
+        ([f"task={TASK}", "dataset=mine/x=y"], "An argument can't be read"),
         ([f"task={TASK}", "seed=99999999999999999999999"], "2**63"),
         ([f"task={TASK}", "adapter.eva.rho=nan"], "rho"),
         (["task=minari/mine/discrete-v0", "dataset=mine/other-v0"], "leave out dataset=mine/other-v0"),
@@ -504,11 +509,14 @@ def test_to_resume_takes_a_run_folder(run, base):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("output", ["mine", "file", ".", "run"])
+@pytest.mark.parametrize("output", ["mine", "file", "link", ".", "run", "run/checkpoints", "run/checkpoints/model"])
 def test_pretraining_replaces_a_model_at_most(run, dummy_domain, output):
     Path("mine").mkdir()
     Path("mine/other.txt").write_text("mine")
+    Path("mine/model.safetensors").touch()
     Path("file").write_text("mine")
+    Path("link").symlink_to("empty")
+    Path("empty").mkdir()
     arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=2", "training.batch_size=4", "run_dir=run"]
     status, _, err = run("pretrain", *arguments, f"output={output}")
     assert status == 1
@@ -525,6 +533,22 @@ def test_an_adapter_finds_its_base_from_another_folder(run, base, monkeypatch):
     arguments = ["adapter=../run", f"task={TASK}", "episodes=2", "workers=0"]
     for further in (["run_dir=a"], ["run_dir=b", f"checkpoint={base}"]):
         status, _, err = run("evaluate", *arguments, *further)
+        assert status == 0, err
+
+
+def test_a_base_that_was_moved_is_named_anew(run, base):
+    first = Path(shutil.copytree(base, "first"))
+    assert run("finetune", f"task={TASK}", f"base={first}", "adapter=lora", "run_dir=run", *QUICK)[0] == 0
+    other = Path(shutil.copytree(base, "other"))
+    evaluate, merge = ["adapter=run", f"task={TASK}", "episodes=2", "workers=0"], ["run=run", "output=merged"]
+    for command, *arguments in (("evaluate", *evaluate, f"checkpoint={other}"), ("merge", *merge, f"base={other}")):
+        status, _, err = run(command, *arguments)
+        assert status == 1
+        assert "belongs to the base" in sentence(err)
+    moved = first.rename("moved")
+    assert "first" in sentence(run("merge", *merge)[2])
+    for command, *arguments in (("evaluate", *evaluate, f"checkpoint={moved}"), ("merge", *merge, f"base={moved}")):
+        status, _, err = run(command, *arguments)
         assert status == 0, err
 
 

@@ -58,6 +58,14 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
     assert set(finished(Path("grid"))) == {"eva-0-4", "lora-0-4"}
 
 
+def test_a_grid_may_be_told_to_resume_whatever_folders_its_runs_have(run, base):
+    grid = ["-m", f"task={TASK}", f"base={base}", "adapter=lora", "resume=true", "hydra.sweep.dir=sweep", *QUICK]
+    for _ in range(2):
+        status, _, err = run("finetune", *grid)
+        assert status == 0, err
+    assert [path.parent.name for path in Path("sweep").rglob("result.json")] == ["0"]
+
+
 def test_a_bug_in_one_run_shows_its_traceback_and_the_others_go_on(run, base, monkeypatch):
     from eva_rl import adapter
 

@@ -29,7 +29,7 @@ def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
     ]
     found = rows(method_table(study))
     assert found["eva"][0] == "0.90 [0.90, 0.90]"
-    assert found["lora"][2] == "1.00 [1.00, 1.00]"
+    assert found["lora"][2] == "1.00"  # of no known width, as all runs agree
 
 
 def test_methods_that_miss_the_same_runs_are_named_together():
@@ -82,6 +82,24 @@ def test_methods_of_one_name_are_told_apart_across_protocols_too():
     }
 
 
+def test_the_commonest_value_is_that_of_most_runs():
+    others = [{"adapter.eva.rho": rho, "adapter.eva.tau": 0.9} for rho in (2, 3)]
+    common = {"adapter.eva.rho": 1, "adapter.eva.tau": 0.99}
+    results = [result("eva", *cell, settings=common | {"steps": n}) for n in (1, 2, 3) for cell in CELLS]
+    results += [result("eva", *cell, settings=own | {"steps": 1}) for own in others for cell in CELLS]
+    assert set(studies(results)[0].methods) == {"eva", *(f"eva, eva.rho={n}, eva.tau=0.9" for n in (2, 3))}
+
+
+def test_what_follows_from_the_rank_is_not_named_beside_what_tells_variants_apart():
+    results = [
+        result("lora", *cell, settings={"adapter.rank": rank, "adapter.config.r": rank, "adapter.config.bias": bias})
+        for rank in (2, 4)
+        for bias in ("none", "all")
+        for cell in CELLS
+    ]
+    assert set(varied(studies(results)).lines) == {"lora, config.bias=none", "lora, config.bias=all"}
+
+
 def test_a_size_that_follows_from_the_rank_makes_no_variant():
     results = [
         result(name, *cell, settings={"adapter.rank": rank, "adapter.config.r": rank})
@@ -103,7 +121,7 @@ def test_a_setting_that_is_null_or_empty_is_not_one_that_is_missing(setting, val
 def test_runs_that_no_label_tells_apart_are_left_out_and_named():
     results = [result("lora", *cell, settings={"adapter.config.x": x}) for x in (8, "8") for cell in CELLS[:1]]
     results += [result("lora", *cell, settings={"adapter.config.x": 8}) for cell in CELLS[1:]]
-    results += [result("eva", *cell) for cell in CELLS]
+    results += [result("lora", *cell, settings={"adapter.config.x": 5}) for cell in CELLS]
     [study] = studies(results)
     assert "lora, config.x=8: d/a, seed 0 left out: it is there twice, with other settings" in study.amiss
     assert all(len(runs) == 5 for runs in study.methods.values())
@@ -114,6 +132,13 @@ def test_a_method_with_few_runs_does_not_take_the_others_theirs():
     [study] = studies(results)
     assert set(study.methods) == {"eva", "lora"}
     assert study.amiss == ["dora: left out, as it has 1 runs where others have 6"]
+
+
+def test_one_method_with_many_runs_does_not_push_the_others_out():
+    results = [result(name, *cell) for name in ("eva", "dora") for cell in CELLS[:2]]
+    results += [result("lora", *cell) for cell in CELLS]
+    [study] = studies(results)
+    assert {name: len(runs) for name, runs in study.methods.items()} == {"dora": 2, "eva": 2, "lora": 2}
 
 
 def test_a_method_alone_under_its_protocol_is_named():
@@ -169,14 +194,20 @@ def test_an_interval_that_ends_at_zero_is_drawn_whole():
     assert high.tolist() == [0.3, 0.0]
 
 
-def test_one_seed_makes_no_difference_sure():
-    results = [result(name, f"d/{task}", 0, s) for name, s in (("eva", 0.9), ("lora", 0.1)) for task in range(20)]
-    [study] = studies(results)
-    found = improvement(study, "eva", "lora")
-    assert (found.mean, found.low, found.high) == (1.0, None, None)
-    assert told_apart(study, "eva", "lora")  # twenty tasks agree
-    [few] = studies([result(name, "d/a", seed, s) for name, s in (("eva", 0.9), ("lora", 0.1)) for seed in range(3)])
-    assert not told_apart(few, "eva", "lora")  # six runs can't
+def test_an_improvement_that_is_the_same_wherever_one_looks_has_no_interval():
+    for seeds in (1, 3):
+        cells = [(f"d/{task}", seed) for task in range(4) for seed in range(seeds)]
+        [study] = studies([result(name, *cell, s) for name, s in (("eva", 0.9), ("lora", 0.1)) for cell in cells])
+        found = improvement(study, "eva", "lora")
+        assert (found.mean, found.low, found.high) == (1.0, None, None)
+
+
+def test_many_tasks_tell_two_methods_apart_where_a_few_runs_cannot():
+    score = {"eva": 0.9, "lora": 0.1}
+    [many] = studies([result(name, f"d/{task}", 0, s) for name, s in score.items() for task in range(20)])
+    assert told_apart(many, "eva", "lora")
+    [few] = studies([result(name, "d/a", seed, s) for name, s in score.items() for seed in range(3)])
+    assert not told_apart(few, "eva", "lora")
 
 
 def test_an_evaluation_that_does_not_say_whether_it_succeeded_is_no_point_of_the_curve():
@@ -239,6 +270,32 @@ def test_learning_curves_run_from_zero_shot_to_the_end_and_are_measured_by_full_
     assert (found["full"][half], found["full"][half + 1]) == ("50", "90")
     assert (found["eva"][half], found["eva"][half + 1]) == ("20", "36")
     assert study.areas("full")["d/a"] == pytest.approx([0.4] * 3)
+
+
+def test_a_task_counts_the_same_in_the_curve_however_many_runs_it_has():
+    cells = [("d/a", 0), ("d/a", 1), ("d/a", 2), ("d/b", 0)]
+    results = [
+        result(name, *cell, curve={50: 0.9 if cell[0] == "d/b" else 0.1}) for name in ("full", "eva") for cell in cells
+    ]
+    [study] = studies(results)
+    assert dict(study.mean_curve("eva"))[50] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("rates", "half"), [([None], "50"), ([1e-3], "50"), ([1e-3, 1e-4], "–")])
+def test_curves_are_measured_by_full_fine_tuning_if_there_is_one(rates, half):
+    """One: whatever its learning rate, and whatever another protocol's has."""
+    results = [
+        result("full", *cell, 0.8, curve={50: 0.4}, settings={"training.learning_rate": rate})
+        for rate in rates
+        for cell in CELLS
+    ]
+    results += [result("eva", *cell, 0.8, curve={50: 0.4}) for cell in CELLS]
+    results += [result("full", *cell, 0.8, settings={"steps": 7, "training.learning_rate": 1e-2}) for cell in CELLS]
+    study = next(study for study in studies(results) if "eva" in study.methods)
+    header, *_ = method_table(study).splitlines()
+    column = [cell.strip() for cell in header.strip("|").split("|")].index("steps to half of full") - 1
+    assert rows(method_table(study))["eva"][column] == half
+    assert any("measured by none" in sentence for sentence in study.amiss) == (len(rates) > 1)
 
 
 def test_no_curve_is_measured_by_a_reference_that_ends_at_nothing():

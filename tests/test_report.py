@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from results import estimate, result, write_run
 
 from eva_rl.errors import UserError
 from eva_rl.report import Stopwatch, markdown
-from eva_rl.report.document import save_report
+from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results, table, to_csv
 
@@ -60,6 +61,7 @@ WRONG = [
     {"zero_shot": None},
     {"zero_shot": {}},
     {"seconds": {}},
+    {"seconds": {"init": 1, "train": 2, "rollout": "long"}},
     {"success_rate": 0.5},
     {"success_rate": {"mean": float("nan"), "low": None, "high": None, "n": 3}},
     {"success_rate": {"mean": 0.5, "low": 0.4, "n": 3}},
@@ -202,12 +204,32 @@ def test_pictures_of_an_earlier_report_that_are_no_more_go_and_nobody_elses(stud
 
 
 def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
-    (study / "report" / "hparams").mkdir(parents=True)
-    (study / "report" / "hparams" / "mine.txt").write_text("mine")
+    hparams = study / "report" / "hparams"
+    hparams.mkdir(parents=True)
+    (hparams / "mine.txt").write_text("mine")
     done = report(study)
     assert done.returncode == 1
     assert "holds other files than a report's" in done.stderr
     assert [path.name for path in (study / "report").rglob("*.*")] == ["mine.txt"]
+    (hparams / "mine.txt").rename(hparams / ".DS_Store")  # which a system leaves wherever one looks
+    assert report(study).returncode == 0
+    shutil.rmtree(hparams)
+    hparams.write_text("mine")
+    assert report(study).returncode == 1
+    assert hparams.read_text() == "mine"
+
+
+def test_runs_that_were_not_computed_alike_are_compared_and_counted():
+    def sentence(precisions):
+        runs = [
+            result(name, seed=seed, **own) for name in ("eva", "lora") for seed, own in enumerate(map(dict, precisions))
+        ]
+        return document(runs, studies(runs))
+
+    bfloat16, float32 = {"precision": "bfloat16"}, {"precision": "float32"}
+    assert "Computed in" not in sentence([bfloat16, bfloat16])
+    assert "Computed in bfloat16: 2 runs, in float32: 4 runs." in sentence([float32, bfloat16, float32])
+    assert "Computed in a precision not stated: 2 runs, in float32: 2 runs." in sentence([{}, float32])
 
 
 def test_a_csv_has_scores_and_settings_of_every_run():

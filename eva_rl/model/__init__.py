@@ -9,6 +9,7 @@ from eva_rl.model.checkpoint import (
     find_adapter,
     load_base,
     load_notes,
+    same_base,
     save_base,
 )
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
@@ -27,5 +28,6 @@ __all__ = [
     "find_adapter",
     "load_base",
     "load_notes",
+    "same_base",
     "save_base",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
 from eva_rl.spaces import Part
 
 FORMAT = "eva_rl.decision_transformer.1"
+FILES = frozenset({"config.json", "model.safetensors", "README.md"})
+"""What a model's folder may hold."""
 CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -56,12 +59,10 @@ def check_output(folder: Path) -> None:
         UserError: if something else is there, or files can't be written beside it.
     """
     check_run_folder(folder.absolute().parent, resume=True)
-    if (
-        folder.exists()
-        and not (folder / "model.safetensors").is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise UserError(f"'{folder}' is there and holds no model that would be replaced: name another folder.")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise UserError(f"'{folder}' is there and is no folder: name another one for the model.")
+    if folder.is_dir() and (others := sorted({path.name for path in folder.iterdir()} - FILES)):
+        raise UserError(f"'{folder}' holds '{others[0]}', which is no part of a model: name another folder for it.")
 
 
 def find_base(name: str) -> Path:
@@ -96,6 +97,11 @@ def base_name(name: str) -> str:
         return name
     folder = Path(name).resolve()
     return folder.name if folder.parent == CHECKPOINTS else str(folder)
+
+
+def same_base(given: str, noted: str) -> bool:
+    """Whether the base given may be the one that an adapter notes: it is, or what was noted is no longer where it was."""
+    return base_name(given) == base_name(noted) or (Path(noted).is_absolute() and not Path(noted).exists())
 
 
 def load_base(name: str, device: torch.device | str = "cpu") -> Base:

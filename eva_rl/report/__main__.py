@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eva_rl.errors import UserError, while_read
+from eva_rl.errors import UserError, of_a_path, while_read
 from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results
@@ -33,6 +33,10 @@ def main() -> None:
         save_report(output, results, compared, left_out)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not of_a_path(error):
+            raise
+        sys.exit(f"error: '{error.filename}' can't be used ({error.strerror}): name another file or folder.")
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def save_report(
     """
     make_folder(output)
     hparams = output / "hparams"
-    if hparams.exists() and not all(re.fullmatch(r"\d{4}-.*", path.name) for path in hparams.iterdir()):
+    if os.path.lexists(hparams) and not _is_own(hparams):
         raise UserError(f"'{hparams}' holds other files than a report's: name another --output.")
     pictures: dict[str, Any] = {}
     names = []
@@ -63,6 +65,19 @@ def save_report(
     write_text(output / "report.md", document(results, studies, left_out, names) + "\n")
     with replacing(hparams) as temporary:
         write_hparams(temporary, results)
+
+
+def _computed(study: Study) -> str:
+    """A sentence where not all runs were computed in the same precision, as on machines of several kinds."""
+    kinds = Counter(run.get("precision", "a precision not stated") for runs in study.methods.values() for run in runs)
+    if len(kinds) < 2:
+        return ""
+    return f" Computed in {', in '.join(f'{kind}: {number} runs' for kind, number in sorted(kinds.items()))}."
+
+
+def _is_own(hparams: Path) -> bool:
+    """Whether all in this folder, but for a system's hidden files, is as a report writes it."""
+    return hparams.is_dir() and all(re.fullmatch(r"\d{4}-.*|\..*", path.name) for path in hparams.iterdir())
 
 
 def document(
@@ -87,7 +102,7 @@ def document(
         parts.append(
             f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}; "
             f"{', '.join(stated)}. 95 % intervals by stratified bootstrap over runs; where all runs of each task agree they have "
-            "no width." + (" One seed: no intervals." if len(study.seeds) < 2 else "")
+            "no width." + (" One seed: no intervals." if len(study.seeds) < 2 else "") + _computed(study)
         )
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))

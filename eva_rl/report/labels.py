@@ -33,7 +33,7 @@ def _of_method(name: str) -> bool:
 def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
 
-    A setting is named where it is not the commonest among the variants.
+    A setting is named where its value is not the commonest among the runs.
     """
     variants: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for run in runs:
@@ -50,20 +50,23 @@ def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | None]:
-    """The settings that tell variants apart, each with its commonest value (None where several are as common).
+    """The settings that tell variants apart, each with its runs' commonest value (None where several are as common).
 
-    runs: the protocol of each and the settings of its method. What differs between protocols only, as a size that follows
-    from the rank does, tells no variants apart.
+    runs: the protocol of each and the settings of its method. What is derived and differs between protocols only, as a size
+    that follows from the rank does, tells no variants apart.
     """
-    variants = list({in_words(own): own for _, own in runs}.values())
-    differs = differing(variants)
+    differs = differing([own for _, own in runs])
     chosen = [name for name in differs if not name.startswith(DERIVED)]
     told = {(protocol, *(_value(own, name) for name in chosen)) for protocol, own in runs}
     if len(told) < len({(protocol, in_words(own)) for protocol, own in runs}):
-        chosen = differs
+        by_protocol: dict[str, list[Mapping[str, Any]]] = {}
+        for protocol, own in runs:
+            by_protocol.setdefault(protocol, []).append(own)
+        within = set().union(*map(differing, by_protocol.values()))
+        chosen = [name for name in differs if name in chosen or name in within]
     found = {}
     for name in chosen:
-        counts = Counter(_value(own, name) for own in variants).most_common(2)
+        counts = Counter(_value(own, name) for _, own in runs).most_common(2)
         found[name] = counts[0][0] if len(counts) < 2 or counts[0][1] > counts[1][1] else None
     return found
 

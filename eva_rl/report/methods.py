@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from eva_rl.report.study import (
 from eva_rl.report.table import markdown
 
 REFERENCE = "full"
-"""The method whose final score the others' learning curves are measured by."""
+"""The adapter whose final score the others' learning curves are measured by."""
 
 
 @dataclass
@@ -49,6 +50,11 @@ class Study:
         """The tasks without their domains, where that leaves them apart."""
         short = [task.partition("/")[2] or task for task in self.tasks]
         return short if len(set(short)) == len(short) else self.tasks
+
+    @property
+    def references(self) -> list[str]:
+        """The methods by whose final score the others' learning curves could be measured: full fine-tuning."""
+        return [name for name, runs in self.methods.items() if runs[0]["adapter"] == REFERENCE]
 
     @property
     def seeds(self) -> list[int]:
@@ -82,10 +88,13 @@ class Study:
         return sorted((points | {run["steps"]: run[self.score]["mean"]}).items())
 
     def mean_curve(self, method: str) -> list[tuple[int, float]]:
-        """The mean of the runs' learning curves, at the steps that all of them have; empty if they have none."""
-        curves = [dict(self.curve(run) or ()) for run in self.methods[method]]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        return [(step, float(np.mean([curve[step] for curve in curves]))) for step in steps]
+        """The mean learning curve over tasks, each of them the mean of its runs', at the steps that all runs have."""
+        curves = self._by_task(method, lambda run: dict(self.curve(run) or ()))
+        steps = sorted(set.intersection(*(set(curve) for own in curves.values() for curve in own)))
+        return [
+            (step, float(np.mean([np.mean([curve[step] for curve in own]) for own in curves.values()])))
+            for step in steps
+        ]
 
     def ranked(self) -> list[str]:
         """The methods, the best mean first."""
@@ -100,7 +109,7 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
     """The protocols among these runs, each with its methods.
 
     Methods of one name are told apart by the settings in which they differ. Runs on tasks or seeds that not all methods of
-    a protocol have, methods with less than half of them, and runs without the score that the others have are left out and
+    a protocol have, methods with less than half as many as the median method, and runs without the score that the others have are left out and
     named.
     """
     protocols: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -113,7 +122,8 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
         study.title = ", ".join(f"{name}={study.protocol.get(name, MISSING)}" for name in differs)
     if len(found) > 1 and varied(found) is None:
         for study in (study for study in found if len(study.methods) == 1):
-            study.amiss.append(f"{next(iter(study.methods))}: the only method under {study.title}, not compared")
+            alone = "the only method left" if study.amiss else "the only method"
+            study.amiss.append(f"{next(iter(study.methods))}: {alone} under {study.title}, not compared")
     return found
 
 
@@ -144,9 +154,9 @@ def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]
     for label, task, seed in sorted(twice):
         del cells[label][task, seed]
         amiss.append(f"{label}: {task}, seed {seed} left out: it is there twice, with other settings")
-    most = max(map(len, cells.values()), default=0)
-    for label in sorted(label for label, own in cells.items() if 2 * len(own) < most):
-        amiss.append(f"{label}: left out, as it has {len(cells.pop(label))} runs where others have {most}")
+    usual = median_low(map(len, cells.values())) if cells else 0
+    for label in sorted(label for label, own in cells.items() if 2 * len(own) < usual):
+        amiss.append(f"{label}: left out, as it has {len(cells.pop(label))} runs where others have {usual}")
     shared = set.intersection(*map(set, cells.values())) if cells else set()
     if cells and not shared:
         amiss.append(f"{'; '.join(sorted(cells))} have no task and seed in common: they are not compared")
@@ -166,8 +176,8 @@ def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]
     if any(len(study.mean_curve(name)) > 2 for name in study.methods):
         curveless = [name for name in study.methods if len(study.mean_curve(name)) < 3 and _trains(study.methods[name])]
         amiss += [f"{name}: no learning curve, as not all of its runs have one" for name in curveless]
-        if REFERENCE not in methods and (variants := [name for name in methods if name.startswith(f"{REFERENCE}, ")]):
-            amiss.append(f"{'; '.join(variants)}: several, so that curves are measured by none of them")
+        if len(study.references) > 1:
+            amiss.append(f"{'; '.join(study.references)}: several, so that curves are measured by none of them")
     return study
 
 
@@ -247,8 +257,7 @@ def varied_table(found: Varied) -> str:
 def method_table(study: Study) -> str:
     """A row a method: its scores over all tasks, how fast it learned, what it cost."""
     best = study.ranked()[0]
-    reference = study.methods.get(REFERENCE)
-    goal = stratified(study.scores(REFERENCE)).mean if reference else None
+    goal = stratified(study.scores(study.references[0])).mean if len(study.references) == 1 else None
     rows = []
     for name in study.ranked():
         runs, own = study.methods[name], study.scores(name)

@@ -21,6 +21,8 @@ from eva_rl.report.table import markdown
 FACTS = ("task", "adapter", "base", "demonstrations", "steps", "learning_rate", "seed")
 NUMBERS = ("demonstrations", "target_return", "steps", "learning_rate", "trainable_parameters", "total_parameters")
 
+COMPUTED = ("trainable_parameters", "total_parameters", "device", "precision")
+
 
 def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """The result of every complete fine-tuning run below these folders, and a sentence for each one left out.
@@ -73,8 +75,11 @@ def _malformed(result: Mapping[str, Any]) -> str:
     for name in NUMBERS:
         if not _is_number(result.get(name)):
             return name
-    if not isinstance(seconds := result.get("seconds"), dict) or not all(
-        _is_number(seconds.get(phase)) for phase in ("init", "train")
+    seconds = result.get("seconds")
+    if (
+        not isinstance(seconds, dict)
+        or not {"init", "train"} <= seconds.keys()
+        or not all(map(_is_number, seconds.values()))
     ):
         return "seconds"
     if not isinstance(curve := result.get("curve"), dict) or not all(step.isdecimal() for step in curve):
@@ -141,13 +146,13 @@ def to_csv(results: Sequence[Mapping[str, Any]]) -> str:
     ends = ("mean", "low", "high", "n")
     header = ["run", "method", *FACTS, *(f"{score}_{end}" for score in SCORES for end in ends)]
     header += [f"zero_shot_{score}_{end}" for score in SCORES for end in ends]
-    header += ["trainable_parameters", "total_parameters", *(f"seconds_{phase}" for phase in phases), *names]
+    header += [*COMPUTED, *(f"seconds_{phase}" for phase in phases), *names]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
     for r, method, own in zip(results, labels(results), settings, strict=True):
         found = [(group[score] or {}).get(end) for group in (r, r["zero_shot"]) for score in SCORES for end in ends]
-        sizes = [r["trainable_parameters"], r["total_parameters"], *(r["seconds"].get(phase) for phase in phases)]
+        sizes = [*(r.get(name) for name in COMPUTED), *(r["seconds"].get(phase) for phase in phases)]
         writer.writerow(
             [r["run"], method, *(r[name] for name in FACTS), *found, *sizes, *(own.get(name) for name in names)]
         )

@@ -72,7 +72,9 @@ def _student(variances: Sequence[float], freedoms: Sequence[int]) -> float:
 def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
     """How likely a run of one method scores more than one of another on the same task, the mean over tasks; ties count half.
 
-    The interval is a bootstrap's with the spread of an unbiased estimate of the variance, widened to Student's.
+    The interval is a bootstrap's with the spread of an unbiased estimate of the variance, widened to Student's. Where that
+    estimate is 0, as where all runs of one method are above all of the other, it has none: such runs don't say how far the
+    probability may be from 0 or 1.
 
     Raises:
         ValueError: if the methods were not run on the same tasks.
@@ -85,11 +87,10 @@ def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estim
         variances.append(_variance(_wins(x, y)))
         freedoms.append(len(x) + len(y) - 2)
     center, count = float(np.mean(found)), sum(map(len, runs.values()))
-    if not any(freedoms):
+    if not any(variances):
         return Estimate(center, None, None, count)
     spread = np.mean(np.array(drawn) - np.array(found)[:, None], 0)
-    wider = np.sqrt(sum(variances) / (spread.var() * len(found) ** 2)) if spread.any() else 1.0
-    spread *= wider * _student(variances, freedoms)
+    spread *= np.sqrt(sum(variances) / spread.var()) / len(found) * _student(variances, freedoms)
     low, high = np.clip(center + np.quantile(spread, [0.025, 0.975]), 0, 1)
     return Estimate(center, min(float(low), center), max(float(high), center), count)
 

@@ -3,7 +3,7 @@
 from eva_rl.training.by_domain import by_domain
 from eva_rl.training.checkpoint import check_run
 from eva_rl.training.loop import TrainingConfig, TrainingResult, check_shares, learning_rate_at, train
-from eva_rl.training.precision import autocast, check_precision, choose_device
+from eva_rl.training.precision import autocast, check_precision, choose_device, resolved
 from eva_rl.training.processes import Processes, processes
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "choose_device",
     "learning_rate_at",
     "processes",
+    "resolved",
     "train",
 ]

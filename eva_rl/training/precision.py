@@ -34,6 +34,13 @@ def check_precision(precision: str) -> None:
         raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
 
 
+def resolved(precision: str, device: torch.device) -> str:
+    """`float32` or `bfloat16`: what `autocast` computes in."""
+    if precision == "auto":
+        return "bfloat16" if _has_bfloat16(device) else "float32"
+    return precision
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context the forward pass runs in: `float32`, `bfloat16`, or `auto`.
 
@@ -41,9 +48,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     BF16) and float32 elsewhere, where emulated bfloat16 is several times slower.
     """
     check_precision(precision)
-    if precision == "bfloat16" or (precision == "auto" and _has_bfloat16(device)):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if resolved(precision, device) == "bfloat16" else nullcontext()
 
 
 def _has_bfloat16(device: torch.device) -> bool:
