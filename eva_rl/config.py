@@ -1,6 +1,6 @@
 """Hydra's YAML -> typed, frozen dataclasses; mistakes on the command line -> one sentence.
 
-This file and the entry points are the only ones that know Hydra. It is imported before anything heavy, so that `--help`
+This file alone knows Hydra. It is imported before anything heavy, so that `--help`
 answers at once.
 """
 
@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.errors import UserError, did_you_mean, in_one_line, of_a_path, while_read
+from eva_rl.errors import UserError, did_you_mean, in_one_line, refused_path, while_read
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,9 @@ def entry_point(
                 with while_read():
                     main(checked(parse(config, schema)))
             except Exception as error:
-                known = isinstance(error, UserError | OmegaConfBaseException) or of_a_path(error)
+                known = isinstance(error, UserError | OmegaConfBaseException) or refused_path(error)
                 said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
-                if of_a_path(error):
-                    said = f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
+                said = refused_path(error) or said
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs of the grid go on
                     given = " ".join(HydraConfig.get().overrides.task)
                     said = f"error: {said}" if known else traceback.format_exc().rstrip()
@@ -295,8 +296,14 @@ def entry_point(
                 sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
             except UserError as error:
                 sys.exit(f"error: {error}")
+            except yaml.YAMLError as error:
+                sys.exit(f"error: A config can't be read ({in_one_line(error)}): mend it.")
             except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error, schema)}")
+            except OSError as error:
+                if not (said := refused_path(error)):
+                    raise
+                sys.exit(f"error: {said}")
             except KeyboardInterrupt as interruption:
                 kept = str(interruption)
                 if not kept and schema in (CollectConfig, PretrainConfig, FinetuneConfig):
@@ -360,14 +367,22 @@ def checked(config: Any) -> Any:
         raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
     method = getattr(config, "adapter", None)
     if isinstance(method, AdapterSettings) and method.budget is not None:
-        given = dict(word.lstrip("+").split("=", 1) for word in HydraConfig.get().overrides.task if "=" in word)
+        words = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
+        given = set().union(*(_given(word.key_or_group, word.value()) for word in words))
         for name in method.size or ():
-            if f"adapter.config.{name}" in given or f"{name}:" in given.get("adapter.config", ""):
+            if f"adapter.config.{name}" in given:
                 raise UserError(
                     f"adapter.config.{name} was given, which adapter.budget={method.budget} decides: set adapter.rank or "
                     f"adapter.size.{name} (how much it grows with the size), or adapter.budget=null."
                 )
     return config
+
+
+def _given(key: str, value: Any) -> set[str]:
+    """The settings that `key=value` on the command line sets, those within a section by their full names."""
+    if not isinstance(value, dict):
+        return {key}
+    return {key}.union(*(_given(f"{key}.{name}", own) for name, own in value.items()))
 
 
 def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
@@ -425,8 +440,11 @@ def explain(error: Exception, schema: type) -> str:
                 return f"'{given}' can't be set here: what was chosen has no '{section}'."
             return f"'{given}' can't be chosen here ({message}): a run's own config holds one choice of it already."
         if (section := given.rpartition(".")[0]) in OPEN:
-            return f"'{section}' has no '{given.rpartition('.')[2]}' here: +{given}=..., with a plus, adds it where the method takes it."
+            return f"'{section}' has no '{given.rpartition('.')[2]}' here: +{given}=..., with a plus, adds it."
         return f"There is no setting '{given}'. {did_you_mean(given, setting_names(schema))}".rstrip()
+    if "missing EQUAL" in message:
+        given = message.partition("'")[2].partition("'")[0]
+        return f"'{given}' is no setting: settings are given as key=value, such as task=... or run_dir=..."
     if "override_grammar" in message:
         said = message.partition(" See https")[0].removeprefix("LexerNoViableAltException: ").rstrip(" ^.")
         return (

@@ -42,10 +42,14 @@ def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     return ""
 
 
-def of_a_path(error: BaseException) -> bool:
-    """Whether the system refuses a file's or folder's name, or access to it."""
-    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-    return isinstance(error, OSError) and error.errno in refusals and error.filename is not None
+REFUSALS = ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EEXIST")
+
+
+def refused_path(error: BaseException) -> str:
+    """A sentence for an error in which the system refuses a file's or folder's name, or access to it; else empty."""
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno) in REFUSALS and error.filename is not None:
+        return f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
+    return ""
 
 
 @contextmanager

@@ -12,7 +12,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import Decoder, find_adapter, load_base, load_notes, same_base
+    from eva_rl.model import Decoder, find_adapter, load_base, load_base_of, load_notes
     from eva_rl.report import (
         SCORES,
         Stopwatch,
@@ -44,14 +44,12 @@ def main(config: EvaluateConfig) -> None:
         if config.adapter is not None:
             folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
-            if config.checkpoint is not None and not same_base(config.checkpoint, notes.base):
-                raise UserError(
-                    f"The adapter in '{folder}' belongs to the base '{notes.base}', not to '{config.checkpoint}'."
-                )
-        elif config.checkpoint is None:
+            base = load_base_of(folder, notes, {"checkpoint": config.checkpoint}, device)
+        elif config.checkpoint is not None:
+            base = load_base(config.checkpoint, device)
+        else:
             raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
         name = config.checkpoint or notes.base
-        base = load_base(name, device)
         model, known = base.model, dict(base.tasks)
         if notes is not None:
             model.connect(notes.interface, f"The adapter in '{folder}'")

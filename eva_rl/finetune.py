@@ -207,7 +207,8 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if config.resume:  # also the seconds before the interruption
             clock.seconds["train"] = trained.seconds
         if adapter is not None:
-            notes = AdapterNotes(base_name(config.base), config.task, model.interfaces[interface.name], statistics)
+            own = model.interfaces[interface.name]
+            notes = AdapterNotes(base_name(config.base), base.sha256, config.task, own, statistics)
             save_adapter(adapter, run_dir / "adapter", notes.base, {NOTES: asdict(notes)})
         elif facts["trainable_parameters"]:
             save_base(run_dir / "model", model, base.tasks | {config.task: statistics})

@@ -9,16 +9,14 @@ from eva_rl.config import MergeConfig, entry_point
 def main(config: MergeConfig) -> None:
     from eva_rl.adapter import load_adapter
     from eva_rl.errors import UserError
-    from eva_rl.model import find_adapter, load_base, load_notes, same_base, save_base
+    from eva_rl.model import find_adapter, load_base_of, load_notes, save_base
 
     folder = find_adapter(Path(config.run))
     notes = load_notes(folder)
     output = Path(config.output) if config.output is not None else folder.parent / "model"
     if output.exists():
         raise UserError(f"'{output}' is there already: name another folder with output=..., or remove it.")
-    if config.base is not None and not same_base(config.base, notes.base):
-        raise UserError(f"The adapter in '{folder}' belongs to the base '{notes.base}', not to '{config.base}'.")
-    base = load_base(config.base or notes.base)
+    base = load_base_of(folder, notes, {"base": config.base})
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     merged = load_adapter(base.model, folder)
     save_base(output, merged, base.tasks | {notes.task: notes.statistics})

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eva_rl.model import load_base, load_notes
+from eva_rl.model import load_base, load_notes, save_base
 
 TASK = "dummy/Steps-v0"
 OWN = "minari/mine/random-v0"
@@ -50,7 +50,6 @@ def test_finetuning_leaves_a_whole_run_whose_scores_evaluate_repeats(run, base, 
     result = result_of(folder)
     assert result["status"] == "complete"
     assert {"task", "adapter", "base", "seed", "steps", "seconds", "versions"} <= result.keys()
-    assert (result["device"], result["precision"] in ("bfloat16", "float32")) == ("cpu", True)
     assert set(result["seconds"]) == {"collect", "load", "init", "train", "rollout"}
     assert result["success_rate"] == {"mean": 1.0, "low": pytest.approx(0.4385, abs=1e-3), "high": 1.0, "n": 3}
     assert result["zero_shot"].keys() == {"success_rate", "success_at_end", "episode_return", "normalized_score"}
@@ -446,7 +445,12 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),
         ([f"task={TASK}", "adapter=lora", "adapter.eva.rho=2"], "what was chosen has no 'adapter.eva'"),
         ([f"task={TASK}", "adapter=lora", "adapter.ratios.lora_B=16"], "+adapter.ratios.lora_B="),
-        ([f"task={TASK}", "adapter=lora", "adapter.config={r: 2}"], "adapter.size.r"),
+        (
+            [f"task={TASK}", "adapter=lora", "adapter.config={r : 2}", "adapter.config={lora_alpha: 2}"],
+            "adapter.size.r",
+        ),
+        (["++adapter={config: {r: 2}}", f"task={TASK}", "adapter=lora"], "adapter.size.r"),
+        ([TASK], f"'{TASK}' is no setting"),
         ([f"task={TASK}", "base=" + "a" * 300], "can't be used (File name too long)"),
         ([f"task={TASK}", "dataset=mine/x=y"], "An argument can't be read"),
         ([f"task={TASK}", "seed=99999999999999999999999"], "2**63"),
@@ -536,17 +540,39 @@ def test_an_adapter_finds_its_base_from_another_folder(run, base, monkeypatch):
         assert status == 0, err
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_result_says_what_it_was_computed_in(run, base, precision):
+    tuning = [f"task={TASK}", f"base={base}", "adapter=lora", f"training.precision={precision}", "run_dir=run", *QUICK]
+    scoring = [
+        f"task={TASK}",
+        f"checkpoint={base}",
+        f"precision={precision}",
+        "episodes=1",
+        "workers=0",
+        "run_dir=scored",
+    ]
+    for command, *arguments in (("finetune", *tuning), ("evaluate", *scoring)):
+        status, _, err = run(command, *arguments)
+        assert status == 0, err
+    for folder in ("run", "scored"):
+        assert (result_of(Path(folder))["device"], result_of(Path(folder))["precision"]) == ("cpu", precision)
+
+
 def test_a_base_that_was_moved_is_named_anew(run, base):
     first = Path(shutil.copytree(base, "first"))
     assert run("finetune", f"task={TASK}", f"base={first}", "adapter=lora", "run_dir=run", *QUICK)[0] == 0
-    other = Path(shutil.copytree(base, "other"))
+    loaded = load_base(str(base))
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1e-3)
+    save_base(Path("other"), loaded.model, loaded.tasks)
     evaluate, merge = ["adapter=run", f"task={TASK}", "episodes=2", "workers=0"], ["run=run", "output=merged"]
-    for command, *arguments in (("evaluate", *evaluate, f"checkpoint={other}"), ("merge", *merge, f"base={other}")):
+    moved = first.rename("moved")
+    for command, *arguments in (("evaluate", *evaluate, "checkpoint=other"), ("merge", *merge, "base=other")):
         status, _, err = run(command, *arguments)
         assert status == 1
-        assert "belongs to the base" in sentence(err)
-    moved = first.rename("moved")
-    assert "first" in sentence(run("merge", *merge)[2])
+        assert "'other' holds other weights" in sentence(err)
+    assert "if it was moved, base=... names it" in sentence(run("merge", *merge)[2])
+    assert "if it was moved, checkpoint=... names it" in sentence(run("evaluate", *evaluate)[2])
     for command, *arguments in (("evaluate", *evaluate, f"checkpoint={moved}"), ("merge", *merge, f"base={moved}")):
         status, _, err = run(command, *arguments)
         assert status == 0, err

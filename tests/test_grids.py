@@ -66,6 +66,15 @@ def test_a_grid_may_be_told_to_resume_whatever_folders_its_runs_have(run, base):
     assert [path.parent.name for path in Path("sweep").rglob("result.json")] == ["0"]
 
 
+@pytest.mark.parametrize("folder", ["a" * 300, "file/x"])
+def test_a_folder_for_a_grid_that_cannot_be_is_one_sentence(run, base, folder):
+    Path("file").touch()
+    status, _, err = run("finetune", "-m", f"task={TASK}", f"base={base}", f"hydra.sweep.dir={folder}", *QUICK)
+    assert status == 1
+    assert "can't be used" in err
+    assert "Traceback" not in err
+
+
 def test_a_bug_in_one_run_shows_its_traceback_and_the_others_go_on(run, base, monkeypatch):
     from eva_rl import adapter
 

@@ -25,7 +25,7 @@ def test_methods_are_compared_on_what_all_of_them_ran_and_the_rest_is_named():
     assert {name: len(runs) for name, runs in study.methods.items()} == {"eva": 5, "lora": 5}
     assert study.amiss == [
         "lora: missing d/b seed 2; for all methods left out of the comparison",
-        "d/b: seeds 2 are missing, its mean is of the others",
+        "d/b: missing seed 2, its mean is of the others",
     ]
     found = rows(method_table(study))
     assert found["eva"][0] == "0.90 [0.90, 0.90]"
@@ -92,12 +92,22 @@ def test_the_commonest_value_is_that_of_most_runs():
 
 def test_what_follows_from_the_rank_is_not_named_beside_what_tells_variants_apart():
     results = [
-        result("lora", *cell, settings={"adapter.rank": rank, "adapter.config.r": rank, "adapter.config.bias": bias})
+        result("lora", *cell, settings={"adapter.rank": rank, "adapter.config.r": rank, "adapter.config.alpha": alpha})
         for rank in (2, 4)
-        for bias in ("none", "all")
+        for alpha in (1, 2)
         for cell in CELLS
     ]
-    assert set(varied(studies(results)).lines) == {"lora, config.bias=none", "lora, config.bias=all"}
+    assert set(varied(studies(results)).lines) == {"lora, config.alpha=1", "lora, config.alpha=2"}
+
+
+def test_words_and_switches_of_an_adapters_config_tell_variants_apart_across_protocols():
+    for values in (("none", "all"), (False, True)):
+        results = [
+            result("lora", *cell, settings={"steps": steps, "adapter.config.bias": value})
+            for steps, value in zip((100, 200), values, strict=True)
+            for cell in CELLS
+        ]
+        assert set(varied(studies(results)).lines) == {f"lora, config.bias={value}" for value in values}
 
 
 def test_a_size_that_follows_from_the_rank_makes_no_variant():
@@ -131,7 +141,13 @@ def test_a_method_with_few_runs_does_not_take_the_others_theirs():
     results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS] + [result("dora", *CELLS[0])]
     [study] = studies(results)
     assert set(study.methods) == {"eva", "lora"}
-    assert study.amiss == ["dora: left out, as it has 1 runs where others have 6"]
+    assert study.amiss == ["dora: left out, as it has few runs (1, where half of the methods have 6 or more)"]
+    [study] = studies([*results, result("pissa", *CELLS[0])])
+    assert set(study.methods) == {"eva", "lora"}
+    [study] = studies(
+        [result("eva", *cell) for cell in CELLS] + [result("dora", *CELLS[0])]
+    )  # of two, both are asked for
+    assert {name: len(runs) for name, runs in study.methods.items()} == {"eva": 1, "dora": 1}
 
 
 def test_one_method_with_many_runs_does_not_push_the_others_out():
@@ -145,7 +161,7 @@ def test_a_method_alone_under_its_protocol_is_named():
     results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]
     results += [result("dora", *cell, settings={"steps": 7, "training.batch_size": 4}) for cell in CELLS]
     amiss = [sentence for study in studies(results) for sentence in study.amiss]
-    assert amiss == ["dora: the only method under steps=7, training.batch_size=4, not compared"]
+    assert amiss == ["dora: no other method to compare it with under steps=7, training.batch_size=4"]
 
 
 def test_protocols_stand_in_the_order_of_their_numbers():

@@ -233,7 +233,7 @@ def test_a_hub_name_loads_what_the_hub_gives(saved, monkeypatch):
 
 def test_the_notes_of_an_adapter_survive_a_round_trip(tmp_path):
     for interface in (ARM, GAME):
-        notes = AdapterNotes("base", "toy/reach", interface, TASKS["toy/reach"])
+        notes = AdapterNotes("base", "1f3c", "toy/reach", interface, TASKS["toy/reach"])
         write_json(tmp_path / NOTES, asdict(notes))
         assert load_notes(tmp_path) == notes
 

@@ -66,6 +66,7 @@ WRONG = [
     {"success_rate": {"mean": float("nan"), "low": None, "high": None, "n": 3}},
     {"success_rate": {"mean": 0.5, "low": 0.4, "n": 3}},
     {"learning_rate": None},
+    {"precision": None},
     {"trainable_parameters": None},
     {"dataset": None},
 ]
@@ -209,7 +210,7 @@ def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
     (hparams / "mine.txt").write_text("mine")
     done = report(study)
     assert done.returncode == 1
-    assert "holds other files than a report's" in done.stderr
+    assert "is not a report's" in done.stderr
     assert [path.name for path in (study / "report").rglob("*.*")] == ["mine.txt"]
     (hparams / "mine.txt").rename(hparams / ".DS_Store")  # which a system leaves wherever one looks
     assert report(study).returncode == 0
@@ -217,6 +218,10 @@ def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
     hparams.write_text("mine")
     assert report(study).returncode == 1
     assert hparams.read_text() == "mine"
+    hparams.rename(study / "mine")
+    hparams.symlink_to(study)
+    assert report(study).returncode == 1
+    assert (study / "mine").read_text() == "mine"
 
 
 def test_runs_that_were_not_computed_alike_are_compared_and_counted():
@@ -227,9 +232,11 @@ def test_runs_that_were_not_computed_alike_are_compared_and_counted():
         return document(runs, studies(runs))
 
     bfloat16, float32 = {"precision": "bfloat16"}, {"precision": "float32"}
-    assert "Computed in" not in sentence([bfloat16, bfloat16])
-    assert "Computed in bfloat16: 2 runs, in float32: 4 runs." in sentence([float32, bfloat16, float32])
-    assert "Computed in a precision not stated: 2 runs, in float32: 2 runs." in sentence([{}, float32])
+    assert "computed in" not in sentence([bfloat16, bfloat16])
+    assert "Runs computed in bfloat16: 2, in float32: 4." in sentence([float32, bfloat16, float32])
+    assert "Runs computed in a precision not stated: 2, in float32: 2." in sentence([{}, float32])
+    settings = {"settings": {"training.precision": "float32"}}
+    assert "computed in" not in sentence([settings, settings | float32])
 
 
 def test_a_csv_has_scores_and_settings_of_every_run():

@@ -8,8 +8,8 @@ from eva_rl.model.checkpoint import (
     check_output,
     find_adapter,
     load_base,
+    load_base_of,
     load_notes,
-    same_base,
     save_base,
 )
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
@@ -27,7 +27,7 @@ __all__ = [
     "check_output",
     "find_adapter",
     "load_base",
+    "load_base_of",
     "load_notes",
-    "same_base",
     "save_base",
 ]

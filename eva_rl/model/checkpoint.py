@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ class Base:
     model: DecisionTransformer
     tasks: dict[str, TaskStatistics]
     path: Path
+    sha256: str
+    """That of its weights' file, by which an adapter knows its base again."""
 
 
 def save_base(folder: Path, model: DecisionTransformer, tasks: Mapping[str, TaskStatistics]) -> None:
@@ -99,11 +102,6 @@ def base_name(name: str) -> str:
     return folder.name if folder.parent == CHECKPOINTS else str(folder)
 
 
-def same_base(given: str, noted: str) -> bool:
-    """Whether the base given may be the one that an adapter notes: it is, or what was noted is no longer where it was."""
-    return base_name(given) == base_name(noted) or (Path(noted).is_absolute() and not Path(noted).exists())
-
-
 def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     """Load a base by name (see `find_base`), in evaluation mode.
 
@@ -144,7 +142,35 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
             f"(first difference: {differing[0]}): get both from the same place."
         )
     model.load_state_dict(weights)
-    return Base(model.eval().to(device), tasks, folder)
+    with (folder / "model.safetensors").open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Base(model.eval().to(device), tasks, folder, sha256)
+
+
+def load_base_of(
+    folder: Path, notes: AdapterNotes, moved: dict[str, str | None], device: torch.device | str = "cpu"
+) -> Base:
+    """Load the base that the adapter in `folder` was trained on.
+
+    moved: the setting that names where the base is now, and what it was given; None: where it was.
+
+    Raises:
+        UserError: if it can't be loaded, or its weights are not those the adapter was trained on.
+    """
+    [(setting, given)] = moved.items()
+    try:
+        base = load_base(given or notes.base, device)
+    except UserError as error:
+        hint = (
+            "" if given else f" It is the base of the adapter in '{folder}'; if it was moved, {setting}=... names it."
+        )
+        raise UserError(f"{error}{hint}") from error
+    if base.sha256 != notes.base_sha256:
+        raise UserError(
+            f"The adapter in '{folder}' was trained on the base '{notes.base}', and '{base.path}' holds other weights: name "
+            f"the base it belongs to with {setting}=..."
+        )
+    return base
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,7 @@ class AdapterNotes:
     """What an adapter folder must say, beyond peft's files, for its model to act in its task again."""
 
     base: str
+    base_sha256: str
     task: str
     interface: Interface
     statistics: TaskStatistics
@@ -190,6 +217,7 @@ def load_notes(folder: Path) -> AdapterNotes:
     try:
         return AdapterNotes(
             fields["base"],
+            fields["base_sha256"],
             fields["task"],
             interface_from_json(fields["interface"]),
             TaskStatistics(**_tuples(fields["statistics"])),

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eva_rl.errors import UserError, of_a_path, while_read
+from eva_rl.errors import UserError, refused_path, while_read
 from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
 from eva_rl.report.runs import read_results
@@ -34,9 +34,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if not of_a_path(error):
+        if not (said := refused_path(error)):
             raise
-        sys.exit(f"error: '{error.filename}' can't be used ({error.strerror}): name another file or folder.")
+        sys.exit(f"error: {said}")
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

@@ -25,6 +25,10 @@ STATED = {
     "episodes": "{} episodes a score",
 }
 """The settings of a protocol that its section begins with."""
+INTERVALS = (
+    "95 % intervals by stratified bootstrap over runs: of no width where all runs of each task agree, and none of a "
+    "probability where on each task all pairs of runs compare alike."
+)
 BOLD = (
     "Bold, here and in the picture: runs shuffled between the two methods within each task are as far from even in less than "
     "5 % of the shuffles (no correction for the number of pairs)."
@@ -44,7 +48,7 @@ def save_report(
     make_folder(output)
     hparams = output / "hparams"
     if os.path.lexists(hparams) and not _is_own(hparams):
-        raise UserError(f"'{hparams}' holds other files than a report's: name another --output.")
+        raise UserError(f"'{hparams}' is not a report's, which would replace it: name another --output.")
     pictures: dict[str, Any] = {}
     names = []
     for number, study in enumerate(studies, start=1):
@@ -67,17 +71,30 @@ def save_report(
         write_hparams(temporary, results)
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def _computed(study: Study) -> str:
     """A sentence where not all runs were computed in the same precision, as on machines of several kinds."""
-    kinds = Counter(run.get("precision", "a precision not stated") for runs in study.methods.values() for run in runs)
+    kinds = Counter(_precision(run) for runs in study.methods.values() for run in runs)
     if len(kinds) < 2:
         return ""
-    return f" Computed in {', in '.join(f'{kind}: {number} runs' for kind, number in sorted(kinds.items()))}."
+    return f" Runs computed in {', in '.join(f'{kind}: {number}' for kind, number in sorted(kinds.items()))}."
+
+
+def _precision(run: Mapping[str, Any]) -> str:
+    asked = run["settings"]["training"].get("precision", "auto")
+    return run.get("precision") or ("a precision not stated" if asked == "auto" else asked)
 
 
 def _is_own(hparams: Path) -> bool:
-    """Whether all in this folder, but for a system's hidden files, is as a report writes it."""
-    return hparams.is_dir() and all(re.fullmatch(r"\d{4}-.*|\..*", path.name) for path in hparams.iterdir())
+    """Whether this is a folder and all in it, but for a system's hidden files, is as a report writes it."""
+    return (
+        hparams.is_dir()
+        and not hparams.is_symlink()
+        and all(re.match(r"\d{4}-", p.name) or (p.name.startswith(".") and p.is_file()) for p in hparams.iterdir())
+    )
 
 
 def document(
@@ -100,9 +117,9 @@ def document(
         settings = study.protocol
         stated = [words.format(settings[name]) for name, words in STATED.items() if settings.get(name) is not None]
         parts.append(
-            f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, seeds {', '.join(map(str, study.seeds))}; "
-            f"{', '.join(stated)}. 95 % intervals by stratified bootstrap over runs; where all runs of each task agree they have "
-            "no width." + (" One seed: no intervals." if len(study.seeds) < 2 else "") + _computed(study)
+            f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, {_seeds(study.seeds)}; "
+            f"{', '.join(stated)}. {INTERVALS if len(study.seeds) > 1 else 'One seed: no intervals.'}"
+            + _computed(study)
         )
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))

@@ -12,7 +12,7 @@ from eva_rl.report.result import flat
 PROTOCOL = ("adapter.rank", "adapter.layers")
 """Settings of an adapter that belong to the protocol: how much it may train, and where."""
 DERIVED = ("adapter.config.", "adapter.size.")
-"""Settings of an adapter that mostly follow from others of it, and name a variant where no other does."""
+"""Settings of an adapter whose numbers mostly follow from others of it, and name a variant where no other does."""
 MISSING = "not set"
 
 
@@ -56,7 +56,7 @@ def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | N
     that follows from the rank does, tells no variants apart.
     """
     differs = differing([own for _, own in runs])
-    chosen = [name for name in differs if not name.startswith(DERIVED)]
+    chosen = [name for name in differs if not _is_derived(name, [own.get(name, 0) for _, own in runs])]
     told = {(protocol, *(_value(own, name) for name in chosen)) for protocol, own in runs}
     if len(told) < len({(protocol, in_words(own)) for protocol, own in runs}):
         by_protocol: dict[str, list[Mapping[str, Any]]] = {}
@@ -69,6 +69,11 @@ def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | N
         counts = Counter(_value(own, name) for _, own in runs).most_common(2)
         found[name] = counts[0][0] if len(counts) < 2 or counts[0][1] > counts[1][1] else None
     return found
+
+
+def _is_derived(name: str, values: Sequence[Any]) -> bool:
+    """Whether these may follow from the rank or the layers, as numbers and lists do; words and switches are chosen."""
+    return name.startswith(DERIVED) and {type(value) for value in values} <= {int, float, list}
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median_low
+from statistics import median_high
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
     """The protocols among these runs, each with its methods.
 
     Methods of one name are told apart by the settings in which they differ. Runs on tasks or seeds that not all methods of
-    a protocol have, methods with less than half as many as the median method, and runs without the score that the others have are left out and
+    a protocol have, of three methods or more those with less than half of the median number of runs, and runs without the score that the others have are left out and
     named.
     """
     protocols: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -122,8 +122,7 @@ def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
         study.title = ", ".join(f"{name}={study.protocol.get(name, MISSING)}" for name in differs)
     if len(found) > 1 and varied(found) is None:
         for study in (study for study in found if len(study.methods) == 1):
-            alone = "the only method left" if study.amiss else "the only method"
-            study.amiss.append(f"{next(iter(study.methods))}: {alone} under {study.title}, not compared")
+            study.amiss.append(f"{next(iter(study.methods))}: no other method to compare it with under {study.title}")
     return found
 
 
@@ -154,9 +153,12 @@ def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]
     for label, task, seed in sorted(twice):
         del cells[label][task, seed]
         amiss.append(f"{label}: {task}, seed {seed} left out: it is there twice, with other settings")
-    usual = median_low(map(len, cells.values())) if cells else 0
+    counts = [len(own) for own in cells.values()]
+    usual = median_high(counts) if len(counts) > 2 else min(counts, default=0)
     for label in sorted(label for label, own in cells.items() if 2 * len(own) < usual):
-        amiss.append(f"{label}: left out, as it has {len(cells.pop(label))} runs where others have {usual}")
+        amiss.append(
+            f"{label}: left out, as it has few runs ({len(cells.pop(label))}, where half of the methods have {usual} or more)"
+        )
     shared = set.intersection(*map(set, cells.values())) if cells else set()
     if cells and not shared:
         amiss.append(f"{'; '.join(sorted(cells))} have no task and seed in common: they are not compared")
@@ -170,7 +172,7 @@ def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]
     for task in sorted({task for task, _ in shared}):
         absent = sorted({seed for _, seed in shared} - {seed for other, seed in shared if other == task})
         if absent:
-            amiss.append(f"{task}: seeds {', '.join(map(str, absent))} are missing, its mean is of the others")
+            amiss.append(f"{task}: missing seed {', '.join(map(str, absent))}, its mean is of the others")
     methods = {label: [own[cell] for cell in sorted(shared)] for label, own in sorted(cells.items())}
     study = Study(protocol, score, methods if shared else {}, amiss=amiss)
     if any(len(study.mean_curve(name)) > 2 for name in study.methods):

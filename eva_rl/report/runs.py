@@ -70,6 +70,8 @@ def _malformed(result: Mapping[str, Any]) -> str:
         return "settings"
     if not all(isinstance(result.get(name), str) for name in ("task", "adapter", "base", "dataset")):
         return "task, adapter, base or dataset"
+    if not all(isinstance(result.get(name, ""), str) for name in ("device", "precision")):
+        return "device or precision"
     if type(result.get("seed")) is not int:
         return "seed"
     for name in NUMBERS:
