@@ -1,7 +1,6 @@
 """Hydra's YAML -> typed, frozen dataclasses; mistakes on the command line -> one sentence.
 
-This file alone knows Hydra. It is imported before anything heavy, so that `--help`
-answers at once.
+This file alone knows Hydra. It is imported before anything heavy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -270,15 +269,13 @@ def entry_point(
                 with while_read():
                     main(checked(parse(config, schema)))
             except Exception as error:
-                known = isinstance(error, UserError | OmegaConfBaseException) or refused_path(error)
-                said = explain(error, schema) if isinstance(error, OmegaConfBaseException) else str(error)
-                said = refused_path(error) or said
+                said = mistake(error, schema)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs of the grid go on
                     given = " ".join(HydraConfig.get().overrides.task)
-                    said = f"error: {said}" if known else traceback.format_exc().rstrip()
+                    said = f"error: {said}" if said else traceback.format_exc().rstrip()
                     print(f"{said} ({given})", file=sys.stderr, flush=True)
                     raise UserError("Not all runs of the grid ended well; those that did keep their results.") from None
-                if not known:
+                if not said:
                     raise
                 sys.exit(f"error: {said}")
 
@@ -294,14 +291,8 @@ def entry_point(
                 if composed:
                     raise
                 sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
-            except UserError as error:
-                sys.exit(f"error: {error}")
-            except yaml.YAMLError as error:
-                sys.exit(f"error: A config can't be read ({in_one_line(error)}): mend it.")
-            except (HydraException, OmegaConfBaseException) as error:
-                sys.exit(f"error: {explain(error, schema)}")
-            except OSError as error:
-                if not (said := refused_path(error)):
+            except Exception as error:
+                if not (said := mistake(error, schema)):
                     raise
                 sys.exit(f"error: {said}")
             except KeyboardInterrupt as interruption:
@@ -426,6 +417,17 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         plain, "a list or section"
     )
     raise UserError(f"{key}={value} was given where {kind} was expected.")
+
+
+def mistake(error: Exception, schema: type) -> str:
+    """One sentence for an error that is a user's mistake; empty for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error, schema)
+    if isinstance(error, yaml.YAMLError):
+        return f"A config can't be read ({in_one_line(error)}): mend it."
+    return refused_path(error)
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -44,7 +44,7 @@ def main(config: EvaluateConfig) -> None:
         if config.adapter is not None:
             folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
-            base = load_base_of(folder, notes, {"checkpoint": config.checkpoint}, device)
+            base = load_base_of(folder, notes, "checkpoint", config.checkpoint, device)
         elif config.checkpoint is not None:
             base = load_base(config.checkpoint, device)
         else:

@@ -16,7 +16,7 @@ def main(config: MergeConfig) -> None:
     output = Path(config.output) if config.output is not None else folder.parent / "model"
     if output.exists():
         raise UserError(f"'{output}' is there already: name another folder with output=..., or remove it.")
-    base = load_base_of(folder, notes, {"base": config.base})
+    base = load_base_of(folder, notes, "base", config.base)
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     merged = load_adapter(base.model, folder)
     save_base(output, merged, base.tasks | {notes.task: notes.statistics})

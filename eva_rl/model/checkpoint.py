@@ -148,16 +148,15 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
 
 
 def load_base_of(
-    folder: Path, notes: AdapterNotes, moved: dict[str, str | None], device: torch.device | str = "cpu"
+    folder: Path, notes: AdapterNotes, setting: str, given: str | None, device: torch.device | str = "cpu"
 ) -> Base:
     """Load the base that the adapter in `folder` was trained on.
 
-    moved: the setting that names where the base is now, and what it was given; None: where it was.
+    given: where the base is now, as the command's `setting` says; None: where it was.
 
     Raises:
         UserError: if it can't be loaded, or its weights are not those the adapter was trained on.
     """
-    [(setting, given)] = moved.items()
     try:
         base = load_base(given or notes.base, device)
     except UserError as error:

@@ -108,9 +108,9 @@ class Study:
 def studies(results: Sequence[Mapping[str, Any]]) -> list[Study]:
     """The protocols among these runs, each with its methods.
 
-    Methods of one name are told apart by the settings in which they differ. Runs on tasks or seeds that not all methods of
-    a protocol have, of three methods or more those with less than half of the median number of runs, and runs without the score that the others have are left out and
-    named.
+    Methods of one name are told apart by the settings in which they differ. Left out and named are runs on tasks or seeds
+    that not all methods of a protocol have, runs without the score that the others have, and of three methods or more those
+    with less than half of the median number of runs.
     """
     protocols: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for label, run in zip(labels(results), results, strict=True):

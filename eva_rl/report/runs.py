@@ -154,9 +154,9 @@ def to_csv(results: Sequence[Mapping[str, Any]]) -> str:
     writer.writerow(header)
     for r, method, own in zip(results, labels(results), settings, strict=True):
         found = [(group[score] or {}).get(end) for group in (r, r["zero_shot"]) for score in SCORES for end in ends]
-        sizes = [*(r.get(name) for name in COMPUTED), *(r["seconds"].get(phase) for phase in phases)]
+        computed = [*(r.get(name) for name in COMPUTED), *(r["seconds"].get(phase) for phase in phases)]
         writer.writerow(
-            [r["run"], method, *(r[name] for name in FACTS), *found, *sizes, *(own.get(name) for name in names)]
+            [r["run"], method, *(r[name] for name in FACTS), *found, *computed, *(own.get(name) for name in names)]
         )
     return stream.getvalue()
 
