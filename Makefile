@@ -24,8 +24,8 @@ setup: $(INSTALLED) ## make the environment in .venv/
 demo: $(INSTALLED) ## fine-tune and evaluate the shipped base on a Meta-World task
 	$(RUN) -m eva_rl.finetune task=metaworld/peg-unplug-side-v3 adapter=eva
 
-test: $(INSTALLED) ## run the tests
-	$(RUN) -m pytest
+test: $(INSTALLED) ## run the tests, two at a time
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED) ## check style and formatting
 	$(RUN) -m ruff check .

@@ -19,6 +19,7 @@ import pytest
 import torch
 from recall import KILLER, Forks, Fragile, Hangs, Mortal, Raises, Recall
 from torch import Tensor
+from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, TaskStatistics
@@ -180,6 +181,7 @@ def test_a_progress_bar_that_nobody_reads_any_more_ends_the_rollout(workers, mon
             pass
 
     monkeypatch.setattr(sys, "stderr", Closes())
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)  # an error in drawing leaves it taken
     with pytest.raises(BrokenPipeError):
         rollout(Stub(repeat(1), make_interface()), Recall, "toy", 3, SEEDS, 1.0, parallel=1, workers=workers)
 
