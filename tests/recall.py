@@ -74,6 +74,22 @@ class Raises(Recall):
         return super().step(action)
 
 
+class Stuck(Raises):
+    """Once reset, it can't be closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = False
+
+    def reset(self, **options):
+        self.begun = True
+        return super().reset(**options)
+
+    def close(self):
+        if self.begun:
+            raise OSError("no such\ndisplay")
+
+
 class Hangs(Recall):
     def step(self, action):
         time.sleep(60)

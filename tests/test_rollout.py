@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from recall import KILLER, Forks, Fragile, Hangs, Mortal, Raises, Recall
+from recall import KILLER, Forks, Fragile, Hangs, Mortal, Raises, Recall, Stuck
 from torch import Tensor
 from tqdm import tqdm
 
@@ -599,6 +599,19 @@ def test_a_discrete_environment_does_not_fit_a_continuous_interface():
         check_spaces(partial(Recall, 1, True), make_interface(actions=3))
     check_spaces(partial(Recall, 1, True), make_interface(actions=3, discrete=True))
     check_spaces(Recall, replace(make_interface(), name="another"))
+
+
+@pytest.mark.filterwarnings("ignore:The environment of 'Recall' raised OSError")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_environment_that_cannot_be_closed_does_not_hide_what_it_raised(workers):
+    with pytest.raises(UserError, match="raised ValueError at step"):
+        rollout(Stub(repeat(1), make_interface()), Stuck, "toy", 3, SEEDS, 1.0, workers=workers)
+
+
+def test_an_environment_that_cannot_be_closed_is_warned_about_and_its_episodes_count():
+    with pytest.warns(UserWarning, match="'Recall' raised OSError when it was closed: no such display"):
+        episodes = rollout(Stub(repeat(1), make_interface()), Stuck, "toy", 3, [SEEDS[0]], 1.0)
+    assert episodes.lengths.tolist() == [length_of(SEEDS[0])]
 
 
 def test_no_episodes_are_refused():

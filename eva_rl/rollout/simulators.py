@@ -76,7 +76,7 @@ class Stage:
         self.jobs, self.envs, self.steps = jobs, [], 0
         self.board.ended[:], self.board.solved[:] = True, UNKNOWN
         for gone in [key for key in self.made if key[0] not in {job.task for job in jobs}]:
-            self.made.pop(gone).close()  # a simulator may take 20 MB, and a split has many tasks
+            self._close(gone)  # a simulator may take 20 MB, and a split has many tasks
         for row, job in enumerate(jobs):
             with _named(job, "at its start"):
                 env = self.made.get((job.task, row))
@@ -127,8 +127,15 @@ class Stage:
             self.board.solved[row] = 0
 
     def close(self) -> None:
-        while self.made:
-            self.made.popitem()[1].close()
+        for key in list(self.made):
+            self._close(key)
+
+    def _close(self, key: tuple[str, int]) -> None:
+        try:
+            self.made.pop(key).close()
+        except Exception as error:  # noqa: BLE001 (its episodes are over, or broke off with an error that counts)
+            what = f"raised {type(error).__name__} when it was closed: {in_one_line(error)}"
+            warnings.warn(f"The environment of '{key[0]}' {what}.", stacklevel=2)
 
 
 class _named:
