@@ -28,19 +28,28 @@ def find_task(task: str) -> tuple[Domain, str]:
     if domain is not None and name in domain.tasks:
         return domain, name
     if domain is not None and name in domain.splits:
-        raise UserError(f"'{task}' is a split of {len(domain.splits[name])} tasks where one task was expected.")
+        raise UserError(
+            f"'{task}' is a split of {len(domain.splits[name])} tasks where one task was expected; with -m, `python -m "
+            "eva_rl.finetune` runs each of them."
+        )
     hint = _nearest(task) or f"The domains are {', '.join(sorted(domains()))}; minari/<id> is a dataset."
     raise UserError(f"There is no task '{task}'. {hint} `python -m eva_rl.tasks` lists all of them.")
 
 
+def splits() -> dict[str, tuple[str, ...]]:
+    """The ids of every split's tasks, by the split's name, such as `metaworld/mt40`."""
+    return {
+        f"{d.name}/{split}": tuple(f"{d.name}/{member}" for member in members)
+        for d in domains().values()
+        for split, members in d.splits.items()
+    }
+
+
 def expand_tasks(task: str) -> tuple[str, ...]:
-    """The ids of all tasks that `task` stands for: itself, or the members of a split such as `metaworld/mt40`."""
-    domain_name, _, name = task.partition("/")
-    domain = domains().get(domain_name)
-    if domain is not None and name in domain.splits:
-        return tuple(f"{domain_name}/{member}" for member in domain.splits[name])
-    find_task(task)
-    return (task,)
+    """The ids of all tasks that `task` stands for: itself, or the members of a split."""
+    if task not in (known := splits()):
+        find_task(task)
+    return known.get(task, (task,))
 
 
 def _nearest(task: str) -> str:

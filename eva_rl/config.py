@@ -6,13 +6,14 @@ This file alone knows Hydra. It is imported before anything heavy, so that `--he
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -234,7 +235,7 @@ ConfigStore.instance().store(
         "hydra": {
             "output_subdir": None,
             "run": {"dir": "."},
-            "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "."},
+            "sweep": {"dir": "runs/grid", "subdir": "."},
             "job": {"chdir": False, "name": "${hydra.job.config_name}"},  # what a cluster calls its jobs
             "help": {"template": HELP},
         },
@@ -247,9 +248,14 @@ OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole)
 
 
 def entry_point(
-    schema: type, name: str, folder: str = "eva_rl.configs"
+    schema: type,
+    name: str,
+    folder: str = "eva_rl.configs",
+    splits: Callable[[], Mapping[str, Sequence[str]]] = dict,
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make `main(config: schema)` a command that reads `configs/<name>.yaml` and the command line.
+
+    splits: the tasks that a word after `task=` stands for in a grid, each a run of its own.
 
     A `UserError`, a misspelt key or a wrong value ends the process with one sentence on stderr and status 1; Ctrl-C with
     130. Anything else is a bug and keeps its traceback.
@@ -284,6 +290,8 @@ def entry_point(
                 with while_read():
                     return print(choices(group, name))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
+            if any(word in ("-m", "--multirun") or word.startswith("study=") for word in sys.argv[1:]):
+                sys.argv[1:] = _with_tasks_listed(sys.argv[1:], splits())
             try:
                 with while_read():
                     hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
@@ -347,15 +355,29 @@ def parse(config: DictConfig, schema: type) -> Any:
     return built
 
 
+def _with_tasks_listed(words: Sequence[str], splits: Mapping[str, Sequence[str]]) -> list[str]:
+    """These words of the command line, with the tasks of a split in the place of its name."""
+    return [
+        "task=" + ",".join(",".join(splits.get(name, (name,))) for name in word.removeprefix("task=").split(","))
+        if word.startswith("task=")
+        else word
+        for word in words
+    ]
+
+
 def checked(config: Any) -> Any:
     """A config whose settings go together with each other and with what the command line names.
+
+    A grid's run that was given no folder gets one that its settings name, and goes on with what is there.
 
     Raises:
         UserError: if they don't.
     """
-    alone = HydraConfig.get().mode != RunMode.MULTIRUN
-    if alone and getattr(config, "resume", False) and config.run_dir is None:
-        raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
+    if getattr(config, "resume", None) is not None and config.run_dir is None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            config = replace(config, run_dir=str(_folder_in_grid(config)), resume=True)
+        elif config.resume:
+            raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
     method = getattr(config, "adapter", None)
     if isinstance(method, AdapterSettings) and method.budget is not None:
         words = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
@@ -478,13 +500,23 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
     return names
 
 
+def _folder_in_grid(config: PretrainConfig | FinetuneConfig) -> Path:
+    """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result."""
+    settings, name = identity(config), f"pretrain-{config.seed}"
+    if isinstance(config, FinetuneConfig):
+        settings, name = protocol(config), f"{config.adapter.name}/{config.task}-{config.seed}"
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path(HydraConfig.get().sweep.dir, f"{name}-{digest[:8]}")
+
+
 def run_folder(run_dir: str | None) -> Path:
-    """Where a run writes: `run_dir`, or a dated folder under `runs/` (in a multirun one for each job)."""
-    if run_dir is not None:
-        return Path(run_dir)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return Path(HydraConfig.get().sweep.dir) / str(HydraConfig.get().job.num)
-    return Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    """Where a run writes: `run_dir`, or a dated folder under `runs/`, in a grid with the run's number."""
+    if run_dir is None:
+        dated = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        grid = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        return dated / str(HydraConfig.get().job.num) if grid else dated
+    here = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd()
+    return Path(run_dir) if here == os.getcwd() else Path(here, run_dir)  # Ray's processes start elsewhere
 
 
 def to_yaml(config: Any) -> str:

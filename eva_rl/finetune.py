@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from eva_rl.rollout import Simulators
 
 
-@entry_point(FinetuneConfig, "finetune")
+def _splits() -> dict[str, tuple[str, ...]]:
+    from eva_rl.envs import splits
+
+    return splits()
+
+
+@entry_point(FinetuneConfig, "finetune", splits=_splits)
 def main(config: FinetuneConfig) -> None:
     from eva_rl.files import InUseError, alone_in
     from eva_rl.rollout import Simulators
@@ -78,9 +84,12 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     check_shares(training, Processes())
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     check_run_folder(run_dir, config.resume)
+    clock = Stopwatch("collect", "load", "init", "train", "rollout")
+    with clock("load"):
+        base = load_base(config.base, device)
     earlier = {}
     if config.resume:
-        earlier = read_earlier(run_dir, protocol(config))
+        earlier = read_earlier(run_dir, protocol(config), base.sha256)
     if earlier.get("status") == "complete":
         if config.zero_shot and seeds and earlier["zero_shot"]["episode_return"] is None:
             raise UserError(
@@ -93,11 +102,8 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             "another run_dir."
         )
     source = find_source(config.task, config.dataset)
-    clock = Stopwatch("collect", "load", "init", "train", "rollout")
 
     # Trajectories -> windows for the base.
-    with clock("load"):
-        base = load_base(config.base, device)
     with clock("collect"):
         dataset_id = source.dataset(config.demonstrations, config.seed)
     with clock("load"):
@@ -156,6 +162,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         "task": config.task,
         "adapter": method.name,
         "base": config.base,
+        "base_sha256": base.sha256,
         "seed": config.seed,
         "steps": config.steps,
         "learning_rate": rate,

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from eva_rl.config import FinetuneConfig, parse
+from eva_rl.config import FinetuneConfig, parse, run_folder
 from eva_rl.errors import UserError
 from eva_rl.files import InUseError, alone_in
 
@@ -58,12 +61,42 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
     assert set(finished(Path("grid"))) == {"eva-0-4", "lora-0-4"}
 
 
-def test_a_grid_may_be_told_to_resume_whatever_folders_its_runs_have(run, base):
-    grid = ["-m", f"task={TASK}", f"base={base}", "adapter=lora", "resume=true", "hydra.sweep.dir=sweep", *QUICK]
+def test_the_same_grid_again_goes_on_where_its_settings_say_and_another_begins_anew(run, base):
+    grid = ["-m", f"task={TASK}", f"base={base}", "adapter=lora", "seed=0,1", *QUICK[:-1]]
     for _ in range(2):
-        status, _, err = run("finetune", *grid)
+        status, out, err = run("finetune", *grid)
         assert status == 0, err
-    assert [path.parent.name for path in Path("sweep").rglob("result.json")] == ["0"]
+    assert out.count("finished earlier") == 2
+    assert run("finetune", *grid, "episodes=3")[0] == 0
+    names = [path.parent.name for path in Path("runs/grid/lora/dummy").rglob("result.json")]
+    assert sorted(name[:11] for name in names) == ["Steps-v0-0-"] * 2 + ["Steps-v0-1-"] * 2
+
+
+def test_a_grid_has_a_run_for_each_task_of_a_split(run, base):
+    arguments = [f"base={base}", "adapter=none", "demonstrations=4", "episodes=0", *QUICK[2:-1]]
+    status, _, err = run("finetune", "-m", "task=dummy/all", *arguments)
+    assert status == 0, err
+    assert {result["task"] for result in finished(Path("runs/grid")).values()} == {TASK, "dummy/Broken-v0"}
+    status, _, err = run("finetune", "task=dummy/all", *arguments)
+    assert status == 1
+    assert "'dummy/all' is a split of " in err
+    assert "with -m" in err
+
+
+def test_a_finished_run_on_a_base_that_was_made_anew_is_not_taken_for_one_on_the_base_there_is(run, base):
+    arguments = [f"task={TASK}", f"base={base}", "run_dir=run", *QUICK]
+    assert run("finetune", *arguments)[0] == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, base / "model.safetensors")
+    status, _, err = run("finetune", *arguments)
+    assert status == 1
+    assert "on other weights of base=" in err
+
+
+def test_a_runs_folder_is_that_of_the_launchers_working_directory(monkeypatch):
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"runtime": {"cwd": "/home/mine"}}}))
+    assert run_folder("grid/lora") == Path("/home/mine/grid/lora")
+    assert run_folder("/elsewhere/lora") == Path("/elsewhere/lora")
 
 
 @pytest.mark.parametrize("folder", ["a" * 300, "file/x"])

@@ -39,11 +39,11 @@ def run_result(
     }
 
 
-def read_earlier(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
     """The result.json of a run that is to be resumed, as far as it got; empty if it has not written any.
 
     Raises:
-        UserError: if it is that of a run with other settings.
+        UserError: if it is that of a run with other settings, or on other weights of the base.
     """
     path = run_dir / "result.json"
     earlier = read_json(path) if path.is_file() else {}
@@ -53,6 +53,10 @@ def read_earlier(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if earlier and changed:
         raise UserError(f"'{path}' is the result of a run with {', '.join(changed[:4])}: set another run_dir.")
+    if earlier.get("base_sha256", base_sha256) != base_sha256:
+        raise UserError(
+            f"'{path}' is the result of a run on other weights of base={settings['base']}: set another run_dir."
+        )
     return earlier
 
 
