@@ -8,7 +8,7 @@ SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score"
 
 
 def estimate(mean: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 20}
+    return {"mean": mean, "low": max(mean - 0.1, min(mean, 0.0)), "high": min(mean + 0.1, max(mean, 1.0)), "n": 20}
 
 
 def result(
@@ -49,6 +49,7 @@ def result(
         "curve": {str(step): {name: estimate(mean) for name in SCORES} for step, mean in (curve or {}).items()},
         "seconds": {"init": 1.2, "train": 30.4},
         "status": "complete",
+        "versions": {"torch": "2"},
         **changes,
     }
 

@@ -252,6 +252,17 @@ def test_tasks_without_success_are_compared_by_normalised_score():
     assert study.ranked() == ["eva", "lora"]
 
 
+def test_a_run_without_the_success_that_others_of_its_task_have_is_left_out():
+    results = [result(name, *cell) for name in ("eva", "lora") for cell in CELLS]
+    results[0] |= {"success_rate": None}
+    results.append(result("eva", "d/c", 0, success_rate=None, normalized_score=None))
+    [study] = studies(results)
+    task, seed = CELLS[0]
+    assert study.score == "success_rate"
+    assert f"eva: {task}, seed {seed} left out: it has no success rate" in study.amiss
+    assert "eva: d/c, seed 0 left out: it has no success rate" in study.amiss
+
+
 def test_an_interval_of_a_success_rate_ends_where_rates_do():
     results = [
         result(name, "d/a", seed, success) for name in ("eva", "lora") for seed, success in enumerate((0.9, 1.0))

@@ -11,7 +11,8 @@ from eva_rl.errors import UserError
 from eva_rl.report import Stopwatch, markdown
 from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
-from eva_rl.report.runs import read_results, table, to_csv
+from eva_rl.report.runs import _runs_below, read_results, table, to_csv
+from eva_rl.report.tensorboard import write_hparams
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess:
@@ -19,36 +20,24 @@ def report(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_table_has_a_row_a_run_and_the_mean(tmp_path):
+def test_the_table_has_a_row_a_run(tmp_path):
     write_run(tmp_path / "a", result())
     write_run(tmp_path / "b", result(task="dummy/Other-v0", success=1.0))
     results, left_out = read_results([tmp_path])
     assert left_out == []
     lines = table(results).splitlines()
-    assert len(lines) == 2 + 2 + 1
+    assert len(lines) == 2 + 2
     assert "0.50 [0.40, 0.60]" in lines[3]
-    assert "mean of 2 runs" in lines[4]
-    assert "0.750" in lines[4]
-
-
-def test_runs_of_other_settings_are_not_averaged_together(tmp_path):
-    write_run(tmp_path / "a", result())
-    write_run(tmp_path / "b", result(learning_rate=1e-2, settings={"training.learning_rate": 1e-2}))
-    means = [line for line in table(read_results([tmp_path])[0]).splitlines() if "mean of" in line]
-    assert ["mean of 1 runs" in line for line in means] == [True, True]
 
 
 @pytest.mark.parametrize(
     "settings", [{"adapter.rank": 4}, {"adapter.eva.rho": 2}, {"episodes": 7}, {"training.batch_size": 8}]
 )
-def test_the_table_averages_only_what_was_made_alike(tmp_path, settings):
-    for seed in range(2):
-        write_run(tmp_path / f"a{seed}", result(seed=seed, success=0.2))
-        write_run(tmp_path / f"b{seed}", result(seed=seed, success=0.8, settings=settings))
+def test_the_table_names_what_tells_runs_apart(tmp_path, settings):
+    write_run(tmp_path / "a", result())
+    write_run(tmp_path / "b", result(settings=settings))
     [name] = [key.rpartition(".")[2] for key in settings]
-    text = table(read_results([tmp_path])[0])
-    assert [line.count("mean of 2 runs") for line in text.splitlines() if "mean of" in line] == [1, 1]
-    assert name in text
+    assert name in table(read_results([tmp_path])[0])
 
 
 WRONG = [
@@ -65,14 +54,22 @@ WRONG = [
     {"success_rate": 0.5},
     {"success_rate": {"mean": float("nan"), "low": None, "high": None, "n": 3}},
     {"success_rate": {"mean": 0.5, "low": 0.4, "n": 3}},
+    {"success_rate": {"mean": 7.0, "low": None, "high": None, "n": 3}},
+    {"success_rate": {"mean": 0.5, "low": None, "high": None, "n": 0}},
+    {"success_at_end": {"mean": 0.5, "low": -0.2, "high": 0.9, "n": 3}},
     {"learning_rate": None},
     {"precision": None},
     {"trainable_parameters": None},
+    {"trainable_parameters": 10**400},
+    {"steps": 3},
+    {"task": "dummy/Other-v0"},
+    {"base_sha256": 1},
+    {"versions": {"torch": None}},
     {"dataset": None},
 ]
 
 
-@pytest.mark.parametrize("changes", WRONG, ids=str)
+@pytest.mark.parametrize("changes", WRONG, ids=lambda changes: str(changes)[:60])
 def test_a_result_that_is_not_as_a_run_writes_it_is_named_and_left_out(tmp_path, changes):
     write_run(tmp_path / "whole", result())
     write_run(tmp_path / "wrong", result(seed=1) | changes)
@@ -90,7 +87,29 @@ def test_a_run_that_wrote_nothing_yet_is_named(tmp_path):
     assert "begun: not a complete" in sentence
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "partial"}', '{"status": "complete"}'])
+def test_a_folder_that_goes_while_it_is_looked_through_is_no_error(tmp_path):
+    write_run(tmp_path / "runs", result())
+    (tmp_path / "runs" / "checkpoints").mkdir()
+    found = _runs_below(tmp_path / "runs")
+    assert next(found) == tmp_path / "runs"
+    (tmp_path / "runs" / "checkpoints").rmdir()
+    assert list(found) == []
+
+
+def test_a_run_half_written_is_none(tmp_path):
+    write_run(tmp_path / "runs" / ".half", result())
+    assert read_results([tmp_path]) == ([], [])
+
+
+def test_of_several_folders_one_without_runs_is_named_and_runs_have_their_folders_names(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "mine" / "a", result())
+    [found], [sentence] = read_results([tmp_path / "empty", tmp_path / "mine"])
+    assert sentence == f"{tmp_path / 'empty'}: there are no runs below it"
+    assert found["run"] == str(tmp_path / "mine" / "a")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "", "{", "[]", '{"status": "partial"}', '{"status": "complete"}'])
 def test_runs_that_are_not_complete_are_named_and_left_out(tmp_path, content):
     write_run(tmp_path / "whole", result())
     broken = write_run(tmp_path / "broken", content)
@@ -171,15 +190,51 @@ def test_the_report_has_the_methods_the_tasks_and_every_run(study):
     assert len((study / "report" / "runs.csv").read_text().splitlines()) == 1 + 24
 
 
-def test_tensorboard_gets_every_runs_settings_and_scores(study):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_one_method_has_its_scores_by_task_with_intervals_and_pictures(study):
+    report(study / "lora", study / "none", "--output", study / "both")
+    assert report(study / "lora").returncode == 0
+    text = (study / "lora" / "report" / "report.md").read_text()
+    [both] = [line for line in (study / "both" / "report.md").read_text().splitlines() if line.startswith("| lora")][:1]
+    [alone] = [line for line in text.splitlines() if line.startswith("| lora")][:1]
+    assert "[" in alone.split("|")[2]
+    assert alone.split("|")[2].split() == both.split("|")[2].split()
+    assert "P(row > column)" not in text
+    assert {path.name for path in (study / "lora" / "report").glob("*.png")} == {"scores.png", "pareto.png"}
 
-    assert report(study).returncode == 0
-    folders = sorted((study / "report" / "hparams").iterdir())
-    assert len(folders) == 24
-    events = EventAccumulator(str(folders[0])).Reload()
-    assert "result/success_rate" in events.Tags()["scalars"]
-    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+def test_learning_curves_without_a_beginning_or_a_reference_are_said_to_be(study):
+    done = report(study / "lora", study / "eva")
+    assert "eva; lora: no learning curve, which begins with the base as it is: add runs of adapter=none" in done.stderr
+    assert "full: not there, so that curves are measured by nothing" in done.stderr
+    done = report(study)
+    assert "curve" not in done.stderr
+    assert "Learning curves are straight lines between the scores at steps 0, 25, 50, 100." in done.stdout
+
+
+def test_tensorboard_gets_every_runs_settings_and_scores(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    few = result("none", normalized_score=None)
+    more = result("eva", settings={"adapter.eva.rho": 2, "adapter.budget": 5, "training.learning_rate": 1e-3})
+    most = result("eva", seed=1, settings={"adapter.eva.rho": 1.5, "adapter.budget": "params"})
+    write_hparams(tmp_path, [few, more, most])
+    columns = []
+    for folder, own in zip(sorted(tmp_path.iterdir()), (few, more, most), strict=True):
+        events = EventAccumulator(str(folder)).Reload()
+        [score] = events.Scalars("result/success_rate")
+        assert score.value == own["success_rate"]["mean"]
+        found = {tag: HParamsPluginData.FromString(c) for tag, c in events.PluginTagToContent("hparams").items()}
+        experiment = found["_hparams_/experiment"].experiment
+        columns.append({info.name: info.type for info in experiment.hparam_infos})
+        assert "result/normalized_score" in {info.name.tag for info in experiment.metric_infos}
+        settings = found["_hparams_/session_start_info"].session_start_info.hparams
+        assert settings["task"].string_value == own["task"]
+        assert ("adapter.eva.rho" in settings) == (own is not few)
+    text, number = columns[0]["task"], columns[0]["adapter.eva.rho"]
+    assert text != number
+    assert columns[0]["adapter.budget"] == text
+    assert columns[0] == columns[1] == columns[2]
 
 
 def test_what_is_left_out_is_said_on_stderr_and_in_the_report(study):
@@ -224,19 +279,21 @@ def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
     assert (study / "mine").read_text() == "mine"
 
 
-def test_runs_that_were_not_computed_alike_are_compared_and_counted():
-    def sentence(precisions):
-        runs = [
-            result(name, seed=seed, **own) for name in ("eva", "lora") for seed, own in enumerate(map(dict, precisions))
-        ]
-        return document(runs, studies(runs))
+def test_runs_that_were_not_made_alike_are_compared_and_counted():
+    def sentence(facts):
+        runs = [result(name, seed=seed, **own) for name in ("eva", "lora") for seed, own in enumerate(map(dict, facts))]
+        return document(runs, studies(runs)).partition("\n\n|")[0]
 
     bfloat16, float32 = {"precision": "bfloat16"}, {"precision": "float32"}
-    assert "computed in" not in sentence([bfloat16, bfloat16])
-    assert "Runs computed in bfloat16: 2, in float32: 4." in sentence([float32, bfloat16, float32])
-    assert "Runs computed in a precision not stated: 2, in float32: 2." in sentence([{}, float32])
+    assert "differ" not in sentence([bfloat16, bfloat16])
+    assert "Runs differ in the precision: bfloat16 (2), float32 (4)." in sentence([float32, bfloat16, float32])
+    assert "Runs differ in the precision: float32 (2), not stated (2)." in sentence([{}, float32])
     settings = {"settings": {"training.precision": "float32"}}
-    assert "computed in" not in sentence([settings, settings | float32])
+    assert "differ" not in sentence([settings, settings | float32])
+    assert "the version of torch: 2 (2), 3 (2)." in sentence([{}, {"versions": {"torch": "3"}}])
+    assert "differ" not in sentence([{}, {"versions": {"torch": "2", "box2d": "1"}}])
+    bases = [{"base_sha256": letter * 64} for letter in "ab"]
+    assert f"the SHA-256 of the base's weights: {'a' * 12} (2), {'b' * 12} (2)." in sentence([{}, *bases])
 
 
 def test_a_csv_has_scores_and_settings_of_every_run():

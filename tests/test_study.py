@@ -74,13 +74,24 @@ def test_it_does_where_most_tasks_are_solved_by_every_run(spreads):
     assert 930 <= held <= 970
 
 
-def test_in_a_thousand_draws_the_interval_of_the_interquartile_mean_does():
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_in_a_thousand_draws_the_interval_of_the_interquartile_mean_does(seeds):
     rng, means = np.random.default_rng(1), np.full(TASKS, 0.5)
     held = 0
     for _ in range(1000):
-        found = stratified(runs_of(rng, means), interquartile_mean)
+        found = stratified(runs_of(rng, means, seeds), interquartile_mean)
         held += found.low <= 0.5 <= found.high
     assert 930 <= held <= 970
+
+
+@pytest.mark.parametrize(("mean", "seeds"), [(0.2, 3), (0.2, 5), (0.8, 3)])
+def test_the_interval_of_one_task_whose_runs_are_skewed_holds_it_in_about_nine_of_ten_draws(mean, seeds):
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        rates = rng.binomial(50, rng.beta(4 * mean, 4 * (1 - mean), seeds)) / 50
+        found = stratified({"task": list(rates)})
+        held += found.low <= mean <= found.high
+    assert 870 <= held <= 930
 
 
 @pytest.mark.parametrize(("seeds", "better"), [(3, 0.0), (3, 0.05), (10, 0.05)])

@@ -53,7 +53,7 @@ def save_report(
     names = []
     for number, study in enumerate(studies, start=1):
         ending = f"-{number}" if len(studies) > 1 else ""
-        own = {f"{name}{ending}": figure for name, figure in plots(study).items()} if len(study.methods) > 1 else {}
+        own = {f"{name}{ending}": figure for name, figure in plots(study).items()} if study.methods else {}
         names.append(list(own))
         pictures |= own
     if found := varied(studies):
@@ -75,17 +75,32 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _computed(study: Study) -> str:
-    """A sentence where not all runs were computed in the same precision, as on machines of several kinds."""
-    kinds = Counter(_precision(run) for runs in study.methods.values() for run in runs)
-    if len(kinds) < 2:
+def _curves(study: Study) -> str:
+    """A sentence on where learning curves have points, if there are any."""
+    steps = sorted({step for name in study.methods for step, _ in study.mean_curve(name)})
+    if len(steps) < 3:
         return ""
-    return f" Runs computed in {', in '.join(f'{kind}: {number}' for kind, number in sorted(kinds.items()))}."
+    return f" Learning curves are straight lines between the scores at steps {', '.join(map(str, steps))}."
+
+
+def _unlike(study: Study) -> str:
+    """A sentence for all in which runs differ that no setting says: precision, the base's weights, versions of software."""
+    runs = [run for own in study.methods.values() for run in own]
+    names = sorted({name for run in runs for name in run["versions"]})
+    kinds = {"precision": [_precision(run) for run in runs]}
+    kinds["SHA-256 of the base's weights"] = [run["base_sha256"][:12] for run in runs if "base_sha256" in run]
+    kinds |= {f"version of {name}": [r["versions"][name] for r in runs if name in r["versions"]] for name in names}
+    found = ""
+    for what, own in kinds.items():
+        counts = sorted(Counter(own).items())
+        if len(counts) > 1:
+            found += f" Runs differ in the {what}: {', '.join(f'{kind} ({n})' for kind, n in counts)}."
+    return found
 
 
 def _precision(run: Mapping[str, Any]) -> str:
     asked = run["settings"]["training"].get("precision", "auto")
-    return run.get("precision") or ("a precision not stated" if asked == "auto" else asked)
+    return run.get("precision") or ("not stated" if asked == "auto" else asked)
 
 
 def _is_own(hparams: Path) -> bool:
@@ -111,7 +126,7 @@ def document(
     if found := varied(studies):
         parts += [f"## {found.setting}", varied_table(found), *(["![varied](varied.png)"] if pictures else [])]
     for study, own in zip(studies, pictures or [()] * len(studies), strict=True):
-        if len(study.methods) < 2:
+        if not study.methods:
             left_out = [*left_out, *study.amiss]
             continue
         settings = study.protocol
@@ -119,11 +134,14 @@ def document(
         parts.append(
             f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, {_seeds(study.seeds)}; "
             f"{', '.join(stated)}. {INTERVALS if len(study.seeds) > 1 else 'One seed: no intervals.'}"
-            + _computed(study)
+            + _curves(study)
+            + _unlike(study)
         )
         if study.amiss:
             parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
-        parts += [method_table(study), task_table(study), improvement_table(study), BOLD]
+        parts += [method_table(study), task_table(study)]
+        if len(study.methods) > 1:
+            parts += [improvement_table(study), BOLD]
         parts += [f"![{name.partition('-')[0]}]({name}.png)" for name in own]
     if pictures and left_out:
         parts.append("Runs left out:\n\n" + "\n".join(f"- {sentence}" for sentence in left_out))

@@ -33,7 +33,7 @@ class Study:
 
     protocol: dict[str, Any]
     score: str
-    """The score they are compared by: the first of success rate and normalised score that all runs have."""
+    """The score they are compared by: the success rate, or the normalised score where there is a task without success."""
     methods: dict[str, list[Mapping[str, Any]]]
     """Each method's runs on the tasks and seeds that all methods have."""
     title: str = ""
@@ -134,11 +134,9 @@ def _in_order(value: Any) -> tuple[bool, float, str]:
 
 def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Study:
     """runs: each with the label of its method."""
-    score = "success_rate"
-    if any(run["success_rate"] is None for _, run in runs) and any(
-        run["normalized_score"] is not None for _, run in runs
-    ):
-        score = "normalized_score"
+    rated = {run["task"] for _, run in runs if run["success_rate"] is not None}
+    unrated = any(run["normalized_score"] is not None for _, run in runs if run["task"] not in rated)
+    score = "normalized_score" if unrated else "success_rate"
     amiss: list[str] = []
     cells: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {}
     twice = set()
@@ -175,16 +173,29 @@ def _study(protocol: dict[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]
             amiss.append(f"{task}: missing seed {', '.join(map(str, absent))}, its mean is of the others")
     methods = {label: [own[cell] for cell in sorted(shared)] for label, own in sorted(cells.items())}
     study = Study(protocol, score, methods if shared else {}, amiss=amiss)
-    if any(len(study.mean_curve(name)) > 2 for name in study.methods):
-        curveless = [name for name in study.methods if len(study.mean_curve(name)) < 3 and _trains(study.methods[name])]
-        amiss += [f"{name}: no learning curve, as not all of its runs have one" for name in curveless]
-        if len(study.references) > 1:
-            amiss.append(f"{'; '.join(study.references)}: several, so that curves are measured by none of them")
+    if any(run["curve"] for own in study.methods.values() for run in own):
+        amiss += _about_curves(study)
     return study
 
 
-def _trains(runs: Sequence[Mapping[str, Any]]) -> bool:
-    return any(run["trainable_parameters"] for run in runs)
+def _about_curves(study: Study) -> list[str]:
+    """Why there are no learning curves of some methods, or nothing to measure them by; a sentence each."""
+    found, bare = [], []
+    for name, runs in study.methods.items():
+        if any(run["zero_shot"][study.score] is None for run in runs):
+            bare.append(name)
+        elif len(study.mean_curve(name)) < 3 and any(run["trainable_parameters"] for run in runs):
+            found.append(f"{name}: no learning curve, as not all of its runs have one")
+    if bare:
+        found.append(
+            f"{'; '.join(bare)}: no learning curve, which begins with the base as it is: add runs of adapter=none on the same tasks "
+            "and seeds, or run with zero_shot=true"
+        )
+    if len(study.references) > 1:
+        found.append(f"{'; '.join(study.references)}: several, so that curves are measured by none of them")
+    elif not study.references:
+        found.append(f"{REFERENCE}: not there, so that curves are measured by nothing")
+    return found
 
 
 def _cells_in_words(cells: set[tuple[str, int]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import count
 from typing import TYPE_CHECKING
@@ -24,7 +24,9 @@ LONGEST = 60
 
 def plots(study: Study) -> Mapping[str, Figure]:
     """The pictures of a study, by name."""
-    found = {"scores": scores_plot(study), "pareto": pareto_plot(study), "improvement": improvement_plot(study)}
+    found = {"scores": scores_plot(study), "pareto": pareto_plot(study)}
+    if len(study.methods) > 1:
+        found["improvement"] = improvement_plot(study)
     if any(len(study.mean_curve(method)) > 2 for method in study.methods):
         found["curves"] = curves_plot(study)
     return found
@@ -76,8 +78,9 @@ def pareto_plot(study: Study) -> Figure:
     """Mean score against trainable weights and against seconds; a line joins the methods that none beats in both."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    styles = dict(zip(study.ranked(), _styles(), strict=False))  # those of the learning curves
     costs = {
         "trainable weights": lambda run: run["trainable_parameters"],
         "seconds of initialising and training": lambda run: run["seconds"]["init"] + run["seconds"]["train"],
@@ -87,20 +90,25 @@ def pareto_plot(study: Study) -> Figure:
             name: (float(np.median([cost(run) for run in runs])), study.estimate(study.scores(name)))
             for name, runs in study.methods.items()
         }
-        for name, (x, found) in points.items():
-            axes.errorbar(x, found.mean, yerr=_spread([found]), fmt="o", color=_color(name), markersize=5, alpha=0.7)
+        for name, style in styles.items():
+            x, found = points[name]
+            style = style | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": _plain(name)}
+            axes.errorbar(x, found.mean, yerr=_spread([found]), **style)
         front = pareto_front({name: (x, found.mean) for name, (x, found) in points.items()})
         axes.step(*zip(*[(points[n][0], points[n][1].mean) for n in front], strict=True), "k:", where="post", alpha=0.5)
-        for name in points if len(points) < 8 else front:
-            x, found = points[name]
-            axes.annotate(_plain(name), (x, found.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
         costs_of = [x for x, _ in points.values()]
         if label == "trainable weights" and max(costs_of) > 10 * min(costs_of):
             axes.set_xscale("symlog", linthresh=10_000, linscale=0.3)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel=f"mean {study.score.replace('_', ' ')} with its 95 % interval")
+    panels[0].set(ylabel=_mean_of(study.score, [found for _, found in points.values()]))
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _mean_of(score: str, found: Iterable[Estimate]) -> str:
+    interval = any(estimate.low is not None for estimate in found)
+    return f"mean {score.replace('_', ' ')}{' with its 95 % interval' if interval else ''}"
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -126,7 +134,7 @@ def varied_plot(found: Varied) -> Figure:
         x, y = [places[value] + aside for value, _ in line], [estimate.mean for _, estimate in line]
         axes.errorbar(x, y, yerr=_spread([estimate for _, estimate in line]), label=_plain(name), capsize=2, **style)
     axes.set_xticks(range(len(places)), map(str, places))
-    axes.set(xlabel=found.setting, ylabel=f"mean {found.score.replace('_', ' ')} with its 95 % interval")
+    axes.set(xlabel=found.setting, ylabel=_mean_of(found.score, [e for line in found.lines.values() for _, e in line]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -195,4 +203,12 @@ def _color(name: str) -> str:
 
 
 def _styles() -> Iterator[dict[str, str]]:
-    return ({"color": f"C{n % 10}", "linestyle": ("-", "--", ":")[n // 10 % 3], "marker": "."} for n in count())
+    return (
+        {
+            "color": f"C{n % 10}",
+            "linestyle": ("-", "--", ":")[n // 10 % 3],
+            "marker": "os^"[n // 10 % 3],
+            "markersize": 4,
+        }
+        for n in count()
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from eva_rl.report.table import markdown
 FACTS = ("task", "adapter", "base", "demonstrations", "steps", "learning_rate", "seed")
 NUMBERS = ("demonstrations", "target_return", "steps", "learning_rate", "trainable_parameters", "total_parameters")
 
-COMPUTED = ("trainable_parameters", "total_parameters", "device", "precision")
+COMPUTED = ("trainable_parameters", "total_parameters", "base_sha256", "device", "precision")
 
 
 def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -34,15 +35,17 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
         UserError: if a folder does not exist.
     """
     results, places, left_out = {}, {}, []
-    for folder in {folder.resolve(): folder for folder in folders}.values():
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is not a folder: name one that holds runs.")
-        found = {path.parent for name in ("config.yaml", "result.json", ".lock") for path in folder.rglob(name)}
-        for run in sorted(run for run in found if not run.name.startswith(".")):  # those are files half written
+        if not (found := sorted(_runs_below(folder))) and len(folders) > 1:
+            left_out.append(f"{folder}: there are no runs below it")
+        for run in found:
             try:
                 result = json.loads((run / "result.json").read_text(encoding="utf-8"))
                 complete = result["status"] == "complete" and "zero_shot" in result
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 complete = False
             if not complete:
                 left_out.append(f"{run}: not a complete fine-tuning run, left out")
@@ -50,7 +53,8 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
             if wrong := _malformed(result):
                 left_out.append(f"{run}: left out, as {wrong} in its result.json is not as expected")
                 continue
-            result["run"] = run.relative_to(folder).as_posix()
+            result.setdefault("versions", {})
+            result["run"] = (run if len(folders) > 1 else run.relative_to(folder)).as_posix()
             key = in_words(result["settings"])
             if places.setdefault(key, run) == run:
                 results[key] = result
@@ -64,19 +68,42 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
     return found, left_out
 
 
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """The folders in which a run has begun; it may be under way, so that files come and go.
+
+    Raises:
+        OSError: if a folder can't be read.
+    """
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for place, inner, files in os.walk(folder, onerror=unless_gone):
+        inner[:] = [name for name in inner if not name.startswith(".")]  # those are half written
+        if not {"config.yaml", "result.json", ".lock"}.isdisjoint(files):
+            yield Path(place)
+
+
 def _malformed(result: Mapping[str, Any]) -> str:
     """What in a complete run's result.json is not as a run writes it; empty if all is."""
     if not isinstance(settings := result.get("settings"), dict) or not isinstance(settings.get("training"), dict):
         return "settings"
     if not all(isinstance(result.get(name), str) for name in ("task", "adapter", "base", "dataset")):
         return "task, adapter, base or dataset"
-    if not all(isinstance(result.get(name, ""), str) for name in ("device", "precision")):
-        return "device or precision"
+    if not all(isinstance(result.get(name, ""), str) for name in ("base_sha256", "device", "precision")):
+        return "base_sha256, device or precision"
+    versions = result.get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        return "versions"
     if type(result.get("seed")) is not int:
         return "seed"
     for name in NUMBERS:
         if not _is_number(result.get(name)):
             return name
+    for name in ("task", "seed", "steps"):
+        if settings.get(name) != result[name]:
+            return f"settings.{name}"
     seconds = result.get("seconds")
     if (
         not isinstance(seconds, dict)
@@ -93,68 +120,63 @@ def _malformed(result: Mapping[str, Any]) -> str:
     }
     for place, group in groups.items():
         for name in SCORES:
-            if not isinstance(group, dict) or not _is_score(group.get(name, ())):
+            if not isinstance(group, dict) or not _is_score(group.get(name, ()), name.startswith("success")):
                 return place + name
     return ""
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _is_score(value: Any) -> bool:
-    """Whether this is an `Estimate`, or null for a score that the task does not have."""
+def _is_score(value: Any, is_rate: bool) -> bool:
+    """Whether this is an `Estimate`, of a share from 0 to 1 if it is a rate; or null for a score that the task does not have."""
     if value is None:
         return True
     if not isinstance(value, dict) or set(value) != {f.name for f in fields(Estimate)}:
         return False
     ends = [value["low"], value["high"]]
-    return all(map(_is_number, [value["mean"], value["n"]])) and (ends == [None, None] or all(map(_is_number, ends)))
+    numbers = [value["mean"], *(ends if ends != [None, None] else ())]
+    if not all(map(_is_number, numbers)) or type(value["n"]) is not int or value["n"] < 1:
+        return False
+    return not is_rate or all(-1e-9 <= number <= 1 + 1e-9 for number in numbers)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Success rates before and after fine-tuning with their 95 % intervals: a row a run, and means of runs made alike.
-
-    Alike are runs of one method under one protocol.
-    """
+    """Success rates before and after fine-tuning with their 95 % intervals, a row a run."""
     names, protocols = labels(results), [protocol_of(r) for r in results]
     further = [name for name in differing(protocols) if name not in FACTS]
-    rows, groups = [], {}
+    rows = []
     for r, name, protocol in zip(results, names, protocols, strict=True):
         after, before = estimate(r["success_rate"]), estimate(r["zero_shot"]["success_rate"])
         score = None if r["normalized_score"] is None else f"{r['normalized_score']['mean']:.2f}"
         init, train = (f"{r['seconds'][phase]:.0f}" for phase in ("init", "train"))
-        own = (name, *(r[fact] for fact in ("base", "demonstrations", "steps", "learning_rate")))
-        own += tuple(protocol.get(setting) for setting in further)
-        place = name, r["base"], r["demonstrations"], r["steps"], r["learning_rate"], in_words(protocol)
-        rows.append(((*place, r["task"], r["seed"]), (r["task"], *own, r["seed"], before, after, score, init, train)))
-        if r["success_rate"] is not None:
-            groups.setdefault(place, (own, []))[1].append(r)
-    rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
-    for _, (own, members) in sorted(groups.items()):
-        before = [m["zero_shot"]["success_rate"] for m in members]
-        before = None if None in before else f"{sum(b['mean'] for b in before) / len(members):.3f}"
-        after = sum(m["success_rate"]["mean"] for m in members) / len(members)
-        rows.append((f"mean of {len(members)} runs", *own, "", before, f"{after:.3f}", "", "", ""))
+        facts = [r[fact] for fact in ("base", "demonstrations", "steps", "learning_rate")]
+        own = (name, *facts, *(protocol.get(setting) for setting in further))
+        place = name, *facts, in_words(protocol), r["task"], r["seed"]
+        rows.append((place, (r["task"], *own, r["seed"], before, after, score, init, train)))
     header = ["task", "method", "base", "episodes", "steps", "rate", *further, "seed"]
-    return markdown([*header, "zero-shot success", "success", "normalized", "init s", "train s"], rows)
+    header += ["zero-shot success", "success", "normalized", "init s", "train s"]
+    return markdown(header, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
 def to_csv(results: Sequence[Mapping[str, Any]]) -> str:
     """A line a run: what was run, its scores with their intervals, before and after, its sizes and times, its settings."""
     phases = list(dict.fromkeys(phase for r in results for phase in r["seconds"]))
+    software = sorted(set().union(*(r["versions"] for r in results)))
     settings = [flat(r["settings"]) for r in results]
     names = [name for name in sorted(set().union(*settings)) if name not in FACTS]
     ends = ("mean", "low", "high", "n")
     header = ["run", "method", *FACTS, *(f"{score}_{end}" for score in SCORES for end in ends)]
     header += [f"zero_shot_{score}_{end}" for score in SCORES for end in ends]
-    header += [*COMPUTED, *(f"seconds_{phase}" for phase in phases), *names]
+    header += [*COMPUTED, *(f"seconds_{phase}" for phase in phases), *(f"version_{name}" for name in software), *names]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
     for r, method, own in zip(results, labels(results), settings, strict=True):
         found = [(group[score] or {}).get(end) for group in (r, r["zero_shot"]) for score in SCORES for end in ends]
         computed = [*(r.get(name) for name in COMPUTED), *(r["seconds"].get(phase) for phase in phases)]
+        computed += [r["versions"].get(name) for name in software]
         writer.writerow(
             [r["run"], method, *(r[name] for name in FACTS), *found, *computed, *(own.get(name) for name in names)]
         )

@@ -46,15 +46,29 @@ class TensorBoard:
 def write_hparams(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """What each run was made with and what came of it, for TensorBoard's HParams tab, in a folder of its own a run."""
     from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
 
-    for number, result in enumerate(results):
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in flat(result["settings"]).items()
-        }
-        found = {f"result/{name}": score["mean"] for name in SCORES if (score := result[name]) is not None}
-        found |= {f"seconds/{phase}": float(seconds) for phase, seconds in result["seconds"].items()}
-        found["trainable_parameters"] = float(result["trainable_parameters"])
+    made = [flat(result["settings"]) for result in results]
+    values = {name: [own[name] for own in made if name in own] for name in sorted(set().union(*made))}
+    numeric = {name for name, own in values.items() if all(isinstance(value, int | float) for value in own)}
+    made = [{name: value if name in numeric else str(value) for name, value in own.items()} for own in made]
+    found = [_outcome(result) for result in results]
+    columns, _, _ = hparams(_merged(made), _merged(found))  # TensorBoard reads one run's, whichever it meets first
+    for number, (result, settings, scores) in enumerate(zip(results, made, found, strict=True)):
+        _, start, end = hparams(settings, scores)
         name = f"{number:04d}-{result['adapter']}-{result['task'].replace('/', '-')}-{result['seed']}"
         with SummaryWriter(str(folder / name)) as writer:
-            writer.add_hparams(settings, found, run_name=".")
+            for summary in (columns, start, end):
+                writer.file_writer.add_summary(summary)
+            for score, value in scores.items():
+                writer.add_scalar(score, value)
+
+
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _outcome(result: Mapping[str, Any]) -> dict[str, float]:
+    found = {f"result/{name}": score["mean"] for name in SCORES if (score := result[name]) is not None}
+    found |= {f"seconds/{phase}": float(seconds) for phase, seconds in result["seconds"].items()}
+    return found | {"trainable_parameters": float(result["trainable_parameters"])}
