@@ -41,6 +41,9 @@ PAPER = {
     "eva_dora": (1.0, 1.0, 1.0, 0.80, 1.0, 1.0, 1.0, 1.0, 0.63, 1.0),
 }
 
+PAPER_AT_RANK_8 = {"lora": 0.79, "eva": 0.85, "eva_dora": 0.91}
+"""Means over the ten tasks at our rank; the rows above have the best rank of each entry."""
+
 
 def beside(study: Study) -> str:
     """Two rows a method, ours with the interval of its mean; a column for each task that the study has."""
@@ -51,9 +54,10 @@ def beside(study: Study) -> str:
         scores = {task: found[task] for task in columns.values()}
         ours = [f"{np.mean(own):.2f}" for own in scores.values()]
         rows.append((method, "ours", *ours, study.estimate(scores)))
-        rows.append(
-            ("", "paper", *(f"{theirs[task]:.2f}" for task in columns), f"{np.mean([theirs[t] for t in columns]):.2f}")
-        )
+        mean = f"{np.mean([theirs[task] for task in columns]):.2f}"
+        if method in PAPER_AT_RANK_8 and len(columns) == len(TASKS):
+            mean += f"; at rank 8 {PAPER_AT_RANK_8[method]:.2f}"
+        rows.append(("", "paper", *(f"{theirs[task]:.2f}" for task in columns), mean))
     return markdown(["method", "", *columns, "mean"], rows)
 
 
