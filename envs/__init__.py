@@ -29,8 +29,8 @@ def find_task(task: str) -> tuple[Domain, str]:
         return domain, name
     if domain is not None and name in domain.splits:
         raise UserError(
-            f"'{task}' is a split of {len(domain.splits[name])} tasks where one task was expected; with -m, `python -m "
-            "eva_rl.finetune` runs each of them."
+            f"'{task}' is a split of {len(domain.splits[name])} tasks where one task was expected: finetune takes one on its "
+            "command line with -m, which runs each of them."
         )
     hint = _nearest(task) or f"The domains are {', '.join(sorted(domains()))}; minari/<id> is a dataset."
     raise UserError(f"There is no task '{task}'. {hint} `python -m eva_rl.tasks` lists all of them.")

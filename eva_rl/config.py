@@ -194,7 +194,7 @@ class FinetuneConfig:
     workers: int | None
     device: str
     run_dir: str | None
-    resume: bool
+    resume: bool | None
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ ConfigStore.instance().store(
         "hydra": {
             "output_subdir": None,
             "run": {"dir": "."},
-            "sweep": {"dir": "runs/grid", "subdir": "."},
+            "sweep": {"dir": "runs/multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "."},
             "job": {"chdir": False, "name": "${hydra.job.config_name}"},  # what a cluster calls its jobs
             "help": {"template": HELP},
         },
@@ -290,8 +290,8 @@ def entry_point(
                 with while_read():
                     return print(choices(group, name))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
-            if any(word in ("-m", "--multirun") or word.startswith("study=") for word in sys.argv[1:]):
-                sys.argv[1:] = _with_tasks_listed(sys.argv[1:], splits())
+            if in_grid := any(word.startswith(GRID) for word in sys.argv[1:]):
+                sys.argv[1:] = [_with_tasks_listed(word, splits()) for word in sys.argv[1:]]
             try:
                 with while_read():
                     hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
@@ -307,7 +307,9 @@ def entry_point(
                 kept = str(interruption)
                 if not kept and schema in (CollectConfig, PretrainConfig, FinetuneConfig):
                     kept = "Collected episodes are kept."
-                if "resume" in get_type_hints(schema):
+                if schema is FinetuneConfig and in_grid:
+                    kept += " The same command goes on, with resume=true if it has a run_dir."
+                elif "resume" in get_type_hints(schema):
                     kept += " A run continues with its run_dir and resume=true."
                 print(f"\nInterrupted. {kept}".rstrip(), file=sys.stderr)
                 sys.exit(130)
@@ -355,29 +357,39 @@ def parse(config: DictConfig, schema: type) -> Any:
     return built
 
 
-def _with_tasks_listed(words: Sequence[str], splits: Mapping[str, Sequence[str]]) -> list[str]:
-    """These words of the command line, with the tasks of a split in the place of its name."""
-    return [
-        "task=" + ",".join(",".join(splits.get(name, (name,))) for name in word.removeprefix("task=").split(","))
-        if word.startswith("task=")
-        else word
-        for word in words
-    ]
+GRID = ("-m", "--multi", "hydra.mode=MULTIRUN", "study=")
+"""What words of the command line that ask for a grid begin with."""
+
+
+def _with_tasks_listed(word: str, splits: Mapping[str, Sequence[str]]) -> str:
+    """A word of a grid's command line, with the tasks of a split in the place of its name."""
+    if not word.lstrip("+").startswith("task="):
+        return word
+    try:
+        given = OverridesParser.create().parse_override(word)
+        names = list(given.sweep_string_iterator()) if given.is_sweep_override() else [str(given.value())]
+    except HydraException:  # it is said when Hydra reads all words
+        return word
+    names = [name.strip("'\"") for name in names]
+    if splits.keys().isdisjoint(names):
+        return word
+    return f"{given.input_line.partition('=')[0]}={','.join(','.join(splits.get(name, (name,))) for name in names)}"
 
 
 def checked(config: Any) -> Any:
     """A config whose settings go together with each other and with what the command line names.
 
-    A grid's run that was given no folder gets one that its settings name, and goes on with what is there.
+    A fine-tuning run of a grid that was given no folder gets one that its settings name, and goes on with what is there.
 
     Raises:
         UserError: if they don't.
     """
-    if getattr(config, "resume", None) is not None and config.run_dir is None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            config = replace(config, run_dir=str(_folder_in_grid(config)), resume=True)
-        elif config.resume:
-            raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    if alone and getattr(config, "resume", False) and config.run_dir is None:
+        raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
+    if isinstance(config, FinetuneConfig) and config.run_dir is None and not alone:
+        goes_on = True if config.resume is None else config.resume
+        config = replace(config, run_dir=str(_folder_in_grid(config)), resume=goes_on)
     method = getattr(config, "adapter", None)
     if isinstance(method, AdapterSettings) and method.budget is not None:
         words = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
@@ -500,23 +512,22 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _folder_in_grid(config: PretrainConfig | FinetuneConfig) -> Path:
+def _folder_in_grid(config: FinetuneConfig) -> Path:
     """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result."""
-    settings, name = identity(config), f"pretrain-{config.seed}"
-    if isinstance(config, FinetuneConfig):
-        settings, name = protocol(config), f"{config.adapter.name}/{config.task}-{config.seed}"
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path(HydraConfig.get().sweep.dir, f"{name}-{digest[:8]}")
+    digest = hashlib.sha256(json.dumps(protocol(config), sort_keys=True).encode()).hexdigest()
+    return Path(HydraConfig.get().sweep.dir, config.adapter.name, f"{config.task}-{config.seed}-{digest[:8]}")
 
 
 def run_folder(run_dir: str | None) -> Path:
-    """Where a run writes: `run_dir`, or a dated folder under `runs/`, in a grid with the run's number."""
-    if run_dir is None:
-        dated = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-        grid = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-        return dated / str(HydraConfig.get().job.num) if grid else dated
+    """Where a run writes: `run_dir`, or a dated folder under `runs/` (in a multirun one for each job)."""
+    if run_dir is not None:
+        folder = Path(run_dir)
+    elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        folder = Path(HydraConfig.get().sweep.dir) / str(HydraConfig.get().job.num)
+    else:
+        folder = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     here = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd()
-    return Path(run_dir) if here == os.getcwd() else Path(here, run_dir)  # Ray's processes start elsewhere
+    return folder if here == os.getcwd() else Path(here, folder)  # Ray's processes start elsewhere
 
 
 def to_yaml(config: Any) -> str:

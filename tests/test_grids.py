@@ -67,20 +67,31 @@ def test_the_same_grid_again_goes_on_where_its_settings_say_and_another_begins_a
         status, out, err = run("finetune", *grid)
         assert status == 0, err
     assert out.count("finished earlier") == 2
+    status, _, err = run("finetune", *grid, "resume=false")
+    assert status == 1
+    assert err.count("of an earlier run: set resume=true") == 2
     assert run("finetune", *grid, "episodes=3")[0] == 0
     names = [path.parent.name for path in Path("runs/grid/lora/dummy").rglob("result.json")]
     assert sorted(name[:11] for name in names) == ["Steps-v0-0-"] * 2 + ["Steps-v0-1-"] * 2
 
 
-def test_a_grid_has_a_run_for_each_task_of_a_split(run, base):
+@pytest.mark.parametrize("task", ["task=dummy/all", f"++task='dummy/all', {TASK}", "task=choice('dummy/all')"])
+def test_a_grid_has_a_run_for_each_task_of_a_split(run, base, task):
     arguments = [f"base={base}", "adapter=none", "demonstrations=4", "episodes=0", *QUICK[2:-1]]
-    status, _, err = run("finetune", "-m", "task=dummy/all", *arguments)
+    status, _, err = run("finetune", "-m", task, *arguments)
     assert status == 0, err
     assert {result["task"] for result in finished(Path("runs/grid")).values()} == {TASK, "dummy/Broken-v0"}
     status, _, err = run("finetune", "task=dummy/all", *arguments)
     assert status == 1
     assert "'dummy/all' is a split of " in err
     assert "with -m" in err
+
+
+def test_a_grid_of_evaluations_has_a_numbered_folder_for_each(run, base):
+    grid = [f"task={TASK}", f"checkpoint={base}", "episodes=2", "workers=0", "seed=0,1", "hydra.sweep.dir=sweep"]
+    status, _, err = run("evaluate", "-m", *grid)
+    assert status == 0, err
+    assert set(finished(Path("sweep"))) == {"0", "1"}
 
 
 def test_a_finished_run_on_a_base_that_was_made_anew_is_not_taken_for_one_on_the_base_there_is(run, base):

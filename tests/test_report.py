@@ -36,8 +36,10 @@ def test_the_table_has_a_row_a_run(tmp_path):
 def test_the_table_names_what_tells_runs_apart(tmp_path, settings):
     write_run(tmp_path / "a", result())
     write_run(tmp_path / "b", result(settings=settings))
-    [name] = [key.rpartition(".")[2] for key in settings]
-    assert name in table(read_results([tmp_path])[0])
+    [name] = [key.removeprefix("adapter.eva.") for key in settings]
+    lines = table(read_results([tmp_path])[0]).splitlines()
+    place = 2 if "eva" in next(iter(settings)) else [cell.strip() for cell in lines[0].split("|")].index(name)
+    assert len({line.split("|")[place] for line in lines[2:]}) == 2
 
 
 WRONG = [
@@ -143,6 +145,21 @@ def test_the_zero_shot_scores_a_run_left_to_the_untrained_one_are_taken_from_the
     assert found["eva", "dummy/Steps-v0"] == estimate(0.3)
     assert found["eva", "dummy/Other-v0"] is None
     assert found["lora", "dummy/Steps-v0"] is None
+
+
+def test_runs_on_other_weights_of_a_base_lend_each_other_no_scores(tmp_path):
+    write_run(tmp_path / "none", result("none", success=0.3, before=0.3, base_sha256="a"))
+    write_run(tmp_path / "same", result("eva", before=None, base_sha256="a"))
+    write_run(tmp_path / "unsaid", result("lora", before=None))
+    write_run(tmp_path / "other", result("dora", before=None, base_sha256="b"))
+    write_run(tmp_path / "z", result("eva", before=None, base_sha256="b"))
+    results, [sentence] = read_results([tmp_path])
+    found = {r["adapter"]: r["zero_shot"]["success_rate"] for r in results}
+    assert found["eva"] == found["lora"] == estimate(0.3)
+    assert found["dora"] is None
+    assert (
+        sentence == f"{tmp_path / 'z'}: the same run as {tmp_path / 'same'}, but for the weights of its base, left out"
+    )
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

@@ -138,7 +138,7 @@ def document(
             + _unlike(study)
         )
         if study.amiss:
-            parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
+            parts.append("Left out or missing:\n\n" + "\n".join(f"- {sentence}" for sentence in study.amiss))
         parts += [method_table(study), task_table(study)]
         if len(study.methods) > 1:
             parts += [improvement_table(study), BOLD]

@@ -55,7 +55,8 @@ def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -
         raise UserError(f"'{path}' is the result of a run with {', '.join(changed[:4])}: set another run_dir.")
     if earlier.get("base_sha256", base_sha256) != base_sha256:
         raise UserError(
-            f"'{path}' is the result of a run on other weights of base={settings['base']}: set another run_dir."
+            f"'{path}' is the result of a run on other weights of base={settings['base']}: remove the folder, or set another "
+            "run_dir."
         )
     return earlier
 

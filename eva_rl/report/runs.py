@@ -59,13 +59,21 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
             if places.setdefault(key, run) == run:
                 results[key] = result
             else:
-                left_out.append(f"{run}: the same run as {places[key]}, left out")
+                other = "" if _one_base(result, results[key]) else ", but for the weights of its base"
+                left_out.append(f"{run}: the same run as {places[key]}{other}, left out")
     found = sorted(results.values(), key=lambda r: (*(str(r[name]) for name in FACTS), str(r["settings"])))
-    untrained = {_place(r): r["zero_shot"] for r in found if not r["trainable_parameters"]}
+    untrained = {_place(r): r for r in found if not r["trainable_parameters"]}
     for result in found:
-        if result["zero_shot"]["episode_return"] is None:
-            result["zero_shot"] = untrained.get(_place(result), result["zero_shot"])
+        other = untrained.get(_place(result))
+        if other and result["zero_shot"]["episode_return"] is None and _one_base(result, other):
+            result["zero_shot"] = other["zero_shot"]
     return found, left_out
+
+
+def _one_base(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs on a base of one name had, as far as they say, the same weights."""
+    own = result.get("base_sha256")
+    return own is None or other.get("base_sha256", own) == own
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
@@ -155,7 +163,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         own = (name, *facts, *(protocol.get(setting) for setting in further))
         place = name, *facts, in_words(protocol), r["task"], r["seed"]
         rows.append((place, (r["task"], *own, r["seed"], before, after, score, init, train)))
-    header = ["task", "method", "base", "episodes", "steps", "rate", *further, "seed"]
+    header = ["task", "method", "base", "demonstrations", "steps", "rate", *further, "seed"]
     header += ["zero-shot success", "success", "normalized", "init s", "train s"]
     return markdown(header, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
