@@ -6,6 +6,7 @@ from results import result
 
 from eva_rl.config import FinetuneConfig, choices, parse, protocol
 from eva_rl.report import Estimate
+from eva_rl.report.document import document
 from eva_rl.report.methods import area, improvement, method_table, steps_to, studies, task_table, told_apart, varied
 from eva_rl.report.plots import _spread, pareto_front, plots, to_png, varied_plot
 
@@ -373,6 +374,22 @@ def test_a_table_of_tasks_has_a_column_each():
     assert found["eva"] == ["0.50 [0.50, 0.50]", "0.75 [0.75, 0.75]", "0.625"]
 
 
+def test_values_of_a_number_are_compared_on_the_tasks_and_seeds_that_all_of_them_have():
+    results = [
+        result("eva", *cell, 0.1 * cell[1] + rank / 10, settings={"adapter.rank": rank})
+        for cell in CELLS
+        for rank in (2, 4)
+    ]
+    task, seed = CELLS[-1]
+    found = varied(studies(results[:-1]))  # without the last cell of rank 4
+    assert found.left_out == f"{task} seed {seed}"
+    means = [estimate.mean for _, estimate in found.lines["eva"]]
+    assert means == [pytest.approx((0.3 + 0.25) / 2), pytest.approx((0.5 + 0.45) / 2)]
+    assert f"has them: {task} seed {seed}." in document(results[:-1], studies(results[:-1]))
+    apart = [result("eva", "d/a", seed, settings={"adapter.rank": 2 + seed}) for seed in range(2)]
+    assert varied(studies(apart)) is None
+
+
 def test_a_pareto_front_holds_what_nothing_cheaper_reaches():
     points = {"none": (0, 0.1), "cheap": (10, 0.8), "worse": (20, 0.7), "equal": (30, 0.8), "dear": (40, 0.9)}
     assert pareto_front(points) == ["none", "cheap", "dear"]
@@ -392,5 +409,5 @@ def test_studies_that_differ_in_one_number_make_a_line_a_method():
         (4, pytest.approx(0.4)),
         (8, pytest.approx(0.8)),
     ]
-    assert varied(studies(results[:-1])) is None  # not all on the same tasks and seeds
+    assert found.left_out == ""
     assert varied(studies([*results, result(settings={"adapter.rank": 2, "base": "other"})])) is None

@@ -124,7 +124,10 @@ def document(
     """
     parts = []
     if found := varied(studies):
-        parts += [f"## {found.setting}", varied_table(found), *(["![varied](varied.png)"] if pictures else [])]
+        parts += [f"## {found.setting}", varied_table(found)]
+        if found.left_out:
+            parts.append(f"Left out here, as not every value of {found.setting} has them: {found.left_out}.")
+        parts += ["![varied](varied.png)"] if pictures else []
     for study, own in zip(studies, pictures or [()] * len(studies), strict=True):
         if not study.methods:
             left_out = [*left_out, *study.amiss]

@@ -238,26 +238,30 @@ class Varied:
     score: str
     lines: dict[str, list[tuple[float, Estimate]]]
     """Each method's mean score at every value, in order."""
+    left_out: str
+    """The tasks and seeds that not all values have; empty if all have the same."""
 
 
 def varied(studies: Sequence[Study]) -> Varied | None:
-    """The studies as values of the one numeric setting in which their protocols differ.
+    """The studies as values of the one numeric setting in which their protocols differ, on the tasks and seeds that all have.
 
-    None if they differ in something else too, or were not run on the same tasks and seeds.
+    None if they differ in something else too, or have no task and seed in common.
     """
     compared = [study for study in studies if study.methods]
     differs = differing([study.protocol for study in compared]) if len(compared) > 1 else []
     values = [study.protocol.get(name) for study in compared for name in differs]
     if len(differs) != 1 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return None
-    cells = {frozenset((r["task"], r["seed"]) for runs in s.methods.values() for r in runs) for s in compared}
-    if len(cells) > 1 or len({study.score for study in compared}) > 1:
+    cells = [{(r["task"], r["seed"]) for runs in study.methods.values() for r in runs} for study in compared]
+    shared, everywhere = set.intersection(*cells), set.union(*cells)
+    if not shared or len({study.score for study in compared}) > 1:
         return None
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for value, study in sorted(zip(values, compared, strict=True), key=lambda pair: pair[0]):
-        for name in study.methods:
-            lines.setdefault(name, []).append((value, study.estimate(study.scores(name))))
-    return Varied(differs[0], compared[0].score, lines)
+        for name, runs in study.methods.items():
+            own = replace(study, methods={name: [run for run in runs if (run["task"], run["seed"]) in shared]})
+            lines.setdefault(name, []).append((value, own.estimate(own.scores(name))))
+    return Varied(differs[0], compared[0].score, lines, _cells_in_words(everywhere - shared))
 
 
 def varied_table(found: Varied) -> str:
