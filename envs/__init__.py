@@ -53,5 +53,5 @@ def expand_tasks(task: str) -> tuple[str, ...]:
 
 
 def _nearest(task: str) -> str:
-    known = [f"{d.name}/{name}" for d in domains().values() for name in (*d.tasks, *d.splits)]
-    return did_you_mean(task, known)
+    known = [f"{d.name}/{name}" for d in domains().values() for name in d.tasks]
+    return did_you_mean(task, [*known, *splits()])

@@ -291,7 +291,7 @@ def entry_point(
                     return print(choices(group, name))
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
             if in_grid := any(word.startswith(GRID) for word in sys.argv[1:]):
-                sys.argv[1:] = [_with_tasks_listed(word, splits()) for word in sys.argv[1:]]
+                sys.argv[1:] = [_with_tasks_listed(word, splits) for word in sys.argv[1:]]
             try:
                 with while_read():
                     hydra.main(version_base="1.3", config_path=f"pkg://{folder}", config_name=name)(task)()
@@ -361,7 +361,7 @@ GRID = ("-m", "--multi", "hydra.mode=MULTIRUN", "study=")
 """What words of the command line that ask for a grid begin with."""
 
 
-def _with_tasks_listed(word: str, splits: Mapping[str, Sequence[str]]) -> str:
+def _with_tasks_listed(word: str, splits: Callable[[], Mapping[str, Sequence[str]]]) -> str:
     """A word of a grid's command line, with the tasks of a split in the place of its name."""
     if not word.lstrip("+").startswith("task="):
         return word
@@ -371,9 +371,10 @@ def _with_tasks_listed(word: str, splits: Mapping[str, Sequence[str]]) -> str:
     except HydraException:  # it is said when Hydra reads all words
         return word
     names = [name.strip("'\"") for name in names]
-    if splits.keys().isdisjoint(names):
+    known = splits()  # imports the domains, which other words do without
+    if known.keys().isdisjoint(names):
         return word
-    return f"{given.input_line.partition('=')[0]}={','.join(','.join(splits.get(name, (name,))) for name in names)}"
+    return f"{given.input_line.partition('=')[0]}={','.join(','.join(known.get(name, (name,))) for name in names)}"
 
 
 def checked(config: Any) -> Any:
@@ -388,8 +389,7 @@ def checked(config: Any) -> Any:
     if alone and getattr(config, "resume", False) and config.run_dir is None:
         raise UserError("resume=true was given without run_dir=..., the folder of the run to go on with.")
     if isinstance(config, FinetuneConfig) and config.run_dir is None and not alone:
-        goes_on = True if config.resume is None else config.resume
-        config = replace(config, run_dir=str(_folder_in_grid(config)), resume=goes_on)
+        config = replace(config, run_dir=str(_folder_in_grid(config)), resume=config.resume is not False)
     method = getattr(config, "adapter", None)
     if isinstance(method, AdapterSettings) and method.budget is not None:
         words = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
