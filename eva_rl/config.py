@@ -300,7 +300,7 @@ def entry_point(
                     raise
                 sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, schema)}")
             except Exception as error:
-                if not (said := mistake(error, schema)):
+                if not (said := mistake(error, schema) or _of_plugin(error)):
                     raise
                 sys.exit(f"error: {said}")
             except KeyboardInterrupt as interruption:
@@ -462,6 +462,16 @@ def mistake(error: Exception, schema: type) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"A config can't be read ({in_one_line(error)}): mend it."
     return refused_path(error)
+
+
+def _of_plugin(error: Exception) -> str:
+    """One sentence for what a launcher of Hydra's could not do, such as reach its cluster; empty for any other error.
+
+    The runs it launches say themselves what they failed of, and end in a `UserError`: what else leaves a launcher is its own.
+    """
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    name = next((module.split(".")[1] for module in modules if module.startswith("hydra_plugins.")), None)
+    return f"Hydra's plugin {name} failed ({type(error).__name__}: {in_one_line(error)})." if name else ""
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -247,6 +247,19 @@ def test_a_launcher_runs_a_grid_in_several_processes(tmp_path):
     assert set(finished(tmp_path)) == {"none-0", "lora-0"}
 
 
+def test_a_launcher_that_gives_up_says_so_in_one_sentence(run, base, monkeypatch):
+    core = pytest.importorskip("hydra_plugins.hydra_joblib_launcher._core")
+
+    def unreachable(*_, **__):
+        raise RuntimeError("sbatch: error:\nno controller")
+
+    monkeypatch.setattr(core, "Parallel", unreachable)
+    status, _, err = run("finetune", "-m", f"task={TASK}", f"base={base}", "seed=0,1", *QUICK, "hydra/launcher=joblib")
+    assert status == 1
+    assert "Traceback" not in err
+    assert "error: Hydra's plugin hydra_joblib_launcher failed (RuntimeError: sbatch: error: no controller)." in err
+
+
 @pytest.mark.slow
 def test_two_launchers_on_one_folder_share_the_work(tmp_path):
     grids = [launch(tmp_path / "grid") for _ in range(2)]

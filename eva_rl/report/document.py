@@ -84,10 +84,13 @@ def _curves(study: Study) -> str:
 
 
 def _unlike(study: Study) -> str:
-    """A sentence for all in which runs differ that no setting says: precision, the base's weights, versions of software."""
+    """A sentence for all in which runs differ that no setting says: device, precision, the base's weights, versions."""
     runs = [run for own in study.methods.values() for run in own]
     names = sorted({name for run in runs for name in run["versions"]})
-    kinds = {"precision": [_precision(run) for run in runs]}
+    kinds = {
+        "device": [run["device"] for run in runs if "device" in run],
+        "precision": [_precision(run) for run in runs],
+    }
     kinds["SHA-256 of the base's weights"] = [run["base_sha256"][:12] for run in runs if "base_sha256" in run]
     kinds |= {f"version of {name}": [r["versions"][name] for r in runs if name in r["versions"]] for name in names}
     found = ""
