@@ -257,8 +257,8 @@ def entry_point(
 
     splits: the tasks that a word after `task=` stands for in a grid, each a run of its own.
 
-    A `UserError`, a misspelt key or a wrong value ends the process with one sentence on stderr and status 1; Ctrl-C with
-    130. Anything else is a bug and keeps its traceback.
+    A `UserError`, a misspelt key, a wrong value or a launcher that fails ends the process with one sentence on stderr and
+    status 1; Ctrl-C with 130. Anything else is a bug and keeps its traceback.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:

@@ -310,6 +310,7 @@ def test_runs_that_were_not_made_alike_are_compared_and_counted():
     assert "the version of torch: 2 (2), 3 (2)." in sentence([{}, {"versions": {"torch": "3"}}])
     assert "differ" not in sentence([{}, {"versions": {"torch": "2", "box2d": "1"}}])
     assert "Runs differ in the device: cpu (2), cuda (2)." in sentence([{"device": "cpu"}, {"device": "cuda"}])
+    assert "Runs differ in the device: cpu (2), not stated (2)." in sentence([{}, {"device": "cpu"}])
     bases = [{"base_sha256": letter * 64} for letter in "ab"]
     assert f"the SHA-256 of the base's weights: {'a' * 12} (2), {'b' * 12} (2)." in sentence([{}, *bases])
 

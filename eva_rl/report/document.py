@@ -88,7 +88,7 @@ def _unlike(study: Study) -> str:
     runs = [run for own in study.methods.values() for run in own]
     names = sorted({name for run in runs for name in run["versions"]})
     kinds = {
-        "device": [run["device"] for run in runs if "device" in run],
+        "device": [run.get("device", "not stated") for run in runs],
         "precision": [_precision(run) for run in runs],
     }
     kinds["SHA-256 of the base's weights"] = [run["base_sha256"][:12] for run in runs if "base_sha256" in run]
