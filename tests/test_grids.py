@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -170,14 +171,17 @@ STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / 
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_run_of_a_shipped_study_can_be_composed_and_has_a_folder_of_its_own(study):
+def test_every_value_of_a_shipped_study_can_be_composed_and_has_a_folder_of_its_own(study):
+    """The first run, and all that differ from it in one setting."""
     with initialize_config_module("eva_rl.configs", version_base="1.3"):
         params = compose("finetune", [f"study={study}"], return_hydra_config=True).hydra.sweeper.params
-        first = {"seed": 1, "task": 2, "adapter": 6}  # of each; the others whole
-        words = [f"{k}={','.join(v.split(',')[: first[k]]) if k in first else v}" for k, v in params.items()]
-        words[0] = "seed=0,1"
-        [cells] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
-        configs = [parse(compose("finetune", [f"study={study}", *cell]), FinetuneConfig) for cell in cells]
+        words = [f"{name}={values}" for name, values in params.items()]
+        axes = [
+            BasicSweeper.split_arguments([word], None)[0] for word in OverridesParser.create().parse_overrides(words)
+        ]
+        first = [axis[0] for axis in axes]
+        cells = [first, *([*first[:i], value, *first[i + 1 :]] for i, axis in enumerate(axes) for value in axis[1:])]
+        configs = [parse(compose("finetune", [f"study={study}", *chain(*cell)]), FinetuneConfig) for cell in cells]
     assert len(configs) > 2
     assert len({config.run_dir for config in configs}) == len(configs)
     assert all(Path(config.run_dir).parts[:3] == ("benchmarks", "results", study) for config in configs)
