@@ -60,9 +60,9 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The fields of `eva_rl.training.TrainingConfig`; a learning rate of None is the adapter's own."""
+    """The fields of `eva_rl.training.TrainingConfig`; a learning rate or batch size of None is the adapter's own."""
 
-    batch_size: int
+    batch_size: int | None
     learning_rate: float | None
     final_learning_rate: float
     warmup: int
@@ -81,7 +81,9 @@ class PretrainConfig:
     weights: dict[str, float] | None
     temperature: float
     demonstrations: int
+    labels: str
     std_floor: float
+    tokens: dict[str, Any] | None
     model: ModelSettings
     training: TrainingSettings
     steps: int
@@ -135,8 +137,19 @@ class AdapterSettings:
     config: dict[str, Any] | None
     """The peft config and its `_target_`."""
     eva: EvaOptions | None
+    steps: int
+    """Optimiser steps, where the run does not say."""
+    batch_size: int
+    """Windows in a batch, where the run does not say."""
+    network: str
+    """`base`, with the weights it was pretrained to; `fresh`, the same with fresh weights; `mlp`, a perceptron."""
 
     def __post_init__(self) -> None:
+        if self.network not in ("base", "fresh", "mlp") or (self.network != "base" and self.trainable != "all"):
+            raise UserError(
+                f"adapter.network={self.network} was given with adapter.trainable={self.trainable} where base was expected, or fresh "
+                "or mlp with all weights trainable."
+            )
         if self.trainable not in ("adapter", "interface", "all", "none"):
             raise UserError(
                 f"adapter.trainable={self.trainable} was given where adapter, interface, all or none was expected."
@@ -185,7 +198,7 @@ class FinetuneConfig:
     base: str
     adapter: AdapterSettings
     training: TrainingSettings
-    steps: int
+    steps: int | None
     seed: int
     episodes: int
     zero_shot: bool
@@ -195,6 +208,13 @@ class FinetuneConfig:
     device: str
     run_dir: str | None
     resume: bool | None
+
+    def __post_init__(self) -> None:
+        """What is left to the method is the method's own."""
+        if self.steps is None:
+            object.__setattr__(self, "steps", self.adapter.steps)
+        if self.training.batch_size is None:
+            object.__setattr__(self, "training", replace(self.training, batch_size=self.adapter.batch_size))
 
 
 @dataclass(frozen=True)

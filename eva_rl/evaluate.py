@@ -1,6 +1,5 @@
 """A checkpoint, with or without an adapter, in a task or a split: `python -m eva_rl.evaluate checkpoint=... task=...`."""
 
-from functools import partial
 from pathlib import Path
 
 from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
@@ -12,7 +11,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import Decoder, find_adapter, load_base, load_base_of, load_notes
+    from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_of
     from eva_rl.report import (
         SCORES,
         Stopwatch,
@@ -79,7 +78,7 @@ def main(config: EvaluateConfig) -> None:
         try:
             for interface in dict.fromkeys(interface_of.values()):
                 numbers, ended = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface], {}
-                own, policy = [jobs[i] for i in numbers], partial(Decoder, model, interface)
+                own, policy = [jobs[i] for i in numbers], policy_of(model, interface)
                 try:
                     rollout(policy, model.interfaces[interface], own, simulators, device, config.task, ended)
                 finally:
@@ -105,7 +104,7 @@ def main(config: EvaluateConfig) -> None:
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
             interface = interface_of[job.task]
             with autocast(config.precision, device):
-                frames = film(partial(Decoder, model, interface), model.interfaces[interface], job, device)
+                frames = film(policy_of(model, interface), model.interfaces[interface], job, device)
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if stopped is not None:
         kept = f"The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'."

@@ -40,10 +40,11 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     import torch
 
     from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
+    from eva_rl.baselines import untrained
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import NOTES, AdapterNotes, Decoder, base_name, load_base, save_base
+    from eva_rl.model import NOTES, AdapterNotes, base_name, load_base, policy_of, save_base
     from eva_rl.report import (
         Stopwatch,
         TensorBoard,
@@ -56,7 +57,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         to_json,
         to_scalars,
     )
-    from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout
+    from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout, warn_if_far
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import (
         Processes,
@@ -111,18 +112,22 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     torch.manual_seed(config.seed)
     model, statistics = base.model, trajectories.statistics()
     interface = interface_of(source.interface, [trajectories])
-    fresh_modules = model.connect(interface, f"The dataset '{dataset_id}'")
+    if method.network == "base":
+        fresh_modules, known_tasks = model.connect(interface, f"The dataset '{dataset_id}'"), base.tasks
+    else:
+        model, known_tasks = untrained(method.network, model.config, source.interface, trajectories).to(device), {}
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
-    token_mask = partial(model.token_mask, kind=model.config.check_token(tokens))
     total_parameters = sum(p.numel() for p in model.parameters())
     peft_config = None
     if method.config is not None:
+        model.check_token(tokens, interface.name)
         peft_config = within_budget(
             model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes
         )
 
     # The base as it is.
     [target_return] = target.returns(config.task, statistics)
+    warn_if_far(target_return, config.task, statistics)
     if seeds:
         check_spaces(source.make_env, model.interfaces[interface.name])
 
@@ -132,11 +137,11 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
             episodes = rollout(
-                partial(Decoder, policy, interface.name), policy.interfaces[interface.name], jobs, simulators, device
+                policy_of(policy, interface.name), policy.interfaces[interface.name], jobs, simulators, device
             )
         return scores(episodes, source.score_scale)
 
-    zero_shot = play(model if config.zero_shot or method.trainable == "none" else None)
+    zero_shot = play(model if method.trainable == "none" or (config.zero_shot and method.network == "base") else None)
 
     # Frozen base + batches -> adapter with initialised weights.
     adapter = None
@@ -146,6 +151,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             model.get_submodule(name).requires_grad_()
     if peft_config is not None:
         with clock("init"):
+            token_mask = partial(model.token_mask, kind=tokens)
             batches = (sampler.batch(n).to(device) for n in count())
             adapter = attach(
                 model,
@@ -218,7 +224,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             notes = AdapterNotes(base_name(config.base), base.sha256, config.task, own, statistics)
             save_adapter(adapter, run_dir / "adapter", notes.base, {NOTES: asdict(notes)})
         elif facts["trainable_parameters"]:
-            save_base(run_dir / "model", model, base.tasks | {config.task: statistics})
+            save_base(run_dir / "model", model, known_tasks | {config.task: statistics})
         policy = adapter.merged() if adapter else model
         tuned = play(policy) if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))
@@ -227,7 +233,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if config.video and seeds:
             job = Job(config.task, source.make_env, seeds[0], target_return)
             with autocast(training.precision, device):
-                frames = film(partial(Decoder, policy, interface.name), policy.interfaces[interface.name], job, device)
+                frames = film(policy_of(policy, interface.name), policy.interfaces[interface.name], job, device)
             save_film(run_dir, tensorboard, config.steps, config.task, job.seed, frames)
     print(f"tensorboard --logdir {run_dir}")
 

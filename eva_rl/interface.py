@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,6 +40,8 @@ class Interface:
     """What an observation consists of; by default one vector."""
     choices: tuple[int, ...] = ()
     """The choices of each component of a discrete action; by default `action_size` of one."""
+    tokens: tuple[str, ...] = ()
+    """Those of the model's tokens that it reads, in the model's order; by default all."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -93,6 +95,9 @@ class TaskStatistics:
     """Share of the episodes that solved the task; None where the dataset does not say."""
     return_deciles: tuple[float, ...] = ()
     """(11,) the quantiles 0, 0.1, ..., 1 of the episodes' returns."""
+    return_typical: float | None = None
+    """The median return of the successful episodes, of all where success is unknown; None where none succeeded, or where the
+    checkpoint is older than this."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Batch:
     rewards: Tensor  # (B, T) float32
     mask: Tensor  # (B, T) bool: True where the step is real
     interface: str
+    labels: Tensor | None = None  # as actions: what is to be predicted, where that is not the action that was taken
 
     @property
     def parts(self) -> tuple[Batch, ...]:
@@ -127,8 +133,8 @@ class Batch:
         return self._mapped(lambda value: value[index::count])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: change(value) for name, value in vars(self).items() if name != "interface"}
-        return Batch(**tensors, interface=self.interface)
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

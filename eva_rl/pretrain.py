@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         interface_of,
         load_dataset,
     )
-    from eva_rl.errors import UserError
+    from eva_rl.errors import UserError, did_you_mean
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
     from eva_rl.report import TensorBoard, versions
@@ -49,6 +49,11 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))
     check_shares(training_config, group)
+    if config.labels not in ("actions", "expert"):
+        raise UserError(f"labels={config.labels} was given where actions or expert was expected.")
+    for name in config.tokens or ():
+        if name not in (known := {source.interface for source in sources}):
+            raise UserError(f"tokens names the interface '{name}', which these tasks lack. {did_you_mean(name, known)}")
     device = choose_device(config.device) if group.state is None else group.state.device
     run_dir = run_folder(config.run_dir)
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
@@ -67,14 +72,20 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     # Trajectories -> an interface for each family of tasks, and windows of all of them.
     with group.first_alone():
         ids = datasets(sources, config.demonstrations, config.seed)
-        trajectories = [load_dataset(id, source.task) for id, source in zip(ids, sources, strict=True)]
+        trajectories = [
+            load_dataset(id, source.task, expert_labels=config.labels == "expert")
+            for id, source in zip(ids, sources, strict=True)
+        ]
     families, domains, sizes = {}, {}, {}
     for source, own in zip(sources, trajectories, strict=True):
         families.setdefault(source.interface, []).append(own)
         domains[source.interface] = domain_of(source)
         sizes[domain_of(source)] = sizes.get(domain_of(source), 0) + len(own.rewards)
     floor = {name: [config.std_floor] if len(own) > 1 else [] for name, own in families.items()}
-    interfaces = [interface_of(name, own, *floor[name]) for name, own in families.items()]
+    interfaces = [
+        replace(interface_of(name, own, *floor[name]), tokens=tuple((config.tokens or {}).get(name, ())))
+        for name, own in families.items()
+    ]
     windows = {
         name: WindowSampler(own, name, model_config.context, training_config.batch_size, config.seed)
         for name, own in families.items()

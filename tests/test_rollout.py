@@ -24,7 +24,7 @@ from tqdm import tqdm
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
-from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, warn_if_far
 from eva_rl.rollout.simulators import Board, LocalSimulator
 
 module = importlib.import_module("eva_rl.rollout.rollout")  # the package has a function of that name
@@ -52,7 +52,7 @@ class Stub:
         self.rule, self.seen = rule, []
 
     def act(self, history: Batch, step: Tensor) -> Tensor:
-        copies = {k: v if k == "interface" else v.clone() for k, v in vars(history).items()}
+        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(history).items()}
         self.seen.append((Batch(**copies), step.clone()))
         return self.rule(history, step)
 
@@ -232,6 +232,27 @@ def test_the_episodes_of_a_simulator_that_is_killed_are_run_again(tmp_path):
 def test_a_sweep_asks_once_where_all_returns_are_equal():
     assert TargetReturn("sweep").returns("toy", TaskStatistics(3, 500.0, 500.0, None)) == [500.0]
     assert len(TargetReturn("sweep").returns("toy", TaskStatistics(3, 500.0, 400.0, None))) > 3
+
+
+def test_by_default_the_median_return_of_the_successes_is_asked_for():
+    known = TaskStatistics(5, 900.0, 500.0, 0.6, tuple(float(100 * i) for i in range(11)), return_typical=450.0)
+    assert TargetReturn().returns("toy", known) == TargetReturn("auto").returns("toy", known) == [450.0]
+    assert TargetReturn("max").returns("toy", known) == [900.0]
+    assert TargetReturn("q0.2").returns("toy", known) == [200.0]
+    assert TargetReturn("7").returns("toy", known) == [7.0]
+
+
+def test_without_a_success_and_in_old_checkpoints_the_best_return_is_asked_for():
+    assert TargetReturn().returns("toy", TaskStatistics(3, 500.0, 400.0, 0.0)) == [500.0]
+
+
+@pytest.mark.parametrize(("target", "far"), [(150.0, False), (240.0, False), (260.0, True), (40.0, True), (-1e6, True)])
+def test_a_return_that_no_trajectory_comes_near_is_warned_about(target, far):
+    known = TaskStatistics(2, 200.0, 150.0, None, tuple(100.0 + 10 * i for i in range(11)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_if_far(target, "toy", known)
+    assert [f"target_return={target:g}" in str(w.message) for w in caught] == [True] * far
 
 
 def test_more_simulators_than_cores_are_warned_about():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from eva_rl.data import Trajectories, interface_of, pack, returns_to_go
+from eva_rl.data import Recipe, Trajectories, WindowSampler, collect, interface_of, load_dataset, pack, returns_to_go
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
+from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.spaces import Part
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -316,3 +318,40 @@ def test_a_batch_moves_all_its_tensors_and_keeps_its_interface():
     moved = Batch(**tensors, interface="arm").to("meta")
     assert moved.interface == "arm"
     assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
+
+
+def test_the_typical_return_is_that_of_a_success(make_dataset):
+    make_dataset(episodes=5)
+    known = load_dataset("dummy/random-v0", "dummy")
+    solved = torch.tensor([False, True, False, False, True])
+    assert replace(known, successes=solved).statistics().return_typical in known.episode_returns[solved].tolist()
+    assert replace(known, successes=~solved & False).statistics().return_typical is None
+    assert replace(known, successes=None).statistics().return_typical == float(known.episode_returns.median())
+
+
+def test_what_the_expert_meant_is_learned_and_what_was_done_is_seen(dummy_domain):
+    collect([Recipe("dummy/Steps-v0", 4, (0.5,))])
+    dataset_id = Recipe("dummy/Steps-v0", 4, (0.5,)).dataset_id
+    plain, meant = (load_dataset(dataset_id, "dummy/Steps-v0", expert_labels=e) for e in (False, True))
+    assert plain.labels is None
+    assert torch.equal(plain.actions, meant.actions)
+    assert torch.equal(meant.labels, torch.tensor([[0.5, 2.0]]).expand(len(meant.actions), 2))
+    assert not torch.equal(meant.labels, meant.actions)
+    batch = WindowSampler([meant], "arm", 3, 8, 0).batch(0)
+    assert (batch.labels[batch.mask] == torch.tensor([0.5, 2.0])).all()
+    assert (batch.labels[~batch.mask] == 0).all()
+    interface = interface_of("arm", [meant])
+    model = DecisionTransformer(ModelConfig(1, 1, 8, 3), [interface]).eval()
+    predicted = model(batch)
+    errors = (predicted - model.embedders["arm"].normalize_actions(batch.labels)).square().mean(-1)[batch.mask]
+    torch.testing.assert_close(model.loss(batch), errors.mean())
+
+
+def test_labels_that_do_not_fit_the_actions_are_refused():
+    space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    episode = {"observations": np.zeros((3, 2)), "actions": np.zeros((3, 2)), "rewards": np.zeros(3), "success": None}
+    for labels in (np.zeros((2, 2)), np.full((3, 2), np.nan)):
+        with pytest.raises(UserError, match=r"Episode 0 of the dataset of 'toy' has . actions of the expert"):
+            pack("toy", [episode | {"labels": labels}], space, space)
+    with pytest.raises(UserError, match="say what the expert meant and others don't"):
+        pack("toy", [episode | {"labels": np.zeros((3, 2))}, episode], space, space)

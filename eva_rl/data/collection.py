@@ -31,6 +31,9 @@ from eva_rl.errors import UserError
 from eva_rl.files import make_folder, replacing
 from eva_rl.seeding import episode_rng, episode_seed
 
+EXPERT_ACTION = "expert_action"
+"""What the expert would have done, without the noise: an entry of every step's info in a collected dataset."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -154,9 +157,10 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
     observation, info = env.reset(seed=episode_seed("collect", recipe.task, recipe.seed, episode))
     expert = domain.expert(name, env)
     observations, successes = [observation], [info.get("success", np.nan)]
-    actions, rewards, terminations, truncations = [], [], [], []
+    intended, actions, rewards, terminations, truncations = [], [], [], [], []
     while not actions or not (terminations[-1] or truncations[-1]):
-        action = _perturbed(expert(observation), noise, env.action_space, rng)
+        intended.append(np.asarray(expert(observation), env.action_space.dtype))
+        action = _perturbed(intended[-1], noise, env.action_space, rng)
         observation, reward, terminated, truncated, info = env.step(action)
         observations.append(observation)
         actions.append(action)
@@ -169,6 +173,7 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
             file,
             **_columns(env.observation_space, observations),  # (T + 1, ...)
             actions=np.stack(actions),  # (T, ...)
+            expert_actions=np.stack(intended),  # (T, ...) before the noise
             rewards=np.array(rewards),  # (T,)
             terminations=np.array(terminations),
             truncations=np.array(truncations),
@@ -219,12 +224,16 @@ def _assemble(recipe: Recipe) -> None:
             fields = dict(arrays)
         successes = fields.pop("success")
         says = not np.isnan(successes).any()
+        infos = {"success": successes} if says else {}
+        intended = fields.pop("expert_actions", None)  # files of earlier versions have none
+        if intended is not None:  # none follows the last observation; Minari wants as many infos as observations
+            infos[EXPERT_ACTION] = np.concatenate([intended, intended[-1:]])
         buffers.append(
             EpisodeBuffer(
                 id=episode,
                 seed=episode_seed("collect", recipe.task, recipe.seed, episode),
                 observations=_joined(env.observation_space, fields),
-                infos={"success": successes} if says else None,
+                infos=infos or None,
                 **{name: values for name, values in fields.items() if not name.startswith("observations")},
             )
         )
@@ -253,7 +262,7 @@ def _assemble(recipe: Recipe) -> None:
                     "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
                     "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
                     "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers]))
-                    if all(b.infos for b in buffers)
+                    if all("success" in (b.infos or {}) for b in buffers)
                     else None,
                     "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
                     "eva_rl_version": eva_rl.__version__,

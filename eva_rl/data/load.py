@@ -12,7 +12,7 @@ import minari
 import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from eva_rl.data.collection import datasets_root
+from eva_rl.data.collection import EXPERT_ACTION, datasets_root
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError, did_you_mean, in_one_line
@@ -24,11 +24,15 @@ IN_MEMORY = 256 * 2**20
 """Bytes of a task's observations that are read into memory."""
 
 
-def load_dataset(dataset_id: str, task: str, demonstrations: int | None = None) -> Trajectories:
+def load_dataset(
+    dataset_id: str, task: str, demonstrations: int | None = None, expert_labels: bool = False
+) -> Trajectories:
     """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
 
     Only the first `demonstrations` of them, where that is given. Those whose observations take more than `IN_MEMORY` bytes
     are packed on disk, once, and mapped into memory.
+
+    expert_labels: what is to be predicted is what the expert would have done without the noise, where the dataset says.
 
     Raises:
         UserError: if it is neither here nor to be had, is damaged, or has spaces that no model here can take.
@@ -46,15 +50,18 @@ def load_dataset(dataset_id: str, task: str, demonstrations: int | None = None) 
     except UserError as error:
         raise UserError(f"The dataset '{dataset_id}' can't be used: {error}") from error
     row = sum(part.size for part in parts) * np.dtype(dtype_of(parts)).itemsize
-    episodes = _episodes(dataset, dataset_id, count)
+    episodes = _episodes(dataset, dataset_id, count, expert_labels)
     if row * dataset.total_steps * count / dataset.total_episodes <= IN_MEMORY:
         return pack(task, episodes, *spaces)
     data = datasets_root() / dataset_id / "data"
+    kind = "-expert" if expert_labels else ""
     stamp = {"episodes": count, **{f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(data.iterdir())}}
-    return pack_on_disk(datasets_root() / ".packed" / f"{dataset_id}-{count}", stamp, task, episodes, *spaces)
+    return pack_on_disk(datasets_root() / ".packed" / f"{dataset_id}-{count}{kind}", stamp, task, episodes, *spaces)
 
 
-def _episodes(dataset: minari.MinariDataset, dataset_id: str, count: int) -> Iterator[dict[str, Any]]:
+def _episodes(
+    dataset: minari.MinariDataset, dataset_id: str, count: int, expert_labels: bool
+) -> Iterator[dict[str, Any]]:
     """The first episodes, one after the other, as `pack` takes them."""
     try:
         for episode in dataset.iterate_episodes(range(count)):
@@ -63,9 +70,16 @@ def _episodes(dataset: minari.MinariDataset, dataset_id: str, count: int) -> Ite
                 "actions": episode.actions,
                 "rewards": episode.rewards,
                 "success": (episode.infos or {}).get("success"),
+                "labels": _labels(episode) if expert_labels else None,
             }
     except UNREADABLE as error:
         raise _damaged(dataset_id, error) from error
+
+
+def _labels(episode: minari.EpisodeData) -> np.ndarray | None:
+    """What the expert would have done in each step (T, ...); None where the episode does not say."""
+    intended = (episode.infos or {}).get(EXPERT_ACTION)
+    return None if intended is None else np.asarray(intended)[: len(episode.rewards)]
 
 
 def environment_of(dataset_id: str, render_mode: str | None = None) -> gym.Env:

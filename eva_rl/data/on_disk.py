@@ -14,6 +14,9 @@ from eva_rl.data.trajectories import Trajectories, checked, joined_up
 from eva_rl.files import replacing
 from eva_rl.spaces import dtype_of, parts_of
 
+COLUMNS = ("actions", "rewards", "returns_to_go", "labels")
+"""What is kept of each step beside its observation; labels where the dataset has them."""
+
 
 def pack_on_disk(
     folder: Path,
@@ -37,7 +40,7 @@ def pack_on_disk(
             _write(temporary, checked(task, episodes, observation_space, action_space))
             (temporary / "stamp.json").write_text(json.dumps(stamp))
     with np.load(folder / "columns.npz", allow_pickle=False) as arrays:
-        joined = {name: arrays[name] for name in ("actions", "rewards", "returns_to_go")}
+        joined = {name: arrays[name] for name in COLUMNS if name in arrays}
         columns = {
             "rewards": np.split(joined["rewards"], np.cumsum(arrays["lengths"])[:-1]),
             "success": [None if solved < 0 else np.array([solved]) for solved in arrays["solved"]],
@@ -50,14 +53,14 @@ def pack_on_disk(
 
 
 def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
-    columns: dict[str, list[np.ndarray]] = {"actions": [], "rewards": [], "returns_to_go": []}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     solved = []  # -1: the dataset does not say
     with (folder / "observations.bin").open("wb") as file:
         for episode in episodes:
             file.write(np.ascontiguousarray(episode["observations"]).data)
             for name, parts in columns.items():
-                parts.append(episode[name])
+                parts.extend([episode[name]] if name in episode else [])
             solved.append(-1 if episode["success"] is None else int(episode["success"].max() > 0))
     lengths = [len(part) for part in columns["rewards"]]
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)

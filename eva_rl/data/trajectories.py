@@ -29,6 +29,7 @@ class Trajectories:
     observation_space: gym.Space
     action_space: gym.Space
     successes: Tensor | None = None  # (E,) bool
+    labels: Tensor | None = None  # as actions: what a model is to predict, where that is not the action that was taken
 
     @property
     def lengths(self) -> Tensor:
@@ -44,10 +45,16 @@ class Trajectories:
             return_max=float(self.episode_returns.max()),
             return_mean=float(self.episode_returns.mean()),
             success_rate=None if self.successes is None else float(self.successes.float().mean()),
+            return_typical=self._typical_return(),
             return_deciles=tuple(
                 torch.quantile(self.episode_returns.double(), torch.linspace(0, 1, 11).double()).tolist()
             ),
         )
+
+    def _typical_return(self) -> float | None:
+        """The median of the successful episodes' returns, of all where success is unknown; None where none succeeded."""
+        returns = self.episode_returns if self.successes is None else self.episode_returns[self.successes]
+        return float(returns.median()) if len(returns) else None
 
 
 def returns_to_go(rewards: np.ndarray) -> np.ndarray:
@@ -69,6 +76,10 @@ def pack(
     for episode in checked(task, episodes, observation_space, action_space):
         for name, values in episode.items():
             columns.setdefault(name, []).append(values)
+    if len(columns.get("labels", ())) not in (0, len(columns["rewards"])):
+        raise UserError(
+            f"Some episodes of the dataset of '{task}' say what the expert meant and others don't: collect it again."
+        )
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if name != "success"}
     return joined_up(task, joined, columns, observation_space, action_space)
 
@@ -124,20 +135,33 @@ def checked(
             observations = flatten(observation_space, episode["observations"])[:length]
         except UserError as error:
             raise UserError(f"Episode {number} of the dataset of '{task}': {error}.") from error
-        actions = (
-            actions.astype(np.int64) - action_space.start if choices else actions.astype(np.float32).reshape(length, -1)
-        )
+        actions = _as_kept(actions, action_space)
         if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
             raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
-        yield {
+        columns = {
             "observations": observations,
             "actions": actions,
             "rewards": rewards,
             "returns_to_go": returns_to_go(rewards),
             "success": None if episode.get("success") is None else np.asarray(episode["success"]),
         }
+        if episode.get("labels") is not None:
+            columns["labels"] = _as_kept(np.asarray(episode["labels"]), action_space)
+            if columns["labels"].shape != actions.shape or not np.isfinite(columns["labels"]).all():
+                raise UserError(
+                    f"Episode {number} of the dataset of '{task}' has {len(columns['labels'])} actions of the expert, where one finite "
+                    f"action for each of its {length} steps was expected: collect it again."
+                )
+        yield columns
     if number < 0:
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
+
+
+def _as_kept(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """Actions (T, ...) as choices counted from 0, or as flat float32."""
+    if action_choices(space):
+        return actions.astype(np.int64) - space.start
+    return actions.astype(np.float32).reshape(len(actions), -1)
 
 
 def _members(space: gym.Space) -> list[tuple[Any, gym.Space]]:

@@ -31,6 +31,8 @@ class WindowSampler:
         else:  # mapped from disk, see `load_dataset`: each task stays where it is
             self.observations = [t.observations for t in trajectories]
         self.actions = torch.cat([t.actions for t in trajectories])
+        labels = [t.actions if t.labels is None else t.labels for t in trajectories]
+        self.labels = None if all(t.labels is None for t in trajectories) else torch.cat(labels)
         self.rewards = torch.cat([t.rewards for t in trajectories])
         self.returns_to_go = torch.cat([t.returns_to_go for t in trajectories])
         offsets = np.cumsum([0, *(len(t.rewards) for t in trajectories)])
@@ -73,6 +75,7 @@ class WindowSampler:
             rewards=masked(self.rewards[rows]),
             mask=mask,
             interface=self.interface,
+            labels=None if self.labels is None else masked(self.labels[rows]),
         )
 
     def _observations(self, rows: Tensor) -> Tensor:

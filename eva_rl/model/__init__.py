@@ -12,14 +12,18 @@ from eva_rl.model.checkpoint import (
     load_notes,
     save_base,
 )
+from eva_rl.model.cloning import CloningConfig, CloningMLP
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.model.decoder import Decoder
+from eva_rl.model.policies import policy_of
 
 __all__ = [
     "NOTES",
     "TRUNK_LAYERS",
     "AdapterNotes",
     "Base",
+    "CloningConfig",
+    "CloningMLP",
     "DecisionTransformer",
     "Decoder",
     "ModelConfig",
@@ -29,5 +33,6 @@ __all__ = [
     "load_base",
     "load_base_of",
     "load_notes",
+    "policy_of",
     "save_base",
 ]

@@ -18,10 +18,13 @@ import eva_rl
 from eva_rl.errors import UserError, did_you_mean
 from eva_rl.files import check_run_folder, read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
+from eva_rl.model.action_model import ActionModel
+from eva_rl.model.cloning import CloningConfig, CloningMLP
 from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
 from eva_rl.spaces import Part
 
 FORMAT = "eva_rl.decision_transformer.1"
+FORMATS = {DecisionTransformer: FORMAT, CloningMLP: "eva_rl.cloning.1"}
 FILES = frozenset({"config.json", "model.safetensors", "README.md"})
 """What a model's folder may hold."""
 CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
@@ -31,17 +34,17 @@ CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
 class Base:
     """A pretrained model, where it came from, and what it was trained on."""
 
-    model: DecisionTransformer
+    model: ActionModel
     tasks: dict[str, TaskStatistics]
     path: Path
     sha256: str
     """That of its weights' file, by which an adapter knows its base again."""
 
 
-def save_base(folder: Path, model: DecisionTransformer, tasks: Mapping[str, TaskStatistics]) -> None:
+def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics]) -> None:
     """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there."""
     config = {
-        "format": FORMAT,
+        "format": FORMATS[type(model)],
         "architecture": asdict(model.config),
         "interfaces": [asdict(interface) for interface in model.interfaces.values()],
         "tasks": {task: asdict(statistics) for task, statistics in tasks.items()},
@@ -116,14 +119,16 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
             f"'{folder}' is a run with an adapter: `python -m eva_rl.merge run={folder}` makes a model of it."
         )
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") not in FORMATS.values():
         raise UserError(
             f"'{folder / 'config.json'}' does not describe a model of format '{FORMAT}': name another base."
         )
     try:
-        model = DecisionTransformer(
-            ModelConfig(**_tuples(config["architecture"])), [interface_from_json(i) for i in config["interfaces"]]
-        )
+        interfaces = [interface_from_json(i) for i in config["interfaces"]]
+        if config["format"] == FORMAT:
+            model = DecisionTransformer(ModelConfig(**_tuples(config["architecture"])), interfaces)
+        else:
+            model = CloningMLP(CloningConfig(**config["architecture"]), *interfaces)
         tasks = {task: TaskStatistics(**_tuples(statistics)) for task, statistics in config["tasks"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / 'config.json'}' is incomplete or of another version ({error}).") from error

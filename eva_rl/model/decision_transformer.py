@@ -7,7 +7,7 @@ Linear layers of the trunk are named q, k, v, o (attention) and up, down (feed-f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from eva_rl.errors import UserError
-from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface, Mixture
-from eva_rl.model.observations import make_encoder
+from eva_rl.interface import Batch, Interface, Mixture
+from eva_rl.model.action_model import ActionModel
+from eva_rl.model.embedder import Embedder
 
 TOKENS = ("return", "state", "action", "reward")
 TRUNK_LAYERS = ("q", "k", "v", "o", "up", "down")
@@ -57,15 +58,19 @@ class ModelConfig:
                 "would see it. Put 'state' first."
             )
 
-    def check_token(self, kind: str) -> str:
-        """`kind` itself, `all` or one of the model's tokens.
+    def tokens_of(self, interface: Interface) -> tuple[str, ...]:
+        """Those of the model's tokens that the interface reads.
 
         Raises:
-            UserError: if the model has no such token.
+            UserError: if they are not some of the model's in the model's order, `state` among them.
         """
-        if kind not in ("all", *self.tokens):
-            raise UserError(f"tokens={kind} was given where one of {['all', *self.tokens]} was expected.")
-        return kind
+        tokens = interface.tokens or self.tokens
+        if tokens != tuple(kind for kind in self.tokens if kind in tokens) or "state" not in tokens:
+            raise UserError(
+                f"tokens={list(tokens)} was given for the interface '{interface.name}' where some of the model's {list(self.tokens)} "
+                "were expected, in that order and with 'state'."
+            )
+        return tokens
 
 
 class CausalSelfAttention(nn.Module):
@@ -157,104 +162,34 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.positions = nn.Embedding(config.context * len(config.tokens), config.width)
+        self.kinds = config.tokens
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
+    def places(self, tokens: Sequence[str]) -> Tensor:
+        """The position embeddings (context * kinds, d) of windows that have these of the model's tokens in each step."""
+        if tuple(tokens) == self.kinds:
+            return self.positions.weight
+        kept = [self.kinds.index(kind) for kind in tokens]
+        return rearrange(self.positions.weight, "(t k) d -> t k d", k=len(self.kinds))[:, kept].flatten(0, 1)
+
+    def forward(self, x: Tensor, read: slice = slice(None), tokens: Sequence[str] | None = None) -> Tensor:
         *blocks, last = self.blocks
-        x = self.dropout(x + self.positions.weight[: x.shape[1]])  # (B, N, d)
+        places = self.places(self.kinds if tokens is None else tokens)
+        x = self.dropout(x + places[: x.shape[1]])  # (B, N, d)
         for block in blocks:
             x = block(x)
         return self.norm(last(x, read))
 
 
-class Embedder(nn.Module):
-    """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
-
-    def __init__(self, config: ModelConfig, interface: Interface):
-        super().__init__()
-        self.tokens, self.interface = config.tokens, interface
-        width = config.width
-        self.state = make_encoder(interface.parts, width)
-        if "return" in self.tokens:
-            self.return_to_go = nn.Linear(1, width)
-        if "action" in self.tokens:
-            discrete = interface.action_kind != "continuous"
-            self.action = (
-                nn.Embedding(interface.action_size, width) if discrete else nn.Linear(interface.action_size, width)
-            )
-        if "reward" in self.tokens:
-            self.reward = nn.Linear(1, width)
-        self.norm = nn.LayerNorm(width)
-        first_choices = torch.tensor((0, *interface.choices[:-1])).cumsum(0)  # components have rows of their own
-        for name, value in {
-            "observation_mean": torch.tensor(interface.observation_mean),
-            "observation_std": torch.tensor(interface.observation_std),
-            "action_mean": torch.tensor(interface.action_mean),
-            "action_scale": torch.tensor(interface.action_scale),
-            "first_choices": first_choices,
-        }.items():
-            self.register_buffer(name, value, persistent=False)
-
-    def normalize_actions(self, actions: Tensor) -> Tensor:
-        """Actions in the environment's units (..., act) -> the model's units; discrete actions as they are."""
-        if self.interface.action_kind != "continuous":
-            return actions
-        return (actions - self.action_mean) / self.action_scale
-
-    def greedy(self, predicted: Tensor) -> Tensor:
-        """The head's output (..., act) -> actions in the environment's units (..., *action_shape)."""
-        if self.interface.action_kind == "continuous":
-            return predicted * self.action_scale + self.action_mean
-        best = torch.stack([logits.argmax(-1) for logits in predicted.split(self.interface.choices, -1)], -1)
-        return best if self.interface.action_kind == "multi_discrete" else best[..., 0]
-
-    def normalize_observations(self, observations: Tensor) -> Tensor:
-        """(..., obs) with its vectors normalised and clipped, all else as it is."""
-        vectors = [part.kind == "vector" for part in self.interface.parts]
-        if not any(vectors):
-            return observations
-        columns = list(observations.split([part.size for part in self.interface.parts], -1))
-        seen = torch.cat([column for column, vector in zip(columns, vectors, strict=True) if vector], -1)
-        seen = ((seen - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-        if all(vectors):
-            return seen
-        sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
-        normalised = iter(seen.split(sizes, -1))
-        return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
-
-    def embed(self, kind: str, batch: Batch) -> Tensor:
-        """The tokens of one kind, (B, T, d)."""
-        if kind == "return":
-            token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
-        elif kind == "state":
-            token = self.state(self.normalize_observations(batch.observations))
-        elif kind == "reward":
-            token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
-        elif self.interface.action_kind == "multi_discrete":
-            token = self.action(batch.actions + self.first_choices).sum(-2)
-        else:
-            token = self.action(self.normalize_actions(batch.actions))
-        return self.norm(token)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return rearrange(torch.stack([self.embed(kind, batch) for kind in self.tokens]), "k b t d -> b (t k) d")
-
-
-class DecisionTransformer(nn.Module):
-    """Predicts each step's action from the returns-to-go, states and actions before it (and its own return and state).
-
-    Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
-    Discrete actions: cross-entropy. (Chen et al. 2021, section 3 and algorithm 1)
-    """
+class DecisionTransformer(ActionModel):
+    """Predicts each step's action from the returns-to-go, states and actions before it (and its own return and state). (Chen et al. 2021, section 3 and algorithm 1)"""
 
     def __init__(self, config: ModelConfig, interfaces: Sequence[Interface] = ()):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.embedders = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
         for module in self.trunk.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -266,21 +201,21 @@ class DecisionTransformer(nn.Module):
         for interface in interfaces:
             self.add_interface(interface)
 
-    @property
-    def interfaces(self) -> dict[str, Interface]:
-        return {name: embedder.interface for name, embedder in self.embedders.items()}
-
     def add_interface(self, interface: Interface) -> None:
         """Give the model a fresh embedder and head for another observation and action space."""
         head = nn.Linear(self.config.width, interface.action_size)
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         device = self.trunk.positions.weight.device
-        self.embedders[interface.name] = Embedder(self.config, interface).to(device)
+        self.embedders[interface.name] = Embedder(self.config.tokens_of(interface), self.config.width, interface).to(
+            device
+        )
         self.heads[interface.name] = head.to(device)
 
     def connect(self, interface: Interface, what: str) -> tuple[str, ...]:
         """Make the model ready for `interface`; return the names of the modules it had to make for it.
+
+        A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
 
         There are none where the model has an interface of that name: its own statistics stay in force.
 
@@ -290,53 +225,49 @@ class DecisionTransformer(nn.Module):
         if interface.name in self.embedders:
             self.interfaces[interface.name].require(interface, what)
             return ()
+        if not interface.tokens:
+            alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]
+            interface = replace(interface, tokens=alike[0] if alike else ())
         self.add_interface(interface)
         return self.modules_of(interface.name)
 
-    def modules_of(self, interface: str) -> tuple[str, str]:
-        """The names of the interface's embedder and head."""
-        return f"embedders.{interface}", f"heads.{interface}"
+    def check_token(self, kind: str, interface: str) -> str:
+        """`kind` itself, `all` or one of the tokens that the interface reads.
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""
-        [predicted] = self.predict(batch)
-        return predicted
+        Raises:
+            UserError: if it reads no such token.
+        """
+        known = ("all", *self.embedders[interface].tokens)
+        if kind not in known:
+            raise UserError(f"tokens={kind} was given where one of {list(known)} was expected.")
+        return kind
 
     def predict(self, batch: Batch | Mixture) -> list[Tensor]:
         """For each part of the batch, what `forward` returns; they go through the trunk together."""
-        parts, kinds = batch.parts, self.config.tokens
+        layouts: dict[tuple[str, ...], list[Batch]] = {}
+        for part in batch.parts:
+            layouts.setdefault(self.embedders[part.interface].tokens, []).append(part)
+        predicted = {
+            part.interface: actions
+            for kinds, parts in layouts.items()
+            for part, actions in zip(parts, self._predict_alike(parts, kinds), strict=True)
+        }
+        return [predicted[part.interface] for part in batch.parts]
+
+    def _predict_alike(self, parts: Sequence[Batch], kinds: tuple[str, ...]) -> list[Tensor]:
+        """`predict` for parts whose steps have the same tokens."""
         tokens = [self.embedders[part.interface](part) for part in parts]  # (b, T * kinds, d) each
         tokens = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # (B, T * kinds, d)
         read = slice(kinds.index("state"), None, len(kinds))
         # Training asks for no more than the states; otherwise every layer shows every token to those who look (EVA).
-        features = self.trunk(tokens, read) if self.training else self.trunk(tokens)[:, read]  # (B, T, d)
-        states = features.split([len(part.mask) for part in parts])
+        features = self.trunk(tokens, read, kinds) if self.training else self.trunk(tokens, tokens=kinds)[:, read]
+        states = features.split([len(part.mask) for part in parts])  # (b, T, d) each
         return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
-
-    def losses(self, batch: Batch | Mixture) -> dict[str, Tensor]:
-        """By interface, the sum over the real steps of each step's loss, the mean over the action's components."""
-        predictions = zip(batch.parts, self.predict(batch), strict=True)
-        return {part.interface: (self._errors(part, found) * part.mask).sum() for part, found in predictions}
-
-    def loss(self, batch: Batch | Mixture) -> Tensor:
-        """Mean over the real steps (and action components); padding counts in neither sum nor divisor."""
-        return torch.stack(list(self.losses(batch).values())).sum() / batch.steps
-
-    def _errors(self, batch: Batch, predicted: Tensor) -> Tensor:
-        """Each step's loss, (B, T)."""
-        embedder = self.embedders[batch.interface]
-        if embedder.interface.action_kind == "continuous":
-            return (predicted - embedder.normalize_actions(batch.actions)).square().mean(-1)
-        choices = batch.actions if embedder.interface.action_kind == "multi_discrete" else batch.actions[..., None]
-        logits = predicted.split(embedder.interface.choices, -1)
-        losses = [
-            F.cross_entropy(own.transpose(1, 2), choices[..., i], reduction="none") for i, own in enumerate(logits)
-        ]
-        return torch.stack(losses).mean(0)
 
     def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
         """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""
-        wanted = torch.tensor([kind in ("all", token) for token in self.config.tokens], device=batch.mask.device)
+        tokens = self.embedders[batch.interface].tokens
+        wanted = torch.tensor([kind in ("all", token) for token in tokens], device=batch.mask.device)
         return rearrange(batch.mask[..., None] & wanted, "b t k -> b (t k)")
 
     @torch.no_grad()

@@ -35,8 +35,9 @@ class Decoder:
     def __init__(self, model: DecisionTransformer, interface: str, episodes: int):
         config = model.config
         self.model, self.episodes = model, episodes
-        self.kinds, self.state = len(config.tokens), config.tokens.index("state")
         self.embedder, self.head = model.embedders[interface], model.heads[interface]
+        self.kinds, self.state = len(self.embedder.tokens), self.embedder.tokens.index("state")
+        self.places = model.trunk.places(self.embedder.tokens)
         spec, device = self.embedder.interface, model.trunk.positions.weight.device
         self.dtype = model.trunk.positions.weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -78,8 +79,7 @@ class Decoder:
         self._show(observations=observations, returns_to_go=returns_to_go)
         self._embed(0, self.state + 1)
         end = (self.length - 1) * self.kinds + self.state + 1  # later tokens of this step are not known yet
-        positions = self.model.trunk.positions.weight[self.kept : end]
-        features = self._extend(self.tokens[:, self.kept : end] + positions)
+        features = self._extend(self.tokens[:, self.kept : end] + self.places[self.kept : end])
         predicted = self.head(self.model.trunk.norm(features))[: self.episodes].float()  # (n, act)
         return self.embedder.greedy(predicted)
 
@@ -93,8 +93,8 @@ class Decoder:
         """Go on with these episodes (m,) only, in this order."""
         self.episodes = len(episodes)
         rows = torch.cat([episodes, episodes[:1].expand(max(LEAST - len(episodes), 0))])
-        tensors = {k: v for k, v in vars(self.now).items() if k != "interface"}
-        self.now = replace(self.now, **{k: v[rows] for k, v in tensors.items()})
+        tensors = {k: v[rows] for k, v in vars(self.now).items() if isinstance(v, Tensor)}
+        self.now = replace(self.now, **tensors)
         self.tokens = self.tokens[rows]
         self.cache = self.cache[:, :, rows]
 
@@ -108,7 +108,7 @@ class Decoder:
         """Embed the newest step's tokens of the kinds from number `first` to `last` (excluded)."""
         for number in range(first, last):
             place = (self.length - 1) * self.kinds + number
-            self.tokens[:, place] = self.embedder.embed(self.model.config.tokens[number], self.now)[:, 0]
+            self.tokens[:, place] = self.embedder.embed(self.embedder.tokens[number], self.now)[:, 0]
 
     def _start_anew(self) -> None:
         half = max(1, self.model.config.context // 2) if self.model.config.context > 1 else 0

@@ -73,9 +73,10 @@ def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned
     """The scores before and after as a table, and what they cost."""
     rows = [(name.replace("_", " "), zero_shot[name], tuned[name]) for name in tuned]
     trainable, total = facts["trainable_parameters"], facts["total_parameters"]
+    start = f"on {facts['base']}" if facts["settings"]["adapter"]["network"] == "base" else "from scratch"
     return "\n".join(
         [
-            f"{facts['task']}: {facts['adapter']} on {facts['base']}, {facts['demonstrations']} episodes, {facts['steps']} steps",
+            f"{facts['task']}: {facts['adapter']} {start}, {facts['demonstrations']} episodes, {facts['steps']} steps",
             "",
             markdown(["mean [95 % interval]", "zero-shot", "fine-tuned"], rows),
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class TargetReturn:
-    """`max` (None too): the best return in the task's trajectories, as in EVA's experiment; `q0.9`: that quantile of their
+    """`auto` (None too): the median return of the task's successful trajectories, of all where success is unknown, and the best
+    one where none succeeded; `max`: the best, as in EVA's experiment, which may be that of a failure; `q0.9`: that quantile of all
     returns; a number; `sweep`: several, from below their mean to beyond the best.
 
     Raises:
@@ -29,10 +31,14 @@ class TargetReturn:
     asked: str | None = None
 
     def __post_init__(self) -> None:
-        if self.asked in (None, "max", "sweep") or self._quantile() is not None or _number(self.asked) is not None:
+        if (
+            self.asked in (None, "auto", "max", "sweep")
+            or self._quantile() is not None
+            or _number(self.asked) is not None
+        ):
             return
         raise UserError(
-            f"target_return={self.asked} was given where max, a quantile such as q0.9, a number or sweep was expected."
+            f"target_return={self.asked} was given where auto, max, a quantile such as q0.9, a number or sweep was expected."
         )
 
     def _quantile(self) -> float | None:
@@ -61,6 +67,8 @@ class TargetReturn:
         if self.sweeps:
             mean, span = statistics.return_mean, statistics.return_max - statistics.return_mean
             return list(dict.fromkeys(mean + where * span for where in SWEEP))  # one, if all returns are equal
+        if self.asked in (None, "auto"):
+            return [statistics.return_max if statistics.return_typical is None else statistics.return_typical]
         share = self._quantile()
         if share is None:
             return [statistics.return_max]
@@ -70,6 +78,21 @@ class TargetReturn:
             )
         deciles = statistics.return_deciles
         return [float(np.interp(share, np.linspace(0, 1, len(deciles)), deciles))]
+
+
+def warn_if_far(target: float, task: str, statistics: TaskStatistics) -> None:
+    """Warn of a return that no trajectory comes near: further beyond the worst or the best than half of what lies between them.
+
+    Where all returns are equal, a tenth of them is near.
+    """
+    best, worst = statistics.return_max, min((*statistics.return_deciles, statistics.return_mean))
+    near = max((best - worst) / 2, abs(best) / 10)
+    if not worst - near <= target <= best + near:
+        warnings.warn(
+            f"target_return={target:g} is asked for in '{task}', whose trajectories returned {worst:g} to {best:g}: what the model does "
+            "then is a guess.",
+            stacklevel=2,
+        )
 
 
 def _number(text: str) -> float | None:

@@ -1,0 +1,61 @@
+"""What every model that predicts actions has in common: interfaces, and the loss of what it predicts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eva_rl.interface import Batch, Interface, Mixture
+
+
+class ActionModel(nn.Module):
+    """Predicts each step's action; each interface has an embedder and a head of its own.
+
+    Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
+    Discrete actions: cross-entropy.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embedders = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+
+    def predict(self, batch: Batch | Mixture) -> list[Tensor]:
+        """For each part of the batch, what `forward` returns."""
+        raise NotImplementedError
+
+    @property
+    def interfaces(self) -> dict[str, Interface]:
+        return {name: embedder.interface for name, embedder in self.embedders.items()}
+
+    def modules_of(self, interface: str) -> tuple[str, str]:
+        """The names of the interface's embedder and head."""
+        return f"embedders.{interface}", f"heads.{interface}"
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, T, act) float32: actions in the model's units, or logits of discrete actions."""
+        [predicted] = self.predict(batch)
+        return predicted
+
+    def losses(self, batch: Batch | Mixture) -> dict[str, Tensor]:
+        """By interface, the sum over the real steps of each step's loss, the mean over the action's components."""
+        predictions = zip(batch.parts, self.predict(batch), strict=True)
+        return {part.interface: (self._errors(part, found) * part.mask).sum() for part, found in predictions}
+
+    def loss(self, batch: Batch | Mixture) -> Tensor:
+        """Mean over the real steps (and action components); padding counts in neither sum nor divisor."""
+        return torch.stack(list(self.losses(batch).values())).sum() / batch.steps
+
+    def _errors(self, batch: Batch, predicted: Tensor) -> Tensor:
+        """Each step's loss, (B, T)."""
+        embedder = self.embedders[batch.interface]
+        wanted = batch.actions if batch.labels is None else batch.labels
+        if embedder.interface.action_kind == "continuous":
+            return (predicted - embedder.normalize_actions(wanted)).square().mean(-1)
+        choices = wanted if embedder.interface.action_kind == "multi_discrete" else wanted[..., None]
+        logits = predicted.split(embedder.interface.choices, -1)
+        losses = [
+            F.cross_entropy(own.transpose(1, 2), choices[..., i], reduction="none") for i, own in enumerate(logits)
+        ]
+        return torch.stack(losses).mean(0)

@@ -1,0 +1,84 @@
+"""Observations, actions, returns and rewards of one interface -> tokens, and predicted actions back to the environment's units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
+from eva_rl.model.observations import make_encoder
+
+
+class Embedder(nn.Module):
+    """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
+
+    def __init__(self, tokens: Sequence[str], width: int, interface: Interface):
+        super().__init__()
+        self.tokens, self.interface = tuple(tokens), interface
+        self.state = make_encoder(interface.parts, width)
+        if "return" in self.tokens:
+            self.return_to_go = nn.Linear(1, width)
+        if "action" in self.tokens:
+            discrete = interface.action_kind != "continuous"
+            self.action = (
+                nn.Embedding(interface.action_size, width) if discrete else nn.Linear(interface.action_size, width)
+            )
+        if "reward" in self.tokens:
+            self.reward = nn.Linear(1, width)
+        self.norm = nn.LayerNorm(width)
+        first_choices = torch.tensor((0, *interface.choices[:-1])).cumsum(0)  # components have rows of their own
+        for name, value in {
+            "observation_mean": torch.tensor(interface.observation_mean),
+            "observation_std": torch.tensor(interface.observation_std),
+            "action_mean": torch.tensor(interface.action_mean),
+            "action_scale": torch.tensor(interface.action_scale),
+            "first_choices": first_choices,
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """Actions in the environment's units (..., act) -> the model's units; discrete actions as they are."""
+        if self.interface.action_kind != "continuous":
+            return actions
+        return (actions - self.action_mean) / self.action_scale
+
+    def greedy(self, predicted: Tensor) -> Tensor:
+        """The head's output (..., act) -> actions in the environment's units (..., *action_shape)."""
+        if self.interface.action_kind == "continuous":
+            return predicted * self.action_scale + self.action_mean
+        best = torch.stack([logits.argmax(-1) for logits in predicted.split(self.interface.choices, -1)], -1)
+        return best if self.interface.action_kind == "multi_discrete" else best[..., 0]
+
+    def normalize_observations(self, observations: Tensor) -> Tensor:
+        """(..., obs) with its vectors normalised and clipped, all else as it is."""
+        vectors = [part.kind == "vector" for part in self.interface.parts]
+        if not any(vectors):
+            return observations
+        columns = list(observations.split([part.size for part in self.interface.parts], -1))
+        seen = torch.cat([column for column, vector in zip(columns, vectors, strict=True) if vector], -1)
+        seen = ((seen - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        if all(vectors):
+            return seen
+        sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
+        normalised = iter(seen.split(sizes, -1))
+        return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
+
+    def embed(self, kind: str, batch: Batch) -> Tensor:
+        """The tokens of one kind, (B, T, d)."""
+        if kind == "return":
+            token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
+        elif kind == "state":
+            token = self.state(self.normalize_observations(batch.observations))
+        elif kind == "reward":
+            token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
+        elif self.interface.action_kind == "multi_discrete":
+            token = self.action(batch.actions + self.first_choices).sum(-2)
+        else:
+            token = self.action(self.normalize_actions(batch.actions))
+        return self.norm(token)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return rearrange(torch.stack([self.embed(kind, batch) for kind in self.tokens]), "k b t d -> b (t k) d")
