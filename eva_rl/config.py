@@ -60,9 +60,9 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The fields of `eva_rl.training.TrainingConfig`; a learning rate or batch size of None is the adapter's own."""
+    """The fields of `eva_rl.training.TrainingConfig`; a learning rate of None is the adapter's own."""
 
-    batch_size: int | None
+    batch_size: int
     learning_rate: float | None
     final_learning_rate: float
     warmup: int
@@ -198,7 +198,7 @@ class FinetuneConfig:
     base: str
     adapter: AdapterSettings
     training: TrainingSettings
-    steps: int | None
+    steps: int
     seed: int
     episodes: int
     zero_shot: bool
@@ -208,13 +208,6 @@ class FinetuneConfig:
     device: str
     run_dir: str | None
     resume: bool | None
-
-    def __post_init__(self) -> None:
-        """What is left to the method is the method's own."""
-        if self.steps is None:
-            object.__setattr__(self, "steps", self.adapter.steps)
-        if self.training.batch_size is None:
-            object.__setattr__(self, "training", replace(self.training, batch_size=self.adapter.batch_size))
 
 
 @dataclass(frozen=True)

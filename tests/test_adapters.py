@@ -30,7 +30,7 @@ from eva_rl.training import TrainingConfig, train
 ALL = sorted(
     Path(f.name).stem for f in (resources.files("eva_rl.configs") / "adapter").iterdir() if f.name.endswith(".yaml")
 )
-WITHOUT_ADAPTER = ["none", "full", "head"]
+WITHOUT_ADAPTER = ["none", "full", "head", "bc", "scratch"]
 METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
 BUDGETED = [name for name in METHODS if name not in ("ia3", "road", "vera")]
 CHANGE_THE_BASE = ["pissa", "olora", "milora", "lora_ga", "corda"]

@@ -13,6 +13,8 @@ PROTOCOL = ("adapter.rank", "adapter.layers")
 """Settings of an adapter that belong to the protocol: how much it may train, and where."""
 DERIVED = ("adapter.config.", "adapter.size.")
 """Settings of an adapter whose numbers mostly follow from others of it, and name a variant where no other does."""
+OWN = {"steps": "adapter.steps", "training.batch_size": "adapter.batch_size"}
+"""Settings that a method has a value of its own for, where the run names none: methods that take theirs share a protocol."""
 MISSING = "not set"
 
 
@@ -20,7 +22,8 @@ def protocol_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """All settings but the method's, the task and the seed, by their names on the command line."""
     settings = flat(run["settings"])
     free = {name for name in settings if name == "task" or name.endswith("seed") or _of_method(name)}
-    return {name: value for name, value in settings.items() if name not in free}
+    own = {name for name, of_method in OWN.items() if settings.get(name) == settings.get(of_method, MISSING)}
+    return {name: "the method's own" if name in own else settings[name] for name in settings if name not in free}
 
 
 def _of_method(name: str) -> bool:
