@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from eva_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UMASK = os.umask(0)
 """The permissions that new files do without here."""
@@ -139,3 +142,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of these tensors that holds NaN or infinite numbers; None where all are finite."""
+    return next((name for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()), None)

@@ -11,7 +11,7 @@ import torch
 from conftest import DummyEnv
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eva_rl.model import load_base, load_notes, save_base
@@ -647,3 +647,48 @@ def test_tasks_are_listed_by_domain(run, dummy_domain):
     status, _, err = run("tasks", "domain=dumy")
     assert status == 1
     assert "'dummy'" in sentence(err)
+
+
+def without(tensors: dict, name: str) -> dict:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, name: without(tensors, name), "lacks 1 tensors, such as"),
+        (lambda tensors, name: dict(list(tensors.items())[::2]), "lacks"),
+        (
+            lambda tensors, name: tensors | {"base_model.model.elsewhere.lora_A.weight": tensors[name].clone()},
+            "holds, beyond",
+        ),
+        (lambda tensors, name: tensors | {name: tensors[name] * float("nan")}, "holds NaN or infinite numbers in"),
+    ],
+    ids=["one missing", "half missing", "foreign", "nan"],
+)
+def test_only_a_whole_adapter_of_finite_numbers_is_loaded(run, base, change, said):
+    assert run("finetune", f"task={TASK}", "adapter=lora", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    path = Path("run/adapter/adapter_model.safetensors")
+    tensors = load_file(path)
+    save_file(change(tensors, min(tensors)), path)
+    status, _, err = run("evaluate", "adapter=run", f"task={TASK}", "episodes=1", "workers=0", "run_dir=again")
+    assert status == 1
+    assert said in sentence(err)
+    assert not Path("again").exists()
+
+
+def test_an_adapter_without_safetensors_is_not_looked_for_elsewhere(run, base):
+    assert run("finetune", f"task={TASK}", "adapter=lora", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    Path("run/adapter/adapter_model.safetensors").rename("run/adapter/adapter_model.bin")
+    status, _, err = run("evaluate", "adapter=run", f"task={TASK}", "episodes=1", "workers=0", "run_dir=again")
+    assert status == 1
+    assert "holds no adapter_model.safetensors" in sentence(err)
+
+
+def test_a_base_with_a_number_that_is_not_finite_is_refused_by_the_tensors_name(run, base):
+    weights = load_file(base / "model.safetensors")
+    weights["trunk.norm.weight"][0] = float("inf")
+    save_file(weights, base / "model.safetensors")
+    status, _, err = run("evaluate", f"checkpoint={base}", f"task={TASK}", "episodes=1", "workers=0", "run_dir=again")
+    assert status == 1
+    assert "holds NaN or infinite numbers in 'trunk.norm.weight'" in sentence(err)

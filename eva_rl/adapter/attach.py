@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_rl.adapter.allocator import Allocator
@@ -20,7 +20,10 @@ from eva_rl.adapter.eva.observe import input_width
 from eva_rl.adapter.restore import restored
 from eva_rl.adapter.starts import Start, TaskData, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.files import replacing, write_json
+from eva_rl.files import not_finite, replacing, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+"""peft's file of an adapter's tensors."""
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import PeftConfig, PeftModel
@@ -203,7 +206,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, 
         if adapter.initial:
             restored_config, tensors = restored(adapter.model, adapter.initial)
             restored_config.save_pretrained(str(temporary))
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         else:
             # Else peft asks the Hugging Face Hub for the base's vocabulary.
             adapter.model.save_pretrained(str(temporary), save_embedding_layers=False)
@@ -216,16 +219,32 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with the adapter of `folder` merged into its weights: it runs as fast as the base.
 
     Raises:
-        UserError: if the folder holds no whole adapter, or one of another model.
+        UserError: if the folder holds no whole adapter, or one of another model; it names a tensor that is missing, unknown or not
+            finite.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"'{folder}' holds no adapter (there is no adapter_config.json in it): name a run's adapter/ folder."
         )
+    if not (folder / WEIGHTS).is_file():  # peft would go on to a pickle, and to the Hub
+        raise UserError(f"'{folder}' holds no {WEIGHTS}: an adapter is read from safetensors alone.")
     try:
-        return _merged(PeftModel.from_pretrained(model, str(folder)))
+        found = load_file(folder / WEIGHTS)
+        peft_model = PeftModel.from_pretrained(model, str(folder))
+        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        for what, names in (
+            ("lacks", expected.keys() - found.keys()),
+            ("holds, beyond this model's adapter,", found.keys() - expected.keys()),
+        ):
+            if names:
+                raise UserError(
+                    f"The adapter in '{folder}' {what} {len(names)} tensors, such as '{min(names)}': get it again."
+                )
+        if broken := not_finite(found):
+            raise UserError(f"The adapter in '{folder}' holds NaN or infinite numbers in '{broken}': train it again.")
+        return _merged(peft_model)
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({in_one_line(error)[:200]})."

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eva_rl
 from eva_rl.errors import UserError, did_you_mean
-from eva_rl.files import check_run_folder, read_json, replacing, write_json
+from eva_rl.files import check_run_folder, not_finite, read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.cloning import CloningConfig, CloningMLP
@@ -146,6 +146,8 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
             f"'{folder / 'model.safetensors'}' holds weights of another architecture than its config.json describes "
             f"(first difference: {differing[0]}): get both from the same place."
         )
+    if broken := not_finite(weights):
+        raise UserError(f"'{folder / 'model.safetensors'}' holds NaN or infinite numbers in '{broken}': get it again.")
     model.load_state_dict(weights)
     with (folder / "model.safetensors").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
