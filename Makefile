@@ -21,8 +21,9 @@ help: ## list the targets
 setup: $(INSTALLED) ## make the environment in .venv/
 	@echo "$(VENV)/ is ready: \`. $(VENV)/bin/activate\`"
 
-demo: $(INSTALLED) ## fine-tune and evaluate the shipped base on a Meta-World task
-	$(RUN) -m eva_rl.finetune task=metaworld/peg-unplug-side-v3 adapter=eva
+demo: $(INSTALLED) ## five demonstrations of a Meta-World task: the shipped base adapted, and cloning from scratch
+	$(RUN) -m eva_rl.finetune -m task=metaworld/stick-pull-v3 demonstrations=5 adapter=bc,eva hydra.sweep.dir=runs/demo
+	$(RUN) -m eva_rl.report runs/demo
 
 test: $(INSTALLED) ## run the tests, two at a time
 	$(RUN) -m pytest -n 2 --dist worksteal
