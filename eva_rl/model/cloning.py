@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, Mixture
 from eva_rl.model.action_model import ActionModel
+from eva_rl.model.decoder import LEAST
 from eva_rl.model.embedder import Embedder
-
-LEAST = 16
-"""Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
 
 
 @dataclass(frozen=True)
