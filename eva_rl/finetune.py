@@ -44,7 +44,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
-    from eva_rl.model import NOTES, AdapterNotes, base_name, load_base, policy_of, save_base
+    from eva_rl.model import NOTES, AdapterNotes, DecisionTransformer, base_name, load_base, policy_of, save_base
     from eva_rl.report import (
         Stopwatch,
         TensorBoard,
@@ -88,6 +88,10 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     clock = Stopwatch("collect", "load", "init", "train", "rollout")
     with clock("load"):
         base = load_base(config.base, device)
+    if not isinstance(base.model, DecisionTransformer):
+        raise UserError(
+            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
+        )
     earlier = {}
     if config.resume:
         earlier = read_earlier(run_dir, protocol(config), base.sha256)

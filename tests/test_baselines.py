@@ -109,3 +109,11 @@ def test_an_adapter_on_a_network_that_is_not_the_base_is_refused(run, base):
     assert status == 1
     assert "adapter.network=mlp was given with adapter.trainable=adapter" in sentence(err)
     assert not Path("runs").exists()
+
+
+def test_a_cloned_network_is_no_base(run, base):
+    assert run("finetune", f"task={TASK}", "adapter=bc", f"base={base}", "run_dir=run", *QUICK)[0] == 0
+    status, _, err = run("finetune", f"task={TASK}", "adapter=lora", "base=run/model", "run_dir=next")
+    assert status == 1
+    assert "base=run/model is a network cloned from scratch" in sentence(err)
+    assert not Path("next/result.json").exists()
