@@ -172,7 +172,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         "task": config.task,
         "adapter": method.name,
         "base": config.base,
-        "base_sha256": base.sha256,
+        **({"base_sha256": base.sha256} if method.network == "base" else {}),  # others see nothing of it
         "seed": config.seed,
         "steps": config.steps,
         "learning_rate": rate,
