@@ -60,7 +60,7 @@ def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
             file.write(np.ascontiguousarray(episode["observations"]).data)
             for name, parts in columns.items():
                 parts.extend([episode[name]] if name in episode else [])
-            solved.append(-1 if episode["success"] is None else int(episode["success"].max() > 0))
+            solved.append(-1 if episode["success"] is None else int((episode["success"] > 0).any()))
     lengths = [len(part) for part in columns["rewards"]]
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)

@@ -2,7 +2,7 @@
 
 from eva_rl.report.eva import eva_figures
 from eva_rl.report.result import read_earlier, run_result, summary
-from eva_rl.report.scores import SCORES, Scores, scores, to_json, to_scalars
+from eva_rl.report.scores import SCORES, Scores, failures_counted, scores, to_json, to_scalars
 from eva_rl.report.statistics import Estimate, mean, proportion
 from eva_rl.report.stopwatch import Stopwatch
 from eva_rl.report.sweep import save_sweep
@@ -18,6 +18,7 @@ __all__ = [
     "Stopwatch",
     "TensorBoard",
     "eva_figures",
+    "failures_counted",
     "markdown",
     "mean",
     "proportion",
