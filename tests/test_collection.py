@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from conftest import ContinuousDummyEnv
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -405,22 +406,15 @@ def test_who_finds_another_collecting_waits_and_then_has_nothing_to_do(dummy_dom
     assert not (datasets_root / ".collecting.lock").exists()
 
 
-class SaysLittle(gym.Wrapper):
-    """Mentions success only when there is one, which every second episode has."""
-
-    def reset(self, **options):
-        observation, _ = self.env.reset(**options)
-        self.even = self.env.unwrapped.length % 2 == 0
-        return observation, {}
-
-    def step(self, action):
-        *rest, info = self.env.step(action)
-        return *rest, {"success": True} if info["success"] and self.even else {}
-
-
 def test_success_that_only_some_episodes_mention_is_kept_and_the_others_failed(dummy_domain, monkeypatch):
-    make = dummy_domain.make
-    monkeypatch.setattr(dummy_domain, "make", lambda *arguments: SaysLittle(make(*arguments)))
+    reset, step = ContinuousDummyEnv.reset, ContinuousDummyEnv.step
+
+    def says_little(env, action):
+        *rest, info = step(env, action)
+        return *rest, {"success": True} if info["success"] and env.length % 2 == 0 else {}
+
+    monkeypatch.setattr(ContinuousDummyEnv, "reset", lambda env, **options: (reset(env, **options)[0], {}))
+    monkeypatch.setattr(ContinuousDummyEnv, "step", says_little)
     recipe = Recipe("dummy/Steps-v0", episodes=8, noise=(0.0,))
     collect([recipe], workers=1)
     trajectories = load_dataset(recipe.dataset_id, recipe.task)
