@@ -38,7 +38,7 @@ def pack_on_disk(
         with replacing(folder) as temporary:
             temporary.mkdir()
             _write(temporary, checked(task, episodes, observation_space, action_space))
-            (temporary / "stamp.json").write_text(json.dumps(stamp))
+            (temporary / "stamp.json").write_text(json.dumps(stamp, allow_nan=False))
     with np.load(folder / "columns.npz", allow_pickle=False) as arrays:
         joined = {name: arrays[name] for name in COLUMNS if name in arrays}
         columns = {

@@ -163,7 +163,8 @@ def train(
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
     shares = check_shares(config, processes)
-    identity = identity or {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
+    settings = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}  # JSON has none
+    identity = identity or {name: value for name, value in settings.items() if not name.endswith("_every")}
     check_run(steps, checkpoints, resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or steps == 0:
