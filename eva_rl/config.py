@@ -199,6 +199,8 @@ class FinetuneConfig:
     base: str
     adapter: AdapterSettings
     training: TrainingSettings
+    fresh_learning_rate: float
+    """Of an embedder and head that the base does not have, whatever the method."""
     steps: int
     seed: int
     episodes: int
@@ -209,6 +211,12 @@ class FinetuneConfig:
     device: str
     run_dir: str | None
     resume: bool | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fresh_learning_rate < math.inf:
+            raise UserError(
+                f"fresh_learning_rate={self.fresh_learning_rate} was given where a number of at least 0 was expected."
+            )
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         fresh_modules, known_tasks = model.connect(interface, f"The dataset '{dataset_id}'"), base.tasks
     else:
         model, known_tasks = untrained(method.network, model.config, source.interface, trajectories).to(device), {}
+        fresh_modules = ()
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
     total_parameters = sum(p.numel() for p in model.parameters())
     peft_config = None
@@ -218,6 +219,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 tensorboard.log,
                 evaluate=evaluate,
                 ratios=method.ratios,
+                rates=dict.fromkeys(fresh_modules, config.fresh_learning_rate),
                 companion=adapter and adapter.companion,
                 frozen=adapter and adapter.frozen(),
             )
