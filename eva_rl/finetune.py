@@ -156,18 +156,18 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             model.get_submodule(name).requires_grad_()
     if peft_config is not None:
         with clock("init"):
-            token_mask = partial(model.token_mask, kind=tokens)
             batches = (sampler.batch(n).to(device) for n in count())
             adapter = attach(
                 model,
                 peft_config,
                 batches,
-                token_mask,
+                partial(model.token_masks, kind=tokens),
                 fresh_modules,
                 start,
                 model.loss,
                 method.start_batches,
                 progress=True,
+                forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
     facts = {
         "task": config.task,
