@@ -46,6 +46,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, DecisionTransformer, base_name, load_base, policy_of, save_base
     from eva_rl.report import (
+        EVA_CLAIM,
         Stopwatch,
         TensorBoard,
         eva_figures,
@@ -156,7 +157,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             model.get_submodule(name).requires_grad_()
     if peft_config is not None:
         with clock("init"):
-            batches = (sampler.batch(n).to(device) for n in count())
+            batches = (sampler.spread(n).to(device) for n in count())
             adapter = attach(
                 model,
                 peft_config,
@@ -203,7 +204,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if adapter and adapter.eva:
             layers = {name: layer.facts() for name, layer in adapter.eva.items()}
             settings = asdict(method.eva) if method.eva else None
-            write_json(run_dir / "eva.json", {"settings": settings, "layers": layers})
+            write_json(run_dir / "eva.json", {"settings": settings, "about": EVA_CLAIM, "layers": layers})
             tensorboard.figures(0, eva_figures(layers))
         tensorboard.log(0, to_scalars(zero_shot))
         with clock("train"):

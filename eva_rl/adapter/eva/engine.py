@@ -60,7 +60,7 @@ class LayerResult:
     """Batches until the components had converged, at the rank the layer has; None: they had not."""
     captured: float
     """The share of variance that this process's components are expected to capture of what the best would, see
-    `EvaSettings`."""
+    `EvaSettings`; of rows like those seen: what no batch has shown is in no claim."""
     angle: float
     """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
