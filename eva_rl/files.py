@@ -119,9 +119,17 @@ def check_run_folder(path: Path, resume: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
+    """Write `content` as indented JSON, atomically.
+
+    Raises:
+        UserError: if it holds NaN or infinite numbers, which JSON does not have.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"'{path}' would hold NaN or infinite numbers ({error}): look for extreme values.") from error
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eva_rl.adapter import Adapter, EvaSettings, attach, load_adapter, save_adapter, starts, trainable_parameters
 from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
+from eva_rl.adapter.eva import eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
 from eva_rl.errors import UserError
@@ -358,6 +359,43 @@ def test_orthogonal_starts_in_orthonormal_rows_that_differ_between_seeds():
         torch.testing.assert_close(weight @ weight.T, torch.eye(8), rtol=0, atol=1e-5)
         rows.append(weight)
     assert principal_angle(*rows) > 30
+
+
+@torch.no_grad()
+def test_eva_sees_the_rows_that_training_sends_through_each_layer_and_no_others():
+    model, batch, seen = make_model(), make_batch(0), {}
+    layers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TRUNK_LAYERS]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+        for name in layers
+    ]
+    model.train().loss(batch)
+    model.eval()
+    for handle in handles:
+        handle.remove()
+    eva_settings = EvaSettings(rho=1.0, max_batches=1, method="covariance")
+    ranks = dict.fromkeys(layers, 4)
+    found = eva_init(model, [batch], ranks, eva_settings, model.token_masks, DecisionTransformer.as_trained)
+    masks = {mask.shape: mask for mask in (model.token_mask(batch), batch.mask)}
+    for name in layers:
+        rows = seen[name][masks[seen[name].shape[:-1]]]
+        assert found[name].rows == len(rows)
+        _, _, vt = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        assert principal_angle(found[name].components, vt[:4]) < 0.1
+    states_alone = {name for name in layers if found[name].rows == batch.mask.sum()}
+    assert states_alone == {
+        f"trunk.blocks.1.{name}" for name in ("attention.q", "attention.o", "feed_forward.up", "feed_forward.down")
+    }
+    # Other tokens than states do not reach those layers in training: where they are asked for, all go through.
+    chosen = eva_init(
+        model,
+        [batch],
+        ranks,
+        eva_settings,
+        lambda b: model.token_masks(b, "action"),
+        lambda m, b: m.as_trained(b, "action"),
+    )
+    assert {layer.rows for layer in chosen.values()} == {float(batch.mask.sum())}
 
 
 @torch.no_grad()

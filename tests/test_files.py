@@ -116,3 +116,13 @@ def test_a_missing_or_damaged_json_file_is_a_user_error_that_names_it(tmp_path, 
         (tmp_path / "content.json").write_bytes(content)
     with pytest.raises(UserError, match=r"content\.json"):
         read_json(tmp_path / "content.json")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have_are_refused_and_the_file_stays(tmp_path, number):
+    path = tmp_path / "result.json"
+    write_json(path, {"score": 1.0})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        write_json(path, {"score": [number]})
+    assert read_json(path) == {"score": 1.0}
+    assert names(tmp_path) == {"result.json"}

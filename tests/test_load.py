@@ -12,7 +12,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from eva_rl.data import interface_of, load_dataset
+from eva_rl.data import find_source, interface_of, load_dataset
 from eva_rl.data.load import environment_of, score_scale_of
 from eva_rl.errors import UserError
 
@@ -337,3 +337,10 @@ def test_the_score_scale_is_the_datasets_or_unknown(make_dataset):
     make_dataset("mine/random-v0")
     assert score_scale_of("mine/scaled-v0") == (-1.0, 3.0)
     assert score_scale_of("mine/random-v0") is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 3.0), (float("nan"), 3.0), (0.0, float("inf"))])
+def test_reference_scores_that_measure_nothing_are_no_scale_and_that_is_said(make_dataset, low, high):
+    make_dataset("mine/scaled-v0", ref_min_score=low, ref_max_score=high)
+    with pytest.warns(UserWarning, match="no normalized scores"):
+        assert find_source("minari/mine/scaled-v0").score_scale is None

@@ -123,9 +123,10 @@ def test_statistics_say_what_the_episodes_achieved():
     assert statistics.success_rate == 0.75
 
 
-def test_the_success_rate_is_unknown_where_an_episode_does_not_say():
-    episodes = [an_episode(), an_episode() | {"success": None}]
-    assert pack("dummy", episodes, OBSERVATIONS, BOUNDED).statistics().success_rate is None
+def test_an_episode_that_does_not_mention_success_failed_where_another_mentions_it():
+    said, silent = an_episode(seed=1) | {"success": np.array([np.nan, 0, 0, 0, 1])}, an_episode() | {"success": None}
+    assert pack("dummy", [said, silent], OBSERVATIONS, BOUNDED).statistics().success_rate == 0.5
+    assert pack("dummy", [silent, silent], OBSERVATIONS, BOUNDED).statistics().success_rate is None
 
 
 def nan_in(name: str, value: float = np.nan) -> dict[str, np.ndarray]:

@@ -62,12 +62,13 @@ def attach(
     model: nn.Module,
     config: PeftConfig,
     batches: Iterable[Any] = (),
-    token_mask: Callable[[Any], Tensor] | None = None,
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     fresh_modules: Sequence[str] = (),
     start: Start | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     few: int = TaskData.few,
     progress: bool = False,
+    forward: Callable[[nn.Module, Any], Any] = TaskData.forward,
 ) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
@@ -80,11 +81,12 @@ def attach(
         loss: the loss of a batch, for initialisations that look at gradients.
         few: batches for initialisations without a rule of their own.
         progress: show a progress bar.
+        forward: runs the model on a batch, sending through each layer the rows that training will: EVA's directions are theirs.
 
     Raises:
         UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
     """
-    data, config = TaskData(batches, token_mask, loss, few, progress), copy.deepcopy(config)
+    data, config = TaskData(batches, token_mask, loss, few, progress, forward), copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     if own:
         _check_targets(model, config)

@@ -38,7 +38,7 @@ def pack_on_disk(
         with replacing(folder) as temporary:
             temporary.mkdir()
             _write(temporary, checked(task, episodes, observation_space, action_space))
-            (temporary / "stamp.json").write_text(json.dumps(stamp))
+            (temporary / "stamp.json").write_text(json.dumps(stamp, allow_nan=False))
     with np.load(folder / "columns.npz", allow_pickle=False) as arrays:
         joined = {name: arrays[name] for name in COLUMNS if name in arrays}
         columns = {
@@ -60,7 +60,7 @@ def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
             file.write(np.ascontiguousarray(episode["observations"]).data)
             for name, parts in columns.items():
                 parts.extend([episode[name]] if name in episode else [])
-            solved.append(-1 if episode["success"] is None else int(episode["success"].max() > 0))
+            solved.append(-1 if episode["success"] is None else int((episode["success"] > 0).any()))
     lengths = [len(part) for part in columns["rewards"]]
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)

@@ -92,15 +92,21 @@ def joined_up(
     action_space: gym.Space,
 ) -> Trajectories:
     """The trajectories whose columns were joined; of `columns`, the lengths and successes of the episodes are read."""
-    successes = columns["success"]
     return Trajectories(
         task=task,
         **{name: torch.from_numpy(values) for name, values in joined.items()},
         starts=torch.from_numpy(np.cumsum([0, *map(len, columns["rewards"])])),
         observation_space=observation_space,
         action_space=action_space,
-        successes=None if any(s is None for s in successes) else torch.tensor([bool(s.max() > 0) for s in successes]),
+        successes=_solved(columns["success"]),
     )
+
+
+def _solved(told: Sequence[np.ndarray | None]) -> Tensor | None:
+    """(E,) bool: which episodes were solved. None where none of them says: some environments mention success only where there is one."""
+    if all(episode is None for episode in told):
+        return None
+    return torch.tensor([episode is not None and bool((episode > 0).any()) for episode in told])
 
 
 def checked(

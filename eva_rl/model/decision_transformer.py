@@ -242,27 +242,42 @@ class DecisionTransformer(ActionModel):
             raise UserError(f"tokens={kind} was given where one of {list(known)} was expected.")
         return kind
 
-    def predict(self, batch: Batch | Mixture) -> list[Tensor]:
-        """For each part of the batch, what `forward` returns; they go through the trunk together."""
+    def predict(self, batch: Batch | Mixture, all_tokens: bool | None = None) -> list[Tensor]:
+        """For each part of the batch, what `forward` returns; they go through the trunk together.
+
+        all_tokens: whether layers whose other outputs nobody reads compute the states alone; None: so while training.
+        """
+        all_tokens = not self.training if all_tokens is None else all_tokens
         layouts: dict[tuple[str, ...], list[Batch]] = {}
         for part in batch.parts:
             layouts.setdefault(self.embedders[part.interface].tokens, []).append(part)
         predicted = {
             part.interface: actions
             for kinds, parts in layouts.items()
-            for part, actions in zip(parts, self._predict_alike(parts, kinds), strict=True)
+            for part, actions in zip(parts, self._predict_alike(parts, kinds, all_tokens), strict=True)
         }
         return [predicted[part.interface] for part in batch.parts]
 
-    def _predict_alike(self, parts: Sequence[Batch], kinds: tuple[str, ...]) -> list[Tensor]:
+    def _predict_alike(self, parts: Sequence[Batch], kinds: tuple[str, ...], all_tokens: bool) -> list[Tensor]:
         """`predict` for parts whose steps have the same tokens."""
         tokens = [self.embedders[part.interface](part) for part in parts]  # (b, T * kinds, d) each
         tokens = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # (B, T * kinds, d)
-        read = slice(kinds.index("state"), None, len(kinds))
-        # Training asks for no more than the states; otherwise every layer shows every token to those who look (EVA).
-        features = self.trunk(tokens, read, kinds) if self.training else self.trunk(tokens, tokens=kinds)[:, read]
+        read = slice(kinds.index("state"), None, len(kinds)) if len(kinds) > 1 else slice(None)
+        features = self.trunk(tokens, tokens=kinds)[:, read] if all_tokens else self.trunk(tokens, read, kinds)
         states = features.split([len(part.mask) for part in parts])  # (b, T, d) each
         return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
+
+    def as_trained(self, batch: Batch, kind: str = "all") -> Tensor:
+        """What `forward` returns, with no more rows going through any layer than the training's forward pass sends through it: the last
+        block's queries and all that follows them see states alone. Where tokens of another `kind` are wanted, all tokens go through.
+        """
+        [predicted] = self.predict(batch, all_tokens=kind not in ("all", "state"))
+        return predicted
+
+    def token_masks(self, batch: Batch, kind: str = "all") -> tuple[Tensor, ...]:
+        """`token_mask`, and the same for layers that see states alone, (B, T): each is that of the inputs of its shape."""
+        every = self.token_mask(batch, kind)
+        return (every, batch.mask) if kind in ("all", "state") else (every,)
 
     def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
         """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""

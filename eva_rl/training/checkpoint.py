@@ -64,7 +64,7 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
         raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")
     if identity is None:
         return
-    now = json.loads(json.dumps({"steps": steps, **identity}))  # as it reads when it was written
+    now = json.loads(json.dumps({"steps": steps, **identity}, allow_nan=False))  # as it reads when it was written
     for path in found:
         try:
             with safe_open(path, "pt") as file:
@@ -103,7 +103,7 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary,
-            metadata={"identity": json.dumps(state.identity), "seconds": str(seconds)},
+            metadata={"identity": json.dumps(state.identity, allow_nan=False), "seconds": str(seconds)},
         )
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
