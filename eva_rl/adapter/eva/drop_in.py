@@ -46,6 +46,13 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     return pefts.prepare_layer_inputs_fn_language_modeling(layer_input, model_input, layer_name)
 
 
+def _pefts_rows() -> Callable[..., Tensor]:
+    """peft's own default, which a script may name."""
+    from peft.tuners.lora import eva as pefts
+
+    return pefts.prepare_layer_inputs_fn_language_modeling
+
+
 def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -92,6 +99,8 @@ def get_eva_state_dict(
     )
     names = _targets(model, config, wrapped)
     each = isinstance(prepare_layer_inputs_fn, Mapping)
+    # Another function than peft's may choose by the layer's name: then layers that read the same tensor have rows of their own.
+    by_name = prepare_layer_inputs_fn not in (None, prepare_layer_inputs_fn_language_modeling, _pefts_rows())
     if each and not prepare_layer_inputs_fn.keys() <= set(names):
         unknown = sorted(prepare_layer_inputs_fn.keys() - set(names))
         raise ValueError(f"prepare_layer_inputs_fn names modules that are no targets of the adapter: {unknown}")
@@ -117,7 +126,7 @@ def get_eva_state_dict(
             own,
             forward=forward_fn,
             rows=rows,
-            share=not each,
+            share=not by_name,
             together=gather_distributed_inputs,
             progress=show_progress_bar,
         )
