@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from eva_rl.adapter import Adapter, EvaSettings, attach, load_adapter, save_adapter, starts, trainable_parameters
+from eva_rl.adapter.attach import _at_risk, _linear_layers
 from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
 from eva_rl.adapter.eva import eva_init
 from eva_rl.adapter.eva.moments import principal_angle
@@ -635,3 +636,16 @@ def test_a_ratio_for_no_parameter_is_refused(tmp_path):
     attached("lora", model)
     with pytest.raises(UserError, match="names 'nothing'"):
         train(model, make_batch, model.loss, 1, TRAINING, tmp_path, ratios={"nothing": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("eva", 0), ("orthogonal", 0), ("milora", 1), ("pissa", 1), ("lora_ga", 1), ("olora", 1)]
+)
+def test_no_weight_is_copied_but_those_that_the_start_may_change(name, kept):
+    model, method = make_model(), settings(name, "adapter.layers=[blocks.1.feed_forward.up]")
+    config = method.peft_config(2)
+    start = method.start_function() or starts.start_of(config)
+    names = [name for name, _ in _at_risk(model, config, functools.partial(start))]
+    assert names == ["trunk.blocks.1.feed_forward.up"] * kept
+    config.target_modules = None
+    assert len(list(_at_risk(model, config, start))) == (len(list(_linear_layers(model))) if kept else 0)

@@ -101,6 +101,10 @@ def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[Pe
     return peft_model, {}
 
 
+LEAVE_THE_BASE = (eva, orthogonal)
+"""Starts that change no weight of the base."""
+
+
 @torch.no_grad()
 def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
     """A and B from W's minor singular components, which leave W (Wang et al. 2024, arXiv 2406.09044, eq. 4-6).
