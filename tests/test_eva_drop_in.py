@@ -1,5 +1,9 @@
 """peft's two functions for EVA and ours of the same names: one import line apart."""
 
+from collections import defaultdict
+from types import MappingProxyType
+from typing import NamedTuple
+
 import peft
 import pytest
 import torch
@@ -9,7 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eva_rl.adapter import eva
+from eva_rl.adapter.eva.drop_in import _moved
 from eva_rl.adapter.eva.moments import principal_angle
+from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
 
@@ -300,3 +306,32 @@ def test_layers_that_read_the_same_tensor_may_be_given_other_rows_by_their_names
     for name, rows in theirs.items():
         assert principal_angle(ours[name], rows.float()) < 10
     assert principal_angle(ours["k"], ours["q"]) > 60
+
+
+class Pair(NamedTuple):
+    """A batch by its fields' names."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_batches_of_any_container_are_moved_with_their_kind():
+    x = torch.ones(2)
+    meta = torch.device("meta")
+    moved = _moved(Pair(x, x), meta)
+    assert type(moved) is Pair
+    assert moved.second.device == meta
+    ordered = defaultdict(list, {"x": [x, {"y": (x,)}]})
+    found = _moved(ordered, meta)
+    assert type(found) is defaultdict
+    assert found["x"][1]["y"][0].device == meta
+    assert found["not there"] == []
+    assert ordered["x"][0].device == x.device  # the batch itself stays as it was
+    assert _moved(MappingProxyType({"x": x}), meta)["x"].device == meta
+    assert _moved({"text": "as it is", "number": 1}, meta) == {"text": "as it is", "number": 1}
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_batch_that_holds_a_generator_is_refused_plainly(device):
+    with pytest.raises(UserError, match="holds a generator, which can be gone through once"):
+        _moved({"x": (value for value in [torch.ones(2)])}, device)
