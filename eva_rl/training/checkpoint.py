@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eva_rl.errors import UserError
-from eva_rl.files import replacing
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.files import from_json, replacing
 
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
@@ -68,8 +68,8 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
     for path in found:
         try:
             with safe_open(path, "pt") as file:
-                before = json.loads((file.metadata() or {}).get("identity", "null")) or now
-        except (SafetensorError, OSError):
+                before = from_json(dict[str, Any], json.loads((file.metadata() or {}).get("identity", "null")) or now)
+        except (SafetensorError, OSError, ValueError, TypeError):
             continue  # damaged: `load_newest` passes it over, with a warning
         if changed := list(_changes(before, now)):
             raise UserError(
@@ -121,10 +121,15 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 losses, seconds = tensors["losses"], float(file.metadata()["seconds"])
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
-        restore(tensors, state, path)
+        try:
+            restore(tensors, state, path)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"The checkpoint '{path}' is of another version or damaged ({in_one_line(error)}): remove it, or set another run_dir."
+            ) from error
         return losses, seconds
     return torch.zeros(0), 0.0
 
