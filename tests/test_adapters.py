@@ -11,6 +11,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -649,3 +650,29 @@ def test_no_weight_is_copied_but_those_that_the_start_may_change(name, kept):
     assert names == ["trunk.blocks.1.feed_forward.up"] * kept
     config.target_modules = None
     assert len(list(_at_risk(model, config, start))) == (len(list(_linear_layers(model))) if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs"), [("attention.q", WIDTH), ("feed_forward.up", 4 * WIDTH), ("feed_forward.down", WIDTH)]
+)
+def test_lora_ga_scales_by_the_fourth_root_of_the_outputs_number(layer, outputs):
+    model = make_model()
+    attach(model, settings("lora_ga").peft_config(4), [make_batch(0)], model.token_mask, loss=model.loss, few=1)
+    own = model.get_submodule(f"trunk.blocks.0.{layer}")
+    c = outputs**0.25 / 16**0.5  # arXiv 2407.05000, algorithm 1, with gamma = 16
+    torch.testing.assert_close(own.lora_A["default"].weight.norm(dim=1), torch.full((4,), c))
+    torch.testing.assert_close(own.lora_B["default"].weight.norm(dim=0), torch.full((4,), c))
+
+
+def test_adaloras_penalty_is_how_far_its_matrices_are_from_orthonormal():
+    model = make_model()
+    adapter = attached("adalora", model)
+    generator, distances = torch.Generator().manual_seed(0), []
+    for name, p in adapter.model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator)
+            rows = p.data.numpy().astype(float) if "lora_A" in name else p.data.numpy().astype(float).T
+            distances.append(np.linalg.norm(rows @ rows.T - np.eye(len(rows))))
+    expected = settings("adalora").config["orth_reg_weight"] * np.mean(distances)  # arXiv 2303.10512, eq. 4
+    assert adapter.companion.penalty().item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
