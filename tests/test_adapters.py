@@ -676,3 +676,26 @@ def test_adaloras_penalty_is_how_far_its_matrices_are_from_orthonormal():
     expected = settings("adalora").config["orth_reg_weight"] * np.mean(distances)  # arXiv 2303.10512, eq. 4
     assert adapter.companion.penalty().item() == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
+
+
+def test_layers_of_rslora_whose_rank_the_budget_changed_have_rsloras_scale():
+    model = make_model()
+    attached("eva_rslora", model, "adapter.eva.rho=2.0")
+    alpha = config_of("eva_rslora", "adapter.eva.rho=2.0").lora_alpha
+    layers = starts.lora_layers(model)
+    assert len({layer.r["default"] for _, layer in layers}) > 1
+    for _, layer in layers:
+        assert layer.scaling["default"] == pytest.approx(alpha / layer.r["default"] ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("vera", "projection_prng_key"),
+        ("randlora", "projection_prng_key"),
+        ("fourierft", "random_loc_seed"),
+        ("shira", "random_seed"),
+    ],
+)
+def test_what_a_method_draws_once_is_drawn_from_the_runs_seed(name, key):
+    assert [settings(name, f"seed={seed}").config[key] for seed in (0, 3)] == [0, 3]

@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.training import Processes, TrainingConfig, autocast, check_run, choose_device, learning_rate_at, train
+from eva_rl.training import checkpoint as checkpoint_module
 from eva_rl.training import precision as precision_module
 
 ARM = Interface("arm", 3, "continuous", 2, (0.0,) * 3, (1.0,) * 3, (0.0,) * 2, (1.0,) * 2, 1.0, 1.0)
@@ -573,3 +575,20 @@ def test_a_parameter_without_a_gradient_in_any_process_keeps_none(monkeypatch):
     assert parameters[0].grad.tolist() == [11.0, 22.0]
     assert parameters[1].grad.tolist() == [30.0, 40.0]  # the other process has one
     assert parameters[2].grad is None
+
+
+def test_the_random_state_that_is_saved_is_that_of_the_models_device_and_not_of_the_current_one(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(checkpoint_module, "_cuda_device", lambda parameters: torch.device("cuda:1"))
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.zeros(3, dtype=torch.uint8)
+    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((device, state.tolist())))
+    run(tmp_path, steps=4)
+    run(tmp_path, steps=4, resume=True)
+    assert asked == [torch.device("cuda:1"), (torch.device("cuda:1"), [0, 0, 0])]
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda:1", "cuda:1"), ("cpu", "None")])
+def test_the_device_is_that_of_the_parameters(device, found):
+    assert str(checkpoint_module._cuda_device({"weight": SimpleNamespace(device=torch.device(device))})) == found

@@ -96,8 +96,8 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
     if state.companion is not None:
         tensors |= {f"companion.{key}": value for key, value in state.companion.state_dict().items()}
     tensors |= {"losses": losses, "rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if (device := _cuda_device(state.parameters)) is not None:
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     path = folder / f"step-{len(losses):08d}.safetensors"
     with replacing(path) as temporary:
         save_file(
@@ -154,5 +154,11 @@ def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> 
         own = {n.removeprefix(prefix): value.to(device) for n, value in tensors.items() if n.startswith(prefix)}
         state.companion.load_state_dict(own)
     torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if "rng.cuda" in tensors and (cuda := _cuda_device(state.parameters)) is not None:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], cuda)
+
+
+def _cuda_device(parameters: Mapping[str, nn.Parameter]) -> torch.device | None:
+    """The CUDA device whose generator dropout draws from: the model's, which need not be the current one."""
+    device = next(iter(parameters.values())).device
+    return device if device.type == "cuda" else None
