@@ -311,7 +311,9 @@ def entry_point(
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
                 with while_read():
                     return print(choices(group, name))
-            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
+            os.environ["HYDRA_FULL_ERROR"] = (
+                "1"  # whatever it was: exceptions reach us, where Hydra would print and exit
+            )
             if in_grid := any(word.startswith(GRID) for word in sys.argv[1:]):
                 sys.argv[1:] = [_with_tasks_listed(word, splits) for word in sys.argv[1:]]
             try:

@@ -78,12 +78,22 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
 def _picture(space: gym.spaces.Box) -> Part:
     height, width, *channels = space.shape
     channels_last = True
-    if channels and space.shape[0] < space.shape[-1]:
+    if channels and _channels_first(space.shape):
         channels, height, width, channels_last = [space.shape[0]], *space.shape[1:], False
     shape = (channels[0] if channels else 1, height, width)
     if min(height, width) >= SMALLEST_IMAGE:
         return Part("image", shape, channels_last=channels_last)
     return Part("grid", shape, int(space.high.max()) + 1, channels_last)
+
+
+def _channels_first(shape: tuple[int, int, int]) -> bool:
+    """Whether a picture's channels are its first axis: where the last two make a square, or else it is shorter than the last.
+
+    A square tells more than the lengths: a grid may have more kinds of things, a channel each, than rows.
+    """
+    if (shape[0] == shape[1]) != (shape[1] == shape[2]):
+        return shape[1] == shape[2]
+    return shape[0] < shape[-1]
 
 
 def dtype_of(parts: tuple[Part, ...]) -> str:

@@ -299,6 +299,14 @@ def test_a_mistake_on_the_command_line_is_answered_with_one_sentence(command, ar
     assert stderr == ""
 
 
+@pytest.mark.parametrize("value", ["0", "1", ""])
+def test_hydras_own_switch_for_tracebacks_changes_no_answer(command, monkeypatch, value):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+    status, stderr = command("model=huge")
+    assert status.startswith("error: There is no 'model/huge'.")
+    assert stderr == ""
+
+
 def test_a_users_mistake_met_later_is_one_sentence_too(command):
     def main(config: PretrainConfig) -> None:
         raise UserError("The folder is full: empty it.")

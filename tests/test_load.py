@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from eva_rl.data import find_source, interface_of, load_dataset
+from eva_rl.data import find_source, interface_of, load_dataset, on_disk
 from eva_rl.data.load import environment_of, score_scale_of
 from eva_rl.errors import UserError
 
@@ -282,6 +283,39 @@ def test_a_dataset_that_was_written_again_is_packed_again(pictures, datasets_roo
     write_dataset("mine/pictures-v0", 255 - pictures, np.zeros((2, 2), np.float32), BYTES, FLAT)
     found = load_dataset("mine/pictures-v0", "mine")
     np.testing.assert_array_equal(found.observations, 255 - pictures[:2].reshape(2, -1))
+
+
+def test_a_packed_dataset_that_vanishes_between_check_and_use_is_packed_again(pictures, datasets_root, monkeypatch):
+    load_dataset("mine/pictures-v0", "mine")
+    stamp_of, calls = on_disk._stamp_of, []
+
+    def vanishing(folder):
+        found = stamp_of(folder)
+        if not calls:  # as another run does that packs it anew
+            shutil.rmtree(folder)
+        calls.append(folder)
+        return found
+
+    monkeypatch.setattr(on_disk, "_stamp_of", vanishing)
+    found = load_dataset("mine/pictures-v0", "mine")
+    np.testing.assert_array_equal(found.observations, pictures[:2].reshape(2, -1))
+    assert len(calls) > 1
+    assert not list((datasets_root / ".packed").rglob("*.lock"))
+
+
+def test_several_threads_that_pack_one_dataset_at_once_all_get_it(tmp_path):
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    episode = {"observations": np.arange(20.0).reshape(10, 2), "actions": np.zeros((10, 2)), "rewards": np.ones(10)}
+
+    def load(number: int) -> float:
+        found = on_disk.pack_on_disk(
+            tmp_path / "set" / "packed", {"version": number % 3}, "mine", [episode], space, FLAT
+        )
+        return float(found.observations.sum())
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(load, range(60))) == {190.0}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"packed"}
 
 
 def test_a_full_disk_leaves_no_half_of_a_packed_dataset(pictures, datasets_root, monkeypatch):

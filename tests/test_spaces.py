@@ -113,3 +113,21 @@ def test_actions_have_choices_or_are_continuous(space, choices):
 def test_actions_of_other_spaces_are_refused(space):
     with pytest.raises(UserError, match="where a Box of real numbers"):
         action_choices(space)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected", "last"),
+    [
+        ((5, 5, 20), "grid", (20, 5, 5), True),  # more kinds of things than rows
+        ((20, 5, 5), "grid", (20, 5, 5), False),
+        ((7, 7, 3), "grid", (3, 7, 7), True),
+        ((3, 7, 7), "grid", (3, 7, 7), False),
+        ((7, 7, 7), "grid", (7, 7, 7), True),
+        ((3, 64, 96), "image", (3, 64, 96), False),
+        ((64, 96, 3), "image", (3, 64, 96), True),
+        ((4, 84, 84), "image", (4, 84, 84), False),
+    ],
+)
+def test_channels_are_the_axis_beside_a_square_or_else_the_shorter_end(shape, kind, expected, last):
+    [part] = parts_of(gym.spaces.Box(0, 9 if kind == "grid" else 255, shape, np.uint8))
+    assert (part.kind, part.shape, part.channels_last) == (kind, expected, last)

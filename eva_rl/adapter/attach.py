@@ -18,7 +18,7 @@ from eva_rl.adapter.allocator import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import input_width
 from eva_rl.adapter.restore import restored
-from eva_rl.adapter.starts import Start, TaskData, lora_layers, start_of
+from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite, replacing, write_json
 
@@ -96,10 +96,11 @@ def attach(
             f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
         )
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    weights = {name: layer.weight.detach().clone() for name, layer in _linear_layers(model) if own}
+    start = start or start_of(config)
+    weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
     with _undone_on_failure(model, weights):
         try:
-            peft_model, found = (start or start_of(config))(model, config, data)
+            peft_model, found = start(model, config, data)
         except (ValueError, TypeError) as error:
             raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
         initial = _taken_out(model, weights)
@@ -155,6 +156,16 @@ def targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Parameter]:
         and check_target_module_exists(config, name)
         and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
+
+
+def _at_risk(model: nn.Module, config: PeftConfig, start: Start) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights that this start may change: those of its targets, and none for one that sets nothing but A and B."""
+    if getattr(start, "func", start) in LEAVE_THE_BASE:  # a partial's function
+        return
+    if config.target_modules is None:  # then peft chooses them by the kind of model
+        yield from ((name, layer.weight) for name, layer in _linear_layers(model))
+    else:
+        yield from targets(model, config).items()
 
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:

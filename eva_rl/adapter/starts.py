@@ -79,6 +79,10 @@ def eva(
     `settings`: None: rho and tau of the config's `eva_config`, and our defaults for the rest.
     """
     config.init_lora_weights = "eva"
+    if config.use_rslora:
+        # peft would multiply alpha by r' / r where a layer gets r' ranks, which keeps alpha / r: rsLoRA's scale, alpha / sqrt(r'),
+        # (Kalajdzievski 2023, arXiv 2312.03732) follows from the rank by itself.
+        config.eva_config.adjust_scaling_factors = False
     peft_model, _ = plain(model, config, data)
     ranks = {name: layer.r["default"] for name, layer in lora_layers(model)}
     settings = settings or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
@@ -99,6 +103,10 @@ def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[Pe
         weight = layer.lora_A["default"].weight
         weight.data = random_rows(*weight.shape).to(weight)
     return peft_model, {}
+
+
+LEAVE_THE_BASE = (eva, orthogonal)
+"""Starts that change no weight of the base."""
 
 
 @torch.no_grad()

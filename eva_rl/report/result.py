@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.errors import UserError
+from eva_rl.files import from_json as typed
 from eva_rl.files import read_json
 from eva_rl.report.scores import Scores, failures_counted, from_json, to_json
 from eva_rl.report.stopwatch import Stopwatch, peak_memory
@@ -50,7 +51,12 @@ def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -
     """
     path = run_dir / "result.json"
     earlier = read_json(path) if path.is_file() else {}
-    before, now = flat(earlier.get("settings", {})), flat(settings)
+    try:
+        before = flat(typed(dict[str, Any], earlier.get("settings", {}), "settings."))
+        typed(dict[str, dict[str, Any]], earlier.get("curve", {}), "curve.")
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"'{path}' is not as a run writes it ({error}): remove it, or set another run_dir.") from error
+    now = flat(settings)
     changed = [
         f"{key}={before.get(key)} (now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
     ]
