@@ -1,0 +1,1 @@
+"""What makes or measures files of the repository; no part of the package."""
