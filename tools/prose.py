@@ -49,11 +49,11 @@ class Prose:
         )
 
     def too_long(self) -> list[str]:
-        """The limits that this text exceeds, each as a sentence."""
+        """The limits that this text exceeds, each as a sentence. One semicolon is no habit, on the shortest page."""
         limits = [
             ("words a sentence", self.words_a_sentence, 16.0),
             (f"% of sentences over {LONG} words", 100 * self.share_long, 3.0),
-            ("semicolons a hundred sentences", self.semicolons_a_hundred, 3.0),
+            ("semicolons a hundred sentences", self.semicolons_a_hundred * (self.semicolons > 1), 3.0),
         ]
         return [f"{value:.1f} {what}, at most {most:.0f} wanted" for what, value, most in limits if value > most]
 
