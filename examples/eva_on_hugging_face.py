@@ -29,7 +29,7 @@ model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=32, n_embd=64, n_
 config = LoraConfig(r=4, lora_alpha=4, target_modules=["c_attn", "c_fc"], init_lora_weights="eva", fan_in_fan_out=True)
 adapter = attach(model, config, batches())  # calls model(batch) until every layer's directions are found
 for name, layer in adapter.eva.items():
-    print(f"{name}: rank {layer.rank}, {layer.batches} batches")
+    print(f"{name}: rank {len(layer.components)}, {layer.batches} batches")
 
 optimiser = torch.optim.AdamW([p for p in adapter.model.parameters() if p.requires_grad], lr=1e-2)
 for _, batch in zip(range(STEPS), batches(), strict=False):

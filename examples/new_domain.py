@@ -1,15 +1,13 @@
-"""A domain of your own. Copied to `envs/corridor.py` this file is all of it. `python examples/new_domain.py` tries its expert."""
+"""A domain of your own: walk to a goal on a line. Copied to `envs/corridor.py`, this file is all that it needs. From here,
+`python examples/new_domain.py` tries its expert. Observations are one's place and the goal's, an action is a step of at most 0.2."""
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain
 
 
 class CorridorEnv(gym.Env):
-    """Walk to a goal on a line. Observation (2,): one's place and the goal's. Action (1,): a step of at most 0.2."""
-
     observation_space, action_space = gym.spaces.Box(-1.0, 1.0, (2,)), gym.spaces.Box(-0.2, 0.2, (1,))
 
     def reset(self, *, seed=None, options=None):
@@ -18,7 +16,7 @@ class CorridorEnv(gym.Env):
         return self.state.copy(), {"success": 0.0}
 
     def step(self, action):
-        self.state[0] = np.clip(self.state[0] + action[0], -1.0, 1.0)
+        self.state[0] = np.clip(self.state[0] + action[0], -1, 1)
         there = bool(abs(self.state[1] - self.state[0]) < 0.05)
         return self.state.copy(), float(there), there, False, {"success": float(there)}
 
@@ -27,7 +25,8 @@ class Corridor(Domain):
     name, extra, tasks, splits = "corridor", "corridor", ("Walk",), {"train": ("Walk",)}
 
     def make(self, name, render_mode=None):
-        return gym.make(EnvSpec(f"corridor/{name}", entry_point=f"{__name__}:CorridorEnv", max_episode_steps=20))
+        spec = gym.envs.registration.EnvSpec(f"corridor/{name}", f"{__name__}:CorridorEnv", max_episode_steps=20)
+        return gym.make(spec)
 
     def expert(self, name, env):
         return lambda seen: np.clip(seen[1:] - seen[:1], -0.2, 0.2)
@@ -36,7 +35,7 @@ class Corridor(Domain):
 DOMAIN = Corridor()
 if __name__ == "__main__":
     env = DOMAIN.make("Walk")
-    observation, info = env.reset(seed=0)
+    (observation, info), expert = env.reset(seed=0), DOMAIN.expert("Walk", env)
     while not info["success"]:
-        observation, _, _, _, info = env.step(DOMAIN.expert("Walk", env)(observation))
+        observation, _, _, _, info = env.step(expert(observation))
     print("solved")
