@@ -13,7 +13,7 @@ MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench fuzz chaos mutants clean
+.PHONY: help setup demo test lint docs bench fuzz chaos mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s  %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ lint: $(INSTALLED) ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+docs: $(INSTALLED) ## build the documentation in build/docs/; a warning is an error
+	$(RUN) -m sphinx -q -E -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 bench: $(INSTALLED) ## compare EVA's initialisation with peft's; takes a quarter of an hour
 	$(RUN) -m benchmarks.eva_init
 
@@ -46,7 +50,7 @@ mutants: $(INSTALLED) ## change the code in a hundred places; do the tests notic
 
 clean: ## remove the environment and everything built; runs, checkpoints and datasets stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find eva_rl envs configs tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find eva_rl envs configs docs examples tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(MADE):
 	@command -v "$(PYTHON)" >/dev/null || { \
@@ -61,5 +65,5 @@ $(INSTALLED): $(MADE) pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/; the first time this takes a few minutes."
 	@grep -v $(if $(TORCH),'^torch==','^#') constraints.txt > $(VENV)/constraints.txt
 	@$(if $(TORCH),$(RUN) -m pip install -qq --disable-pip-version-check $(TORCH))
-	@$(RUN) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[domains,dev]'
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[domains,dev,docs]'
 	@touch $@

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+GUARD = 'put what a script runs below `if __name__ == "__main__":`, because a worker process imports the script first'
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -45,6 +48,19 @@ def _quota_of(group: Path) -> float | None:
         return float(quota) / float(period) if quota != "max" and float(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def refuse_while_imported() -> None:
+    """End a worker process that runs the script it should only import, before the script does its work once more.
+
+    A process that is started anew (`spawn`, `forkserver`) imports the main script. Without the guard the script would work in
+    it too: wait for a lock that its parent holds, or start processes of its own.
+
+    Raises:
+        SystemExit: in such a process.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing looks at itself
+        raise SystemExit(f"error: A worker process works instead of waiting for its work: {GUARD}.")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FILES = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
-FOLDERS = {"benchmarks", "checkpoints", "configs", "docs", "envs", "eva_rl", "tests", "tools"}
-COMES_WITH_ITS_FIRST_FILE = {"benchmarks"}
+FOLDERS = {"benchmarks", "checkpoints", "configs", "docs", "envs", "eva_rl", "examples", "tests", "tools"}
+COMES_WITH_ITS_FIRST_FILE = {"benchmarks", "examples"}
 
 PICKLE_MODULES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}

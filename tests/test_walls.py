@@ -45,7 +45,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "docs", "domains", "joblib", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:
@@ -124,7 +124,7 @@ def test_every_module_has_a_place_in_the_tables():
 
 
 def test_exactly_the_entry_points_can_be_run():
-    runnable = {name for name, path in modules().items() if 'if __name__ == "__main__":' in path.read_text()}
+    runnable = {name for name, path in modules().items() if '\nif __name__ == "__main__":' in path.read_text()}
     assert runnable <= {f"eva_rl.{entry}" for entry in ENTRY_POINTS}
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 import eva_rl
-from eva_rl.cores import available_cores, one_core_each
+from eva_rl.cores import GUARD, available_cores, one_core_each, refuse_while_imported
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError
 from eva_rl.files import make_folder, replacing
@@ -75,7 +76,11 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     Finished episodes survive an interruption and are not collected again. A dataset appears under its id only when it
     is whole. Its content does not depend on `workers` (0: one process for each core). Of several processes that collect
     at once, one does and the others wait for it.
+
+    Raises:
+        UserError: for fewer than 0 workers, or one that dies, as in a script without `if __name__ == "__main__":`.
     """
+    refuse_while_imported()
     if workers < 0:
         raise UserError(f"workers={workers} was given where at least 0 was expected.")
     recipes = list(recipes)
@@ -132,6 +137,9 @@ def _collect(missing: Sequence[Recipe], workers: int) -> None:
                 unfinished[recipe] -= 1
                 if not unfinished[recipe]:
                     _assemble(recipe)
+        except BrokenProcessPool as error:
+            raise UserError(f"A worker process ended without a word: {GUARD}, or see what killed it.") from error
+        else:
             for recipe in missing:  # only now: recipes that differ in length alone share their episodes
                 shutil.rmtree(recipe.staging, ignore_errors=True)
         finally:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import eva_rl
 from eva_rl.errors import UserError, did_you_mean, in_one_line
 from eva_rl.files import check_run_folder, from_json, not_finite, read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
@@ -28,7 +28,7 @@ FILES = frozenset({"config.json", "model.safetensors", "README.md"})
 """What a model's folder may hold."""
 LARGEST = 10**8
 """Numbers in an observation or an action, far beyond any that is meant."""
-CHECKPOINTS = Path(eva_rl.__file__).resolve().parent.parent / "checkpoints"
+CHECKPOINTS = Path(str(resources.files("eva_rl.checkpoints"))).resolve()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def check_output(folder: Path) -> None:
 
 
 def find_base(name: str) -> Path:
-    """The folder of a base: of that path, of that name in the checkout's `checkpoints/`, or on the Hugging Face Hub.
+    """The folder of a base: of that path, of that name in `checkpoints/`, or on the Hugging Face Hub.
+
+    An installed package brings the default base alone, a checkout all of `checkpoints/`.
 
     Raises:
         UserError: if there is none of that name, or the Hub can't be reached.
@@ -81,7 +83,7 @@ def find_base(name: str) -> Path:
     for folder in (Path(name), CHECKPOINTS / name):
         if folder.is_dir():
             return folder
-    shipped = [p.name for p in CHECKPOINTS.glob("*") if p.is_dir()] if CHECKPOINTS.is_dir() else []
+    shipped = [config.parent.name for config in CHECKPOINTS.glob("*/config.json")]
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"There is no base '{name}': name a folder, a model of {CHECKPOINTS}, or a Hugging Face repository "

@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of
@@ -264,7 +265,9 @@ def _report_death(group: _Group, deaths: int) -> None:
     seeds = ", ".join(str(job.seed) for job in group.jobs)
     sentence = f"A simulator's process died in {tasks} (seeds {seeds})"
     if deaths > DEATHS:
-        raise UserError(f"{sentence}, the {deaths}th to do so: look for what kills it, such as a lack of memory.")
+        raise UserError(
+            f"{sentence}, the {deaths}th to do so: look for what kills it, such as a lack of memory; or {GUARD}."
+        )
     warnings.warn(f"{sentence}; its episodes are run again.", stacklevel=3)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.cores import available_cores, one_core_each
+from eva_rl.cores import available_cores, one_core_each, refuse_while_imported
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.spaces import flatten
 
@@ -238,6 +238,7 @@ class Simulators:
     """So many simulators, started when first needed and kept until `close`; 0: one in this process."""
 
     def __init__(self, workers: int | None = None):
+        refuse_while_imported()
         self.workers = available_cores() if workers is None else workers
         if self.workers < 0:
             raise UserError(f"workers={workers} was given where a whole number of at least 0 was expected.")

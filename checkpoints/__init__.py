@@ -1,0 +1,1 @@
+"""The bases that come with the code: `eva_rl.checkpoints`, of which a wheel holds the default one."""
