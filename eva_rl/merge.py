@@ -19,7 +19,7 @@ def main(config: MergeConfig) -> None:
     base = load_base_of(folder, notes, "base", config.base)
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     merged = load_adapter(base.model, folder)
-    save_base(output, merged, base.tasks | {notes.task: notes.statistics})
+    save_base(output, merged, base.tasks | {notes.task: notes.statistics}, notes.task)
     print(f"python -m eva_rl.evaluate checkpoint={output} task={notes.task}")
 
 

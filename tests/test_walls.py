@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
 LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 SMALL_ROOMS = {"baselines"}  # of one file
-ROOMS = {"adapter", "configs", "data", "envs", "model", "report", "rollout", "training"} | SMALL_ROOMS
+ROOMS = {"adapter", "configs", "data", "envs", "model", "policy", "report", "rollout", "training"} | SMALL_ROOMS
 ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
 
 MAY_NOT_IMPORT = {
@@ -25,8 +25,10 @@ MAY_NOT_IMPORT = {
     "rollout":  {"training"},
     "envs":     (ROOMS - {"envs"}) | (LEAVES - {"errors"}),                   # numpy, gymnasium and its simulator
     "baselines": {"adapter", "envs", "report", "rollout", "training"},        # trajectories -> an untrained network
+    "policy":   {"baselines", "data", "report"},                              # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
-    **dict.fromkeys(LEAVES | {"eva_rl"}, ROOMS),                              # everyone imports them
+    **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
+    "eva_rl":   ROOMS - {"policy"},                                           # but for the Python API
 }  # fmt: skip
 NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT = {"config"}  # rooms receive plain values
 NO_PLACE_MAY_IMPORT = ENTRY_POINTS

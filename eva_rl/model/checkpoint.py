@@ -39,15 +39,21 @@ class Base:
     path: Path
     sha256: str
     """That of its weights' file, by which an adapter knows its base again."""
+    task: str | None = None
+    """The one it was fine-tuned on; None for a base of many."""
 
 
-def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics]) -> None:
-    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there."""
+def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics], task: str | None = None) -> None:
+    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there.
+
+    task: the one of them that it was fine-tuned on.
+    """
     config = {
         "format": FORMATS[type(model)],
         "architecture": asdict(model.config),
         "interfaces": [asdict(interface) for interface in model.interfaces.values()],
-        "tasks": {task: asdict(statistics) for task, statistics in tasks.items()},
+        "tasks": {name: asdict(statistics) for name, statistics in tasks.items()},
+        **({} if task is None else {"task": task}),
     }
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -151,7 +157,7 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     model.load_state_dict(weights)
     with (folder / "model.safetensors").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(model.eval().to(device), tasks, folder, sha256)
+    return Base(model.eval().to(device), tasks, folder, sha256, config.get("task"))
 
 
 def load_base_of(

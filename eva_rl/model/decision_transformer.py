@@ -114,9 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0, stride: int = 1) -> 
         return (scores.softmax(-1) @ v).view(*shape, n, -1)
 
 
-def unseen(
-    n: int, m: int, start: int, stride: int, dtype: torch.dtype, device: torch.device | None = None
-) -> Tensor:
+def unseen(n: int, m: int, start: int, stride: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """(n, m), to be added to scores: zero at the keys 0 ... start + i stride, which query i sees, else minus infinity."""
     hidden = torch.arange(m, device=device) > last_seen(n, start, stride, device)
     return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
@@ -223,13 +221,16 @@ class DecisionTransformer(ActionModel):
 
         A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
 
-        There are none where the model has an interface of that name: its own statistics stay in force.
+        There are none where the model has an interface of that name: its own statistics stay in force, but the spaces become those
+        of the newer one.
 
         Raises:
             UserError: if that interface has other sizes; the sentence names `what`.
         """
         if interface.name in self.embedders:
-            self.interfaces[interface.name].require(interface, what)
+            own = self.interfaces[interface.name]
+            own.require(interface, what)
+            self.embedders[interface.name].interface = replace(own, spaces=interface.spaces or own.spaces)
             return ()
         if not interface.tokens:
             alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]

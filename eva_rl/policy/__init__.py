@@ -1,0 +1,6 @@
+"""A run or a checkpoint -> a policy that acts in a user's own loop."""
+
+from eva_rl.policy.acting import ActingPolicy
+from eva_rl.policy.load import Trained, find_trained, load_policy
+
+__all__ = ["ActingPolicy", "Trained", "find_trained", "load_policy"]
