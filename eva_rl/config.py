@@ -232,6 +232,15 @@ class MergeConfig:
     output: str | None
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    run: str
+    format: str
+    task: str | None
+    base: str | None
+    output: str | None
+
+
 HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
 there is to choose from, where a command has these.
 

@@ -221,7 +221,8 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
     if kind == "MultiDiscrete":
         return gym.spaces.MultiDiscrete(fields["nvec"], np.dtype(fields["dtype"]).type, start=fields["start"])
     if kind == "MultiBinary":
-        return gym.spaces.MultiBinary(fields["shape"])
+        shape = fields["shape"]
+        return gym.spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
     if kind == "Text":
         low, high = fields["lengths"]
         return gym.spaces.Text(high, min_length=low, charset=fields["characters"])

@@ -170,7 +170,7 @@ def test_an_action_comes_back_as_the_row_it_was_made_from_within_its_bounds(numb
         action = to_action(space, row)
         assert space.contains(action)
         np.testing.assert_allclose(
-            action_row(space, action), np.clip(row, space.low.ravel(), space.high.ravel()), rtol=1e-6
+            action_row(space, action), np.clip(row, space.low.ravel(), space.high.ravel()), rtol=1e-6, atol=1e-6
         )
     choices = np.abs(row).astype(int) % 3
     for space in (MultiDiscrete([3, 3, 3, 3], start=[0, 1, -1, 5]), Discrete(3, start=7)):

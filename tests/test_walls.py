@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {"adapter", "configs", "data", "envs", "model", "policy", "report", "rollout", "training"} | SMALL_ROOMS
-ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
+ENTRY_POINTS = {"collect", "evaluate", "export", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
 
 MAY_NOT_IMPORT = {
     # place        places                                                       because
@@ -47,7 +47,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "onnx", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:

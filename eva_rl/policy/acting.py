@@ -46,6 +46,16 @@ class ActingPolicy:
         """The last action, (n, act), until it is known what it earned."""
         self._acted = False
 
+    @property
+    def typical_return(self) -> float:
+        """What it asks for unless told, as a rollout does: `auto` of `eva_rl.rollout.TargetReturn`.
+
+        Raises:
+            UserError: if nothing is known of the task's returns.
+        """
+        [found] = TargetReturn().returns(self.task, self.statistics)
+        return found
+
     def reset(self, target_return: float | str | Sequence[float] | None = None) -> None:
         """Begin an episode, or as many as observations come next.
 
@@ -56,11 +66,13 @@ class ActingPolicy:
         Raises:
             UserError: if that is no return, or nothing is known of the task's and none was given.
         """
-        if target_return is None or isinstance(target_return, str | int | float):
-            asked = TargetReturn(None if target_return is None else str(target_return))
+        if target_return is None:
+            target_return = self.typical_return
+        elif isinstance(target_return, str | int | float):
+            asked = TargetReturn(str(target_return))
             if asked.sweeps:
                 raise UserError("target_return=sweep was given where one return was expected.")
-            target_return = asked.returns(self.task, self.statistics)[0]
+            [target_return] = asked.returns(self.task, self.statistics)
         self._target = np.asarray(target_return, np.float64)
         if not np.isfinite(self._target).all():
             raise UserError(f"target_return={target_return} was given where finite numbers were expected.")
