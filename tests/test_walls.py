@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {"adapter", "configs", "data", "envs", "model", "policy", "report", "rollout", "training"} | SMALL_ROOMS
-ENTRY_POINTS = {"collect", "evaluate", "export", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
+ENTRY_POINTS = {"collect", "evaluate", "export", "finetune", "merge", "pretrain", "publish", "tasks", "report.__main__"}
 
 MAY_NOT_IMPORT = {
     # place        places                                                       because
@@ -25,7 +25,7 @@ MAY_NOT_IMPORT = {
     "rollout":  {"training"},
     "envs":     (ROOMS - {"envs"}) | (LEAVES - {"errors"}),                   # numpy, gymnasium and its simulator
     "baselines": {"adapter", "envs", "report", "rollout", "training"},        # trajectories -> an untrained network
-    "policy":   {"baselines", "data", "report"},                              # acts without datasets
+    "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
     "eva_rl":   ROOMS - {"policy"},                                           # but for the Python API

@@ -92,14 +92,19 @@ def find_base(name: str) -> Path:
             f"There is no base '{name}': name a folder, a model of {CHECKPOINTS}, or a Hugging Face repository "
             f"(owner/name). {did_you_mean(name, shipped) if shipped else ''}".rstrip()
         )
+    return _from_hub(name, "base", did_you_mean(name, shipped) if shipped else "")
+
+
+def _from_hub(name: str, what: str, hint: str = "") -> Path:
+    """The folder into which a Hugging Face repository is downloaded."""
     from huggingface_hub import snapshot_download  # 0.5 s to import
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise UserError(
-            f"The base '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
-            f"check the name, or connect to the internet. {did_you_mean(name, shipped) if shipped else ''}".rstrip()
+            f"The {what} '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
+            f"check the name, or connect to the internet. {hint}".rstrip()
         ) from error
 
 
@@ -201,11 +206,14 @@ NOTES = "eva_rl.json"
 
 
 def find_adapter(folder: Path) -> Path:
-    """The adapter's folder in a run's folder, or the one named itself.
+    """The adapter's folder in a run's folder, or the one named itself, or a Hugging Face repository (owner/name).
 
     Raises:
-        UserError: if the run trained a whole model instead, or there is no adapter.
+        UserError: if the run trained a whole model instead, there is no adapter, or the Hub can't be reached.
     """
+    name = str(folder)
+    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = _from_hub(name, "adapter")
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     if (folder / "model").is_dir():

@@ -63,11 +63,7 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
     Raises:
         UserError: see there.
     """
-    folder = find_base(str(path))
-    if (folder / "adapter" / NOTES).is_file():
-        folder = folder / "adapter"
-    elif not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = find_folder(path)
     if (folder / NOTES).is_file():
         from eva_rl.adapter import load_adapter
 
@@ -87,6 +83,20 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
         hint = did_you_mean(task, known)
         raise UserError(f"'{path}' can't act in '{task}', of whose observations it knows nothing. {hint}".rstrip())
     return Trained(model.eval(), task, model.interfaces[name], known.get(task), folder)
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a run's adapter or model, or the one named itself; of that path, name or repository.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = find_base(str(path))
+    if (folder / "adapter" / NOTES).is_file():
+        return folder / "adapter"
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    return folder
 
 
 def _interface_of(task: str, model: ActionModel) -> str:
