@@ -241,6 +241,23 @@ class MergeConfig:
     output: str | None
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    run: str
+    format: str
+    task: str | None
+    base: str | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    run: str
+    repo: str
+    base: str | None
+    private: bool
+
+
 HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
 there is to choose from, where a command has these.
 

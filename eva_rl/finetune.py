@@ -231,7 +231,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             notes = AdapterNotes(base_name(config.base), base.sha256, config.task, own, statistics)
             save_adapter(adapter, run_dir / "adapter", notes.base, {NOTES: asdict(notes)})
         elif facts["trainable_parameters"]:
-            save_base(run_dir / "model", model, known_tasks | {config.task: statistics})
+            save_base(run_dir / "model", model, known_tasks | {config.task: statistics}, config.task)
         policy = adapter.merged() if adapter else model
         tuned = play(policy) if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.spaces import Part, action_choices, flatten, parts_of
+from eva_rl.spaces import Part, action_choices, flatten, parts_of, spaces_to_text
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,7 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         reward_scale=max(float(t.rewards.abs().max()) for t in trajectories) or 1.0,
         parts=parts,
         choices=choices,
+        spaces=spaces_to_text(first.observation_space, first.action_space),
     )
 
 

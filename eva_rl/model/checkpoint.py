@@ -40,15 +40,21 @@ class Base:
     path: Path
     sha256: str
     """That of its weights' file, by which an adapter knows its base again."""
+    task: str | None = None
+    """The one it was fine-tuned on; None for a base of many."""
 
 
-def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics]) -> None:
-    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there."""
+def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics], task: str | None = None) -> None:
+    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there.
+
+    task: the one of them that it was fine-tuned on.
+    """
     config = {
         "format": FORMATS[type(model)],
         "architecture": asdict(model.config),
         "interfaces": [asdict(interface) for interface in model.interfaces.values()],
-        "tasks": {task: asdict(statistics) for task, statistics in tasks.items()},
+        "tasks": {name: asdict(statistics) for name, statistics in tasks.items()},
+        **({} if task is None else {"task": task}),
     }
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -89,14 +95,19 @@ def find_base(name: str) -> Path:
             f"There is no base '{name}': name a folder, a model of {CHECKPOINTS}, or a Hugging Face repository "
             f"(owner/name). {did_you_mean(name, shipped) if shipped else ''}".rstrip()
         )
+    return _from_hub(name, "base", did_you_mean(name, shipped) if shipped else "")
+
+
+def _from_hub(name: str, what: str, hint: str = "") -> Path:
+    """The folder into which a Hugging Face repository is downloaded."""
     from huggingface_hub import snapshot_download  # 0.5 s to import
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise UserError(
-            f"The base '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
-            f"check the name, or connect to the internet. {did_you_mean(name, shipped) if shipped else ''}".rstrip()
+            f"The {what} '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
+            f"check the name, or connect to the internet. {hint}".rstrip()
         ) from error
 
 
@@ -160,7 +171,7 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     model.load_state_dict(weights)
     with (folder / "model.safetensors").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(model.eval().to(device), tasks, folder, sha256)
+    return Base(model.eval().to(device), tasks, folder, sha256, config.get("task"))
 
 
 def load_base_of(
@@ -204,11 +215,14 @@ NOTES = "eva_rl.json"
 
 
 def find_adapter(folder: Path) -> Path:
-    """The adapter's folder in a run's folder, or the one named itself.
+    """The adapter's folder in a run's folder, or the one named itself, or a Hugging Face repository (owner/name).
 
     Raises:
-        UserError: if the run trained a whole model instead, or there is no adapter.
+        UserError: if the run trained a whole model instead, there is no adapter, or the Hub can't be reached.
     """
+    name = str(folder)
+    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = _from_hub(name, "adapter")
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     if (folder / "model").is_dir():

@@ -108,12 +108,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0, stride: int = 1) -> 
     with torch.autocast("cpu", enabled=False):  # whose softmax would go to float32 and back
         if spare := padded(m, q.dtype) - m:
             k, v, m = F.pad(k, (0, 0, 0, spare)), F.pad(v, (0, 0, 0, spare)), m + spare
-        unseen = torch.zeros(n, m, dtype=q.dtype).masked_fill_(
-            torch.arange(m) > last_seen(n, start, stride), -torch.inf
-        )
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        scores = torch.baddbmm(unseen.expand(len(q), n, m), q, k.transpose(-1, -2))  # (B, n, m)
+        mask = unseen(n, m, start, stride, q.dtype)
+        scores = torch.baddbmm(mask.expand(len(q), n, m), q, k.transpose(-1, -2))  # (B, n, m)
         return (scores.softmax(-1) @ v).view(*shape, n, -1)
+
+
+def unseen(n: int, m: int, start: int, stride: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """(n, m), to be added to scores: zero at the keys 0 ... start + i stride, which query i sees, else minus infinity."""
+    hidden = torch.arange(m, device=device) > last_seen(n, start, stride, device)
+    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def padded(keys: int, dtype: torch.dtype) -> int:
@@ -217,13 +221,16 @@ class DecisionTransformer(ActionModel):
 
         A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
 
-        There are none where the model has an interface of that name: its own statistics stay in force.
+        There are none where the model has an interface of that name: its own statistics stay in force, but the spaces become those
+        of the newer one.
 
         Raises:
             UserError: if that interface has other sizes; the sentence names `what`.
         """
         if interface.name in self.embedders:
-            self.interfaces[interface.name].require(interface, what)
+            own = self.interfaces[interface.name]
+            own.require(interface, what)
+            self.embedders[interface.name].interface = replace(own, spaces=interface.spaces or own.spaces)
             return ()
         if not interface.tokens:
             alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]
