@@ -29,7 +29,7 @@ def test_a_traceback_and_a_hang_and_an_answer_of_two_lines_are_found(monkeypatch
     def fail(error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "WAITING", 0.5)
     assert "KeyError: 'x'" in fuzz.outcome(lambda: fail(KeyError("x")))
     assert fuzz.outcome(lambda: time.sleep(5)) == "hang"
     assert fuzz.outcome(lambda: fail(UserError("one sentence"))) == "refused"
