@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from eva_rl.errors import UserError
 from tools.fuzz_targets import TARGETS
@@ -59,7 +60,13 @@ def damaged(folder: Path, rng: np.random.Generator) -> str:
     kinds += [_tensors] * 2 if path.suffix == ".safetensors" else []
     try:
         what = kinds[rng.integers(len(kinds))](path, rng)
-    except (ValueError, OSError, KeyError, TypeError):  # what an earlier change left can't be read as its kind
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ):  # what an earlier change left can't be read as its kind
         what = _bytes(path, rng)
     return f"{path.relative_to(folder)}: {what}"
 
