@@ -16,7 +16,8 @@ def test_damaged_inputs_are_used_or_refused_in_a_sentence(tmp_path, target):
     TARGETS[target].make(tmp_path / "whole")
     found = [(number, *fuzz.run_input(target, tmp_path / "whole", number, seed=1)) for number in range(12)]
     assert [one for one in found if one[-1] not in ("used", "refused")] == []
-    assert Counter(one[-1] for one in found)["refused"] > 0
+    if target != "training_state":  # a damaged one is passed over, with a warning, and training starts before it
+        assert Counter(one[-1] for one in found)["refused"] > 0
 
 
 @pytest.mark.parametrize("target", sorted(name for name in TARGETS if TARGETS[name].words is None))
