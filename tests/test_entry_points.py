@@ -316,7 +316,9 @@ def test_what_eva_found_is_written_down_and_drawn(run, base):
         np.testing.assert_allclose(shares, layer["spectrum"], atol=1e-6)
         assert 0 < layer["cumulative"][-1] <= 1 + 1e-6
         assert layer["reads_the_input_of"] in layers
-    assert layers["trunk.blocks.1.attention.v"]["reads_the_input_of"] == "trunk.blocks.1.attention.q"
+    assert layers["trunk.blocks.0.attention.v"]["reads_the_input_of"] == "trunk.blocks.0.attention.q"
+    # As in training: of the last block, q sees states alone.
+    assert layers["trunk.blocks.1.attention.v"]["reads_the_input_of"] == "trunk.blocks.1.attention.k"
     states = 32 * 5  # windows of the batch, steps of the context; padding leaves fewer
     assert layers["trunk.blocks.0.attention.q"]["rows"] <= states * layers["trunk.blocks.0.attention.q"]["batches"]
     events = EventAccumulator("run", size_guidance={"images": 0}).Reload()

@@ -16,7 +16,8 @@ def test_damaged_inputs_are_used_or_refused_in_a_sentence(tmp_path, target):
     TARGETS[target].make(tmp_path / "whole")
     found = [(number, *fuzz.run_input(target, tmp_path / "whole", number, seed=1)) for number in range(12)]
     assert [one for one in found if one[-1] not in ("used", "refused")] == []
-    assert Counter(one[-1] for one in found)["refused"] > 0
+    if target != "training_state":  # a damaged one is passed over, with a warning, and training starts before it
+        assert Counter(one[-1] for one in found)["refused"] > 0
 
 
 @pytest.mark.parametrize("target", sorted(name for name in TARGETS if TARGETS[name].words is None))
@@ -29,7 +30,7 @@ def test_a_traceback_and_a_hang_and_an_answer_of_two_lines_are_found(monkeypatch
     def fail(error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "WAITING", 0.5)
     assert "KeyError: 'x'" in fuzz.outcome(lambda: fail(KeyError("x")))
     assert fuzz.outcome(lambda: time.sleep(5)) == "hang"
     assert fuzz.outcome(lambda: fail(UserError("one sentence"))) == "refused"

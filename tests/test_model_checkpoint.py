@@ -194,6 +194,7 @@ DAMAGE = [
     ("interfaces", 0, "observation_size", 10**12),
     ("interfaces", 0, "parts", [{"kind": "vector", "shape": 3}]),
     ("interfaces", 0, "name", 7),
+    ("interfaces", 0, "name", "a.b"),
     ("architecture", "layers", 10**9),
     ("architecture", "width", True),
     ("architecture", "tokens", "state"),

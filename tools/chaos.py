@@ -58,8 +58,19 @@ def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, *(["-m", *words] if words[0].startswith("eva_rl.") else words)]
     with (place / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            command, cwd=place, env=environment, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=place,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
+
+
+def _heed_interrupts() -> None:
+    """A shell has what it starts in the background ignore SIGINT, which is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupt(process: subprocess.Popen[bytes], after: float, signals: Sequence[int]) -> bool:

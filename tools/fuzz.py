@@ -5,7 +5,7 @@
 
 An input is a folder as the project writes it with one to three random changes: bytes flipped, cut or removed, values of a JSON
 file replaced by others, tensors renamed, dropped, reshaped or filled with NaN; or a command line of random settings. Input number n
-of a seed is always the same, and made again by `--first n --inputs 1`. What counts as found: a traceback, more than ten seconds, more
+of a seed is always the same, and made again by `--first n --inputs 1`. What counts as found: a traceback, more than ten seconds of computing, more
 than two gigabytes, a process that dies. Each target works in a process of its own, which is started again where it dies. An
 input that is used may hold other numbers of the right kind than the whole one did: that is counted as `used`, and can't be known wrong.
 """
@@ -29,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from eva_rl.errors import UserError
 from tools.fuzz_targets import TARGETS
 
-SECONDS = 10
+SECONDS = 10.0
+WAITING = 120.0
+"""Seconds that an input may take without computing."""
 BYTES = 2 * 2**30
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1, 7, 2**31, 10**12, 10**400, 0.5, -1e300, float("nan"), float("inf"), "", "x", "../..", "\u00e4" * 300,
@@ -57,7 +60,13 @@ def damaged(folder: Path, rng: np.random.Generator) -> str:
     kinds += [_tensors] * 2 if path.suffix == ".safetensors" else []
     try:
         what = kinds[rng.integers(len(kinds))](path, rng)
-    except (ValueError, OSError, KeyError, TypeError):  # what an earlier change left can't be read as its kind
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ):  # what an earlier change left can't be read as its kind
         what = _bytes(path, rng)
     return f"{path.relative_to(folder)}: {what}"
 
@@ -132,12 +141,15 @@ def _limits() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang
 
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, ring)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing, however busy the machine is
+    signal.setitimer(signal.ITIMER_REAL, WAITING)
     try:
         yield
     finally:
-        signal.alarm(0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
 
 
 def outcome(use: Callable[[], object]) -> str:
@@ -176,6 +188,8 @@ def work(target: str, log: Path, first: int, last: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as place, log.open("a") as file:
         whole = Path(place) / "whole"
         TARGETS[target].make(whole)
+        if TARGETS[target].words is None and (found := outcome(lambda: TARGETS[target].use(whole))) != "used":
+            raise RuntimeError(f"the whole input is not used: {found}")
         resource.setrlimit(resource.RLIMIT_DATA, (soft, soft))
         for number in range(first, last):
             print(json.dumps({"begins": number}), file=file, flush=True)

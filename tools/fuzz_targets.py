@@ -154,10 +154,12 @@ def use_run(folder: Path) -> None:
     from eva_rl.report.methods import studies
     from eva_rl.report.runs import read_results, to_csv
 
-    results, _ = read_results([folder])
+    results, left_out = read_results([folder])
     if results:
         document(results, studies(results))
         to_csv(results)
+    if left_out:
+        raise UserError(left_out[0])
 
 
 @contextmanager

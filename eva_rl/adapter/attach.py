@@ -25,6 +25,12 @@ from eva_rl.files import not_finite, replacing, write_json
 WEIGHTS = "adapter_model.safetensors"
 """peft's file of an adapter's tensors."""
 
+DAMAGE = (
+    SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    ImportError,
+)  # fmt: skip
+"""What peft and safetensors raise for files that are not as they write them."""
+
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import PeftConfig, PeftModel
 
@@ -258,7 +264,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         if broken := not_finite(found):
             raise UserError(f"The adapter in '{folder}' holds NaN or infinite numbers in '{broken}': train it again.")
         return _merged(peft_model)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"The adapter in '{folder}' is damaged or belongs to another model ({in_one_line(error)[:200]})."
         ) from error

@@ -26,8 +26,8 @@ FORMAT = "eva_rl.decision_transformer.1"
 FORMATS = {DecisionTransformer: FORMAT, CloningMLP: "eva_rl.cloning.1"}
 FILES = frozenset({"config.json", "model.safetensors", "README.md"})
 """What a model's folder may hold."""
-LARGEST = 10**8
-"""Numbers in an observation or an action, far beyond any that is meant."""
+LARGEST = 10**6
+"""Of sizes that weights are made for, such as the numbers of a vector; pixels may be a hundred times as many."""
 CHECKPOINTS = Path(str(resources.files("eva_rl.checkpoints"))).resolve()
 
 
@@ -278,8 +278,11 @@ def _check_interface(interface: Interface) -> None:
     for name, (wanted, found) in expected.items():
         if wanted != found:
             raise TypeError(f"{name} of the interface '{interface.name}' is of size {found} instead of {wanted}")
-    if min(sizes) < 1 or not 1 <= interface.action_size <= LARGEST >= interface.observation_size:
-        raise TypeError(f"the sizes of the interface '{interface.name}' are not between 1 and {LARGEST}")
+    embedded = (vectors, interface.action_size, *(part.values for part in interface.parts))
+    if min(sizes) < 1 or interface.action_size < 1 or max(embedded) > LARGEST or sum(sizes) > 100 * LARGEST:
+        raise TypeError(f"a size of the interface '{interface.name}' is not between 1 and {LARGEST}")
+    if not interface.name or "." in interface.name:
+        raise TypeError(f"'{interface.name}' is no name of an interface")
     scales = (*interface.observation_std, *interface.action_scale, interface.return_scale, interface.reward_scale)
     if not min(scales) > 0:
         raise TypeError(f"a scale of the interface '{interface.name}' is {min(scales)} instead of more than 0")
