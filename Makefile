@@ -13,10 +13,10 @@ MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench clean
+.PHONY: help setup demo test lint docs bench fuzz chaos mutants clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s  %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make the environment in .venv/
 	@echo "$(VENV)/ is ready: \`. $(VENV)/bin/activate\`"
@@ -38,6 +38,15 @@ docs: $(INSTALLED) ## build the documentation in build/docs/; a warning is an er
 
 bench: $(INSTALLED) ## compare EVA's initialisation with peft's; takes a quarter of an hour
 	$(RUN) -m benchmarks.eva_init
+
+fuzz: $(INSTALLED) ## use 10,000 damaged inputs of each kind; takes hours
+	$(RUN) -m tools.fuzz
+
+chaos: $(INSTALLED) ## kill each command at a hundred random moments; takes hours
+	$(RUN) -m tools.chaos
+
+mutants: $(INSTALLED) ## change the code in a hundred places; do the tests notice? takes hours
+	$(RUN) -m tools.mutants
 
 clean: ## remove the environment and everything built; runs, checkpoints and datasets stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -66,7 +66,8 @@ def main() -> None:
             config.eva_config = EvaConfig(rho=1.0)
             settings = EvaSettings(rho=1.0, tau=1.0, max_batches=a.batches, **options)
             start = partial(starts.eva, settings=settings)
-        attach(model, config, seen, model.token_mask, start=start, loss=model.loss)
+        forward = DecisionTransformer.as_trained
+        attach(model, config, seen, model.token_masks, start=start, loss=model.loss, forward=forward)
         model.eval()
         a_rows = [p.norm(dim=1) for n, p in model.named_parameters() if "lora_A" in n]
         rows.append(

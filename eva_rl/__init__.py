@@ -5,9 +5,19 @@ In a checkout `envs/` and `configs/` stand beside this package; in a wheel they 
 """
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is first asked for: torch takes seconds."""
+    if name == "load_policy":
+        from eva_rl.policy import load_policy
+
+        return load_policy
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

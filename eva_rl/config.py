@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -198,6 +199,8 @@ class FinetuneConfig:
     base: str
     adapter: AdapterSettings
     training: TrainingSettings
+    fresh_learning_rate: float
+    """Of an embedder and head that the base does not have, whatever the method."""
     steps: int
     seed: int
     episodes: int
@@ -208,6 +211,12 @@ class FinetuneConfig:
     device: str
     run_dir: str | None
     resume: bool | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fresh_learning_rate < math.inf:
+            raise UserError(
+                f"fresh_learning_rate={self.fresh_learning_rate} was given where a number of at least 0 was expected."
+            )
 
 
 @dataclass(frozen=True)
@@ -230,6 +239,23 @@ class MergeConfig:
     run: str
     base: str | None
     output: str | None
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    run: str
+    format: str
+    task: str | None
+    base: str | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    run: str
+    repo: str
+    base: str | None
+    private: bool
 
 
 HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
@@ -302,7 +328,9 @@ def entry_point(
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
                 with while_read():
                     return print(choices(group, name))
-            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us; Hydra would print and exit
+            os.environ["HYDRA_FULL_ERROR"] = (
+                "1"  # whatever it was: exceptions reach us, where Hydra would print and exit
+            )
             if in_grid := any(word.startswith(GRID) for word in sys.argv[1:]):
                 sys.argv[1:] = [_with_tasks_listed(word, splits) for word in sys.argv[1:]]
             try:
@@ -537,7 +565,7 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
 
 def _folder_in_grid(config: FinetuneConfig) -> Path:
     """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result."""
-    digest = hashlib.sha256(json.dumps(protocol(config), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(protocol(config), sort_keys=True, allow_nan=False).encode()).hexdigest()
     return Path(HydraConfig.get().sweep.dir, config.adapter.name, f"{config.task}-{config.seed}-{digest[:8]}")
 
 
@@ -561,7 +589,7 @@ def to_yaml(config: Any) -> str:
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
     free = ("run_dir", "output", "resume", "device", "episodes", "zero_shot", "target_return", "video", "workers")
-    settings = {name: value for name, value in _plain(config).items() if name not in free}
+    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in free}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 
@@ -569,7 +597,7 @@ def identity(config: Any) -> dict[str, Any]:
 def protocol(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that decide a run's result, as result.json states them."""
     settings = identity(config) | {"episodes": config.episodes, "target_return": config.target_return}
-    return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}))
+    return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
@@ -578,6 +606,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _finite(value: Any) -> Any:
+    """Plain settings with infinite numbers as text, since JSON has none: training.gradient_clip=inf is a setting."""
+    if isinstance(value, dict):
+        return {name: _finite(own) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def instantiate(config: dict[str, Any]) -> Any:

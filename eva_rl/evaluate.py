@@ -16,6 +16,7 @@ def main(config: EvaluateConfig) -> None:
         SCORES,
         Stopwatch,
         TensorBoard,
+        failures_counted,
         markdown,
         save_film,
         save_sweep,
@@ -89,10 +90,13 @@ def main(config: EvaluateConfig) -> None:
     for i, row in sorted(finished.items()):
         parts.setdefault((jobs[i].task, jobs[i].target_return), []).append(row)
     scales = {source.task: source.score_scale for source in sources}
+    played = {place: scores(Episodes.of(own), scales[place[0]]) for place, own in parts.items()}
+    for task in scales:  # over all returns asked for
+        places = [place for place in played if place[0] == task]
+        played |= zip(places, failures_counted([played[place] for place in places]), strict=True)
     results, rows = {}, []
     with TensorBoard(run_dir) as tensorboard:
-        for number, ((task, target), own) in enumerate(parts.items()):
-            found = scores(Episodes.of(own), scales[task])
+        for number, ((task, target), found) in enumerate(played.items()):
             tensorboard.log(number, to_scalars(found))
             results.setdefault(task, []).append({"target_return": target, **to_json(found)})
             rows.append((task, *([f"{target:.1f}"] if asked.sweeps else []), *(found[name] for name in SCORES)))

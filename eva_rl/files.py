@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
@@ -119,9 +121,17 @@ def check_run_folder(path: Path, resume: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
+    """Write `content` as indented JSON, atomically.
+
+    Raises:
+        UserError: if it holds NaN or infinite numbers, which JSON does not have.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"'{path}' would hold NaN or infinite numbers ({error}): look for extreme values.") from error
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -136,6 +146,46 @@ def read_json(path: Path) -> Any:
         raise UserError(f"The file '{path}' does not exist.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"The file '{path}' can't be read as JSON ({error}): make it again.") from error
+
+
+def from_json(kind: Any, value: Any, place: str = "") -> Any:
+    """`value`, as JSON has it, as a dataclass or another type of its fields: the one place where what is read from disk is checked.
+
+    Lists become tuples, whole numbers floats where these are declared.
+
+    kind: a dataclass, int, float, str, bool, Literal, tuple[X, ...], dict[str, X], or one of those or None.
+
+    Raises:
+        TypeError: if the value, or one within it, is not of its type, or a number not finite; it names the place.
+    """
+    if kind is Any:
+        return value
+    options = get_args(kind)
+    if type(None) in options:
+        return None if value is None else from_json(next(o for o in options if o is not type(None)), value, place)
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        if unknown := sorted(map(str, value.keys() - hints.keys())):
+            raise TypeError(f"there is no {place}{unknown[0]}")
+        return kind(**{name: from_json(hints[name], own, f"{place}{name}.") for name, own in value.items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(from_json(options[0], own, f"{place}{number}.") for number, own in enumerate(value))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {name: from_json(options[1], own, f"{place}{name}.") for name, own in value.items()}
+    if get_origin(kind) is Literal and isinstance(value, str) and value in options:
+        return value
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise TypeError(f"{place.rstrip('.') or 'it'} is {json.dumps(value)[:60]}, which is no {_in_words(kind)}")
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    words = {int: "whole number", float: "finite number", str: "text", bool: "true or false", tuple: "list"}
+    return words.get(get_origin(kind) or kind, "section")
 
 
 def write_text(path: Path, text: str) -> None:

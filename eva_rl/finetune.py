@@ -46,6 +46,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, DecisionTransformer, base_name, load_base, policy_of, save_base
     from eva_rl.report import (
+        EVA_CLAIM,
         Stopwatch,
         TensorBoard,
         eva_figures,
@@ -120,6 +121,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         fresh_modules, known_tasks = model.connect(interface, f"The dataset '{dataset_id}'"), base.tasks
     else:
         model, known_tasks = untrained(method.network, model.config, source.interface, trajectories).to(device), {}
+        fresh_modules = ()
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
     total_parameters = sum(p.numel() for p in model.parameters())
     peft_config = None
@@ -155,24 +157,24 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             model.get_submodule(name).requires_grad_()
     if peft_config is not None:
         with clock("init"):
-            token_mask = partial(model.token_mask, kind=tokens)
-            batches = (sampler.batch(n).to(device) for n in count())
+            batches = (sampler.spread(n).to(device) for n in count())
             adapter = attach(
                 model,
                 peft_config,
                 batches,
-                token_mask,
+                partial(model.token_masks, kind=tokens),
                 fresh_modules,
                 start,
                 model.loss,
                 method.start_batches,
                 progress=True,
+                forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
     facts = {
         "task": config.task,
         "adapter": method.name,
         "base": config.base,
-        "base_sha256": base.sha256,
+        **({"base_sha256": base.sha256} if method.network == "base" else {}),  # others see nothing of it
         "seed": config.seed,
         "steps": config.steps,
         "learning_rate": rate,
@@ -202,7 +204,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if adapter and adapter.eva:
             layers = {name: layer.facts() for name, layer in adapter.eva.items()}
             settings = asdict(method.eva) if method.eva else None
-            write_json(run_dir / "eva.json", {"settings": settings, "layers": layers})
+            write_json(run_dir / "eva.json", {"settings": settings, "about": EVA_CLAIM, "layers": layers})
             tensorboard.figures(0, eva_figures(layers))
         tensorboard.log(0, to_scalars(zero_shot))
         with clock("train"):
@@ -218,6 +220,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 tensorboard.log,
                 evaluate=evaluate,
                 ratios=method.ratios,
+                rates=dict.fromkeys(fresh_modules, config.fresh_learning_rate),
                 companion=adapter and adapter.companion,
                 frozen=adapter and adapter.frozen(),
             )
@@ -228,7 +231,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             notes = AdapterNotes(base_name(config.base), base.sha256, config.task, own, statistics)
             save_adapter(adapter, run_dir / "adapter", notes.base, {NOTES: asdict(notes)})
         elif facts["trainable_parameters"]:
-            save_base(run_dir / "model", model, known_tasks | {config.task: statistics})
+            save_base(run_dir / "model", model, known_tasks | {config.task: statistics}, config.task)
         policy = adapter.merged() if adapter else model
         tuned = play(policy) if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))

@@ -42,6 +42,8 @@ class Interface:
     """The choices of each component of a discrete action; by default `action_size` of one."""
     tokens: tuple[str, ...] = ()
     """Those of the model's tokens that it reads, in the model's order; by default all."""
+    spaces: str = ""
+    """The environment's spaces of observations and actions, as `eva_rl.spaces.spaces_to_text` writes them; empty if unknown."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -81,6 +83,11 @@ class Interface:
         seen = f"of size {self.observation_size}" if vector else f"of {' and '.join(map(str, self.parts))}"
         size = " x ".join(map(str, self.choices)) if self.action_kind == "multi_discrete" else self.action_size
         return f"observations {seen} and {self.action_kind.replace('_', '-')} actions of size {size}"
+
+
+def interface_name(dataset_id: str) -> str:
+    """The name of a Minari dataset's own interface: its id as the name of a module, in which PyTorch forbids dots."""
+    return dataset_id.replace("/", "_").replace(".", "_")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ def main(config: MergeConfig) -> None:
     from eva_rl.model import find_adapter, load_base_of, load_notes, save_base
 
     folder = find_adapter(Path(config.run))
+    if config.output is None and not Path(config.run).exists():
+        raise UserError(
+            f"'{config.run}' is a repository: say with output=... into which folder to write the checkpoint."
+        )
     notes = load_notes(folder)
     output = Path(config.output) if config.output is not None else folder.parent / "model"
     if output.exists():
@@ -19,7 +23,7 @@ def main(config: MergeConfig) -> None:
     base = load_base_of(folder, notes, "base", config.base)
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     merged = load_adapter(base.model, folder)
-    save_base(output, merged, base.tasks | {notes.task: notes.statistics})
+    save_base(output, merged, base.tasks | {notes.task: notes.statistics}, notes.task)
     print(f"python -m eva_rl.evaluate checkpoint={output} task={notes.task}")
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eva_rl.config import PretrainConfig, entry_point, identity, run_folder, to_yaml
+from eva_rl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from eva_rl.data import TaskSource
+    from eva_rl.data import TaskSource, Trajectories
     from eva_rl.training import Processes
 
 
@@ -35,7 +38,6 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         interface_of,
         load_dataset,
     )
-    from eva_rl.errors import UserError, did_you_mean
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
     from eva_rl.report import TensorBoard, versions
@@ -76,6 +78,8 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
             load_dataset(id, source.task, expert_labels=config.labels == "expert")
             for id, source in zip(ids, sources, strict=True)
         ]
+    if config.labels == "expert":
+        warn_of_missing_labels(trajectories)
     families, domains, sizes = {}, {}, {}
     for source, own in zip(sources, trajectories, strict=True):
         families.setdefault(source.interface, []).append(own)
@@ -132,6 +136,26 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     write_json(run_dir / "result.json", facts)
     print(f"{output}: trained for {config.steps} steps in {result.seconds:.0f} s")
     print(f"tensorboard --logdir {run_dir}")
+
+
+def warn_of_missing_labels(trajectories: Sequence[Trajectories]) -> None:
+    """Name the tasks whose datasets do not say what the expert meant: what it did is learned there.
+
+    Raises:
+        UserError: if none of them says it.
+    """
+    silent = [own.task for own in trajectories if own.labels is None]
+    if len(silent) == len(trajectories):
+        raise UserError(
+            "labels=expert needs datasets that keep the expert's own actions, and none of these does: collect them again, or set "
+            "labels=actions."
+        )
+    if silent:
+        warnings.warn(
+            f"labels=expert: the datasets of {', '.join(silent)} do not keep the expert's own actions, so that the actions taken "
+            "are learned there.",
+            stacklevel=2,
+        )
 
 
 def domain_of(source: TaskSource) -> str:

@@ -6,7 +6,9 @@ Nothing here needs torch: simulators' processes import it too.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,12 +80,22 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
 def _picture(space: gym.spaces.Box) -> Part:
     height, width, *channels = space.shape
     channels_last = True
-    if channels and space.shape[0] < space.shape[-1]:
+    if channels and _channels_first(space.shape):
         channels, height, width, channels_last = [space.shape[0]], *space.shape[1:], False
     shape = (channels[0] if channels else 1, height, width)
     if min(height, width) >= SMALLEST_IMAGE:
         return Part("image", shape, channels_last=channels_last)
     return Part("grid", shape, int(space.high.max()) + 1, channels_last)
+
+
+def _channels_first(shape: tuple[int, int, int]) -> bool:
+    """Whether a picture's channels are its first axis: where the last two make a square, or else it is shorter than the last.
+
+    A square tells more than the lengths: a grid may have more kinds of things, a channel each, than rows.
+    """
+    if (shape[0] == shape[1]) != (shape[1] == shape[2]):
+        return shape[1] == shape[2]
+    return shape[0] < shape[-1]
 
 
 def dtype_of(parts: tuple[Part, ...]) -> str:
@@ -142,3 +154,93 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
     raise UserError(f"Actions of {space} were met where a Box of real numbers, Discrete or MultiDiscrete was expected.")
+
+
+def to_action(space: gym.Space, row: np.ndarray) -> Any:
+    """The environment's action for a row (act,) of numbers in its units, or of choices counted from 0.
+
+    Numbers are clipped to the bounds of a `Box`.
+    """
+    if isinstance(space, gym.spaces.Discrete):
+        return space.start + int(row[0])
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.start + row.astype(space.dtype)
+    return np.clip(row.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def action_row(space: gym.Space, action: Any) -> np.ndarray:
+    """The row (act,) float64 of an environment's action, the inverse of `to_action`."""
+    row = np.asarray(action, np.float64).reshape(-1)
+    return row - space.start if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) else row
+
+
+def spaces_to_text(observation_space: gym.Space, action_space: gym.Space) -> str:
+    """Both spaces as JSON, to stand in a checkpoint: who loads it needs no environment to know them."""
+    return json.dumps({"observation": _to_json(observation_space), "action": _to_json(action_space)})
+
+
+def spaces_from_text(text: str) -> tuple[gym.Space, gym.Space]:
+    """The spaces of observations and actions that `spaces_to_text` wrote; of the kinds it writes, and no others.
+
+    Raises:
+        ValueError: if it is not such a text.
+    """
+    try:
+        fields = json.loads(text)
+        return _from_json(fields["observation"]), _from_json(fields["action"])
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"no description of spaces: {error!r}") from error
+
+
+def _to_json(space: gym.Space) -> dict[str, Any]:
+    fields: dict[str, Any] = {"space": type(space).__name__}
+    if isinstance(space, gym.spaces.Dict):
+        return fields | {"members": {key: _to_json(member) for key, member in space.items()}}
+    if isinstance(space, gym.spaces.Tuple):
+        return fields | {"members": [_to_json(member) for member in space]}
+    if isinstance(space, gym.spaces.Discrete):
+        return fields | {"n": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return fields | {"nvec": space.nvec.tolist(), "start": space.start.tolist(), "dtype": str(space.dtype)}
+    if isinstance(space, gym.spaces.MultiBinary):
+        return fields | {"shape": list(space.shape)}
+    if isinstance(space, gym.spaces.Text):
+        characters = "".join(sorted(space.character_set))
+        return fields | {"lengths": [space.min_length, space.max_length], "characters": characters}
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"The space {space} can't be kept in a checkpoint.")
+    bounds = {"low": _bounds(space.low), "high": _bounds(space.high)}
+    return fields | {"shape": list(space.shape), "dtype": str(space.dtype)} | bounds
+
+
+def _bounds(values: np.ndarray) -> Any:
+    """One bound where all are equal, as in images; infinite ones as text, which JSON has no numbers for."""
+    flat = values.ravel()
+    kept = flat[:1] if flat.size and (flat == flat[0]).all() else flat
+    return [str(value) if np.isinf(value) else value.item() for value in kept]
+
+
+def _from_json(fields: Mapping[str, Any]) -> gym.Space:
+    kind = fields["space"]
+    if kind == "Dict":
+        return gym.spaces.Dict({key: _from_json(member) for key, member in fields["members"].items()})
+    if kind == "Tuple":
+        return gym.spaces.Tuple([_from_json(member) for member in fields["members"]])
+    if kind == "Discrete":
+        return gym.spaces.Discrete(fields["n"], start=fields["start"])
+    if kind == "MultiDiscrete":
+        return gym.spaces.MultiDiscrete(fields["nvec"], np.dtype(fields["dtype"]).type, start=fields["start"])
+    if kind == "MultiBinary":
+        shape = fields["shape"]
+        return gym.spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
+    if kind == "Text":
+        low, high = fields["lengths"]
+        return gym.spaces.Text(high, min_length=low, charset=fields["characters"])
+    if kind != "Box":
+        raise ValueError(f"no space is called {kind!r}")
+    shape, dtype = tuple(fields["shape"]), np.dtype(fields["dtype"])
+    low, high = (
+        np.array([float(v) if isinstance(v, str) else v for v in fields[side]], dtype) for side in ("low", "high")
+    )
+    low, high = (np.resize(side, shape) if side.size == 1 else side.reshape(shape) for side in (low, high))
+    return gym.spaces.Box(low, high, shape, dtype.type)

@@ -11,6 +11,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,7 +20,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from eva_rl.adapter import Adapter, EvaSettings, attach, load_adapter, save_adapter, starts, trainable_parameters
+from eva_rl.adapter.attach import _at_risk, _linear_layers
 from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
+from eva_rl.adapter.eva import eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
 from eva_rl.errors import UserError
@@ -361,6 +364,43 @@ def test_orthogonal_starts_in_orthonormal_rows_that_differ_between_seeds():
 
 
 @torch.no_grad()
+def test_eva_sees_the_rows_that_training_sends_through_each_layer_and_no_others():
+    model, batch, seen = make_model(), make_batch(0), {}
+    layers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TRUNK_LAYERS]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+        for name in layers
+    ]
+    model.train().loss(batch)
+    model.eval()
+    for handle in handles:
+        handle.remove()
+    eva_settings = EvaSettings(rho=1.0, max_batches=1, method="covariance")
+    ranks = dict.fromkeys(layers, 4)
+    found = eva_init(model, [batch], ranks, eva_settings, model.token_masks, DecisionTransformer.as_trained)
+    masks = {mask.shape: mask for mask in (model.token_mask(batch), batch.mask)}
+    for name in layers:
+        rows = seen[name][masks[seen[name].shape[:-1]]]
+        assert found[name].rows == len(rows)
+        _, _, vt = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        assert principal_angle(found[name].components, vt[:4]) < 0.1
+    states_alone = {name for name in layers if found[name].rows == batch.mask.sum()}
+    assert states_alone == {
+        f"trunk.blocks.1.{name}" for name in ("attention.q", "attention.o", "feed_forward.up", "feed_forward.down")
+    }
+    # Other tokens than states do not reach those layers in training: where they are asked for, all go through.
+    chosen = eva_init(
+        model,
+        [batch],
+        ranks,
+        eva_settings,
+        lambda b: model.token_masks(b, "action"),
+        lambda m, b: m.as_trained(b, "action"),
+    )
+    assert {layer.rows for layer in chosen.values()} == {float(batch.mask.sum())}
+
+
+@torch.no_grad()
 def test_corda_looks_at_the_tokens_that_count_and_no_others():
     """Padding filled with anything changes nothing, and the components are those of W C."""
     models = []
@@ -597,3 +637,65 @@ def test_a_ratio_for_no_parameter_is_refused(tmp_path):
     attached("lora", model)
     with pytest.raises(UserError, match="names 'nothing'"):
         train(model, make_batch, model.loss, 1, TRAINING, tmp_path, ratios={"nothing": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("eva", 0), ("orthogonal", 0), ("milora", 1), ("pissa", 1), ("lora_ga", 1), ("olora", 1)]
+)
+def test_no_weight_is_copied_but_those_that_the_start_may_change(name, kept):
+    model, method = make_model(), settings(name, "adapter.layers=[blocks.1.feed_forward.up]")
+    config = method.peft_config(2)
+    start = method.start_function() or starts.start_of(config)
+    names = [name for name, _ in _at_risk(model, config, functools.partial(start))]
+    assert names == ["trunk.blocks.1.feed_forward.up"] * kept
+    config.target_modules = None
+    assert len(list(_at_risk(model, config, start))) == (len(list(_linear_layers(model))) if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs"), [("attention.q", WIDTH), ("feed_forward.up", 4 * WIDTH), ("feed_forward.down", WIDTH)]
+)
+def test_lora_ga_scales_by_the_fourth_root_of_the_outputs_number(layer, outputs):
+    model = make_model()
+    attach(model, settings("lora_ga").peft_config(4), [make_batch(0)], model.token_mask, loss=model.loss, few=1)
+    own = model.get_submodule(f"trunk.blocks.0.{layer}")
+    c = outputs**0.25 / 16**0.5  # arXiv 2407.05000, algorithm 1, with gamma = 16
+    torch.testing.assert_close(own.lora_A["default"].weight.norm(dim=1), torch.full((4,), c))
+    torch.testing.assert_close(own.lora_B["default"].weight.norm(dim=0), torch.full((4,), c))
+
+
+def test_adaloras_penalty_is_how_far_its_matrices_are_from_orthonormal():
+    model = make_model()
+    adapter = attached("adalora", model)
+    generator, distances = torch.Generator().manual_seed(0), []
+    for name, p in adapter.model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator)
+            rows = p.data.numpy().astype(float) if "lora_A" in name else p.data.numpy().astype(float).T
+            distances.append(np.linalg.norm(rows @ rows.T - np.eye(len(rows))))
+    expected = settings("adalora").config["orth_reg_weight"] * np.mean(distances)  # arXiv 2303.10512, eq. 4
+    assert adapter.companion.penalty().item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
+
+
+def test_layers_of_rslora_whose_rank_the_budget_changed_have_rsloras_scale():
+    model = make_model()
+    attached("eva_rslora", model, "adapter.eva.rho=2.0")
+    alpha = config_of("eva_rslora", "adapter.eva.rho=2.0").lora_alpha
+    layers = starts.lora_layers(model)
+    assert len({layer.r["default"] for _, layer in layers}) > 1
+    for _, layer in layers:
+        assert layer.scaling["default"] == pytest.approx(alpha / layer.r["default"] ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("vera", "projection_prng_key"),
+        ("randlora", "projection_prng_key"),
+        ("fourierft", "random_loc_seed"),
+        ("shira", "random_seed"),
+    ],
+)
+def test_what_a_method_draws_once_is_drawn_from_the_runs_seed(name, key):
+    assert [settings(name, f"seed={seed}").config[key] for seed in (0, 3)] == [0, 3]

@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from conftest import ContinuousDummyEnv
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -403,3 +404,19 @@ def test_who_finds_another_collecting_waits_and_then_has_nothing_to_do(dummy_dom
         assert waiting.result(timeout=60) == [recipe.dataset_id]
     assert staged == [0, 1]
     assert not (datasets_root / ".collecting.lock").exists()
+
+
+def test_success_that_only_some_episodes_mention_is_kept_and_the_others_failed(dummy_domain, monkeypatch):
+    reset, step = ContinuousDummyEnv.reset, ContinuousDummyEnv.step
+
+    def says_little(env, action):
+        *rest, info = step(env, action)
+        return *rest, {"success": True} if info["success"] and env.length % 2 == 0 else {}
+
+    monkeypatch.setattr(ContinuousDummyEnv, "reset", lambda env, **options: (reset(env, **options)[0], {}))
+    monkeypatch.setattr(ContinuousDummyEnv, "step", says_little)
+    recipe = Recipe("dummy/Steps-v0", episodes=8, noise=(0.0,))
+    collect([recipe], workers=1)
+    trajectories = load_dataset(recipe.dataset_id, recipe.task)
+    assert trajectories.successes.tolist() == [length % 2 == 0 for length in trajectories.lengths.tolist()]
+    assert 0 < minari.load_dataset(recipe.dataset_id).storage.metadata["success_rate"] < 1

@@ -1,5 +1,6 @@
 """Settings: YAML and the command line -> typed dataclasses, and one sentence for every mistake."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,16 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from eva_rl.config import FinetuneConfig, PretrainConfig, entry_point, parse, run_folder, setting_names, to_yaml
+from eva_rl.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    entry_point,
+    parse,
+    protocol,
+    run_folder,
+    setting_names,
+    to_yaml,
+)
 from eva_rl.errors import UserError, while_read
 from eva_rl.model import ModelConfig
 from eva_rl.training import TrainingConfig
@@ -289,6 +299,14 @@ def test_a_mistake_on_the_command_line_is_answered_with_one_sentence(command, ar
     assert stderr == ""
 
 
+@pytest.mark.parametrize("value", ["0", "1", ""])
+def test_hydras_own_switch_for_tracebacks_changes_no_answer(command, monkeypatch, value):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+    status, stderr = command("model=huge")
+    assert status.startswith("error: There is no 'model/huge'.")
+    assert stderr == ""
+
+
 def test_a_users_mistake_met_later_is_one_sentence_too(command):
     def main(config: PretrainConfig) -> None:
         raise UserError("The folder is full: empty it.")
@@ -349,3 +367,9 @@ def test_help_names_the_settings_and_writes_nothing(tmp_path):
 def test_a_pipe_that_breaks_elsewhere_is_not_taken_for_a_reader_that_has_seen_enough():
     with pytest.raises(BrokenPipeError, match="a simulator"), while_read():
         raise BrokenPipeError("a simulator")
+
+
+def test_an_infinite_setting_is_no_infinite_number_in_a_run_s_json():
+    config = parse(compose("finetune", "task=gym/Pendulum-v1", "training.gradient_clip=inf"), FinetuneConfig)
+    assert config.training.gradient_clip == float("inf")
+    assert json.loads(json.dumps(protocol(config), allow_nan=False))["training"]["gradient_clip"] == "inf"

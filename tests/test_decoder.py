@@ -47,10 +47,11 @@ def uncached(model: DecisionTransformer, history: list[dict[str, Tensor]], ancho
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("interface", [CONTINUOUS, DISCRETE], ids=["continuous", "discrete"])
-@pytest.mark.parametrize("context", [1, 2, 7, 8])
-def test_over_two_hundred_steps_the_actions_are_those_without_a_cache(tokens, interface, context):
+@pytest.mark.parametrize("context", [1, 2, 7, 8, 20])
+@pytest.mark.parametrize("alone", [False, True], ids=["beside", "alone"])
+def test_over_two_hundred_steps_the_actions_are_those_without_a_cache(tokens, interface, context, alone):
     model = make_model(tokens, interface, context)
-    decoder = Decoder(model, "toy", EPISODES)
+    decoder = Decoder(model, "toy", EPISODES, alone)
     history, anchor = [], 0
     observations, rewards = environment(0, None)
     wanted = torch.full((EPISODES,), 20.0)
@@ -85,9 +86,10 @@ def test_the_toy_models_actions_depend_on_the_past():
     assert (first.act(*now) - second.act(*now)).abs().min() > 1e-3
 
 
-def test_episodes_that_leave_change_nothing_for_those_that_stay():
+@pytest.mark.parametrize("alone", [False, True], ids=["beside", "alone"])
+def test_episodes_that_leave_change_nothing_for_those_that_stay(alone):
     model = make_model()
-    whole, shrinking = Decoder(model, "toy", EPISODES), Decoder(model, "toy", EPISODES)
+    whole, shrinking = Decoder(model, "toy", EPISODES), Decoder(model, "toy", EPISODES, alone)
     stay = torch.arange(EPISODES)
     for step in range(30):
         if step in (3, 12):
@@ -125,7 +127,7 @@ def test_under_autocast_the_actions_are_nearly_those_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = Decoder(model, "toy", EPISODES)
     exact = Decoder(model, "toy", EPISODES)
-    assert rounded.cache.dtype == torch.bfloat16
+    assert rounded.caches[0].dtype == torch.bfloat16
     for step in range(30):
         observations, rewards = environment(step, None)
         expected = exact.act(observations, 20.0 - rewards)
@@ -144,7 +146,20 @@ def test_an_adapter_that_is_not_merged_is_refused():
         Decoder(model, "toy", EPISODES)
 
 
+def test_alone_no_step_computes_more_than_a_part_of_the_next_window():
+    model = make_model(context=20)
+    computed = []
+    decoder = Decoder(model, "toy", 1, alone=True)
+    extend = decoder._extend
+    decoder._extend = lambda window, tokens: (computed.append(tokens.shape[1]), extend(window, tokens))[1]
+    for _ in range(60):
+        decoder.act(torch.ones(1, 3), torch.ones(1))
+        decoder.record(torch.ones(1, 2), torch.ones(1))
+    assert max(computed) == 9  # three steps of three tokens; at once it would be thirty and two
+    assert sum(computed) < 2 * 60 * 3
+
+
 def test_no_gradient_is_kept():
     decoder = Decoder(make_model(), "toy", EPISODES)
     assert not decoder.act(torch.ones(EPISODES, 3), torch.ones(EPISODES)).requires_grad
-    assert not decoder.cache.requires_grad
+    assert not decoder.caches[0].requires_grad

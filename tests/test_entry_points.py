@@ -371,6 +371,17 @@ def test_a_fresh_embedder_and_head_are_trained(run, base, make_dataset):
     assert {name for name in before if not torch.equal(before[name], after[name])} == before.keys()
 
 
+def test_what_was_drawn_before_changes_no_run(run, base, make_dataset):
+    make_dataset("mine/random-v0")
+    arguments = [f"task={OWN}", f"base={base}", "adapter=lora", *QUICK, "episodes=0"]
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        assert run("finetune", *arguments, f"seed={seed}", f"run_dir={name}")[0] == 0
+        torch.rand(7)  # as another part of the program may
+    one, two, other = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("one", "two", "other"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_without_episodes_nothing_is_rolled_out(run, base, make_dataset):
     make_dataset("mine/random-v0", env=None, eval_env=None)
     status, _, err = run("finetune", f"task={OWN}", f"base={base}", "run_dir=run", *QUICK, "episodes=0")

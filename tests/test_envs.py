@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eva_rl import envs
 from eva_rl.envs import domains, expand_tasks, find_task
-from eva_rl.envs.metaworld import CW10, DOMAIN, MT40
+from eva_rl.envs.metaworld import CW10, DOMAIN, MT40, compiled_once
 from eva_rl.errors import MissingExtra, UserError
 from eva_rl.seeding import HALF, episode_rng, episode_seed
 
@@ -234,6 +234,27 @@ def test_the_gripper_touches_when_meta_world_says_so(name):
         answers.add(inner.touching_object(geom))
         assert inner.touching_object(geom) == type(inner).touching_object(inner, geom)
     assert answers == {False, True}
+
+
+def test_a_copied_model_plays_as_a_newly_compiled_one_and_shares_nothing():
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    def played(env, seed: int) -> np.ndarray:
+        env.seed(seed)
+        first, _ = env.reset()
+        actions = np.random.default_rng(seed).uniform(-1, 1, (30, 4))
+        return np.stack([first, *(env.step(action)[0] for action in actions)])
+
+    def ready(cls):
+        env = cls()
+        env._set_task_called, env._freeze_rand_vec, env.seeded_rand_vec = True, False, True
+        return env
+
+    plain = ALL_V3_ENVIRONMENTS["push-v3"]
+    one, other, new = ready(compiled_once(plain)), ready(compiled_once(plain)), ready(plain)
+    assert np.array_equal(played(one, 3), played(new, 3))
+    one.model.body_pos[:] += 1
+    assert np.array_equal(played(other, 4), played(new, 4))
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """peft's two functions for EVA and ours of the same names: one import line apart."""
 
+from collections import defaultdict
+from types import MappingProxyType
+from typing import NamedTuple
+
 import peft
 import pytest
 import torch
@@ -9,6 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eva_rl.adapter import eva
+from eva_rl.adapter.eva.drop_in import _moved
+from eva_rl.adapter.eva.moments import principal_angle
+from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
 
@@ -273,3 +280,58 @@ def test_own_settings_stop_earlier_than_pefts_rule_at_nearly_the_same_variance()
     own = eva.get_eva_state_dict(gpt2(), data, lora(), settings=eva.EvaSettings(rho=1.0), **options)
     assert len(passes) < count
     assert {n: x.shape for n, x in own.items()} == {n: x.shape for n, x in pefts_rule.items()}
+
+
+def test_layers_that_read_the_same_tensor_may_be_given_other_rows_by_their_names():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k, self.q = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.k(x) + self.q(x)
+
+    torch.manual_seed(0)
+    batches = [torch.cat([torch.randn(30, 3) * 3, torch.randn(30, 3)], 1) for _ in range(4)]
+    batches = [torch.cat([x, x.flip(1)]) for x in batches]  # the first rows vary in other directions than the last
+    config = LoraConfig(r=3, target_modules=["k", "q"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    options = {
+        "forward_fn": lambda model, batch: model(batch),
+        "prepare_model_inputs_fn": None,
+        "prepare_layer_inputs_fn": lambda inputs, _, name: inputs[0][:30] if name == "k" else inputs[0][30:],
+        "show_progress_bar": False,
+    }
+    theirs = peft.get_eva_state_dict(Twins(), batches, config, **options)
+    ours = eva.get_eva_state_dict(Twins(), batches, config, **options)
+    for name, rows in theirs.items():
+        assert principal_angle(ours[name], rows.float()) < 10
+    assert principal_angle(ours["k"], ours["q"]) > 60
+
+
+class Pair(NamedTuple):
+    """A batch by its fields' names."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_batches_of_any_container_are_moved_with_their_kind():
+    x = torch.ones(2)
+    meta = torch.device("meta")
+    moved = _moved(Pair(x, x), meta)
+    assert type(moved) is Pair
+    assert moved.second.device == meta
+    ordered = defaultdict(list, {"x": [x, {"y": (x,)}]})
+    found = _moved(ordered, meta)
+    assert type(found) is defaultdict
+    assert found["x"][1]["y"][0].device == meta
+    assert found["not there"] == []
+    assert ordered["x"][0].device == x.device  # the batch itself stays as it was
+    assert _moved(MappingProxyType({"x": x}), meta)["x"].device == meta
+    assert _moved({"text": "as it is", "number": 1}, meta) == {"text": "as it is", "number": 1}
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_batch_that_holds_a_generator_is_refused_plainly(device):
+    with pytest.raises(UserError, match="holds a generator, which can be gone through once"):
+        _moved({"x": (value for value in [torch.ones(2)])}, device)

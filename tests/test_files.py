@@ -1,12 +1,14 @@
 """Files and folders appear whole or not at all."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from eva_rl.errors import UserError
-from eva_rl.files import make_folder, read_json, replacing, write_json, write_text
+from eva_rl.files import from_json, make_folder, read_json, replacing, write_json, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -116,3 +118,64 @@ def test_a_missing_or_damaged_json_file_is_a_user_error_that_names_it(tmp_path, 
         (tmp_path / "content.json").write_bytes(content)
     with pytest.raises(UserError, match=r"content\.json"):
         read_json(tmp_path / "content.json")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have_are_refused_and_the_file_stays(tmp_path, number):
+    path = tmp_path / "result.json"
+    write_json(path, {"score": 1.0})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        write_json(path, {"score": [number]})
+    assert read_json(path) == {"score": 1.0}
+    assert names(tmp_path) == {"result.json"}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A section of a file."""
+
+    size: float
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A file's content."""
+
+    inner: Inner
+    kind: Literal["a", "b"]
+    rates: dict[str, float]
+    names: tuple[str, ...] = ()
+    many: tuple[Inner, ...] = ()
+    count: int | None = None
+
+
+def test_json_becomes_the_dataclass_it_came_from():
+    whole = Outer(Inner(1.0), "b", {"x": 2.0}, ("n",), (Inner(0.5),), 3)
+    assert from_json(Outer, json.loads(json.dumps(asdict(whole)))) == whole
+    found = from_json(Outer, {"inner": {"size": 1}, "kind": "a", "rates": {}, "count": None})
+    assert found == Outer(Inner(1.0), "a", {})
+    assert type(found.inner.size) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"inner": None}, "inner"),
+        ({"inner": {"size": "1"}}, "inner.size"),
+        ({"inner": {"size": True}}, "inner.size"),
+        ({"inner": {"size": float("inf")}}, "inner.size"),
+        ({"inner": {}}, "size"),
+        ({"kind": "c"}, "kind"),
+        ({"rates": {"x": None}}, "rates.x"),
+        ({"names": "n"}, "names"),
+        ({"names": [1]}, "names.0"),
+        ({"many": [{"size": 1.0}, []]}, "many.1"),
+        ({"count": 1.5}, "count"),
+        ({"other": 1}, "other"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_refused_by_its_place(change, place):
+    content = {"inner": {"size": 1.0}, "kind": "a", "rates": {}} | change
+    with pytest.raises(TypeError, match=place):
+        from_json(Outer, content)

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from eva_rl.data import interface_of, load_dataset
+from eva_rl.data import find_source, interface_of, load_dataset, on_disk
 from eva_rl.data.load import environment_of, score_scale_of
 from eva_rl.errors import UserError
 
@@ -284,6 +285,39 @@ def test_a_dataset_that_was_written_again_is_packed_again(pictures, datasets_roo
     np.testing.assert_array_equal(found.observations, 255 - pictures[:2].reshape(2, -1))
 
 
+def test_a_packed_dataset_that_vanishes_between_check_and_use_is_packed_again(pictures, datasets_root, monkeypatch):
+    load_dataset("mine/pictures-v0", "mine")
+    stamp_of, calls = on_disk._stamp_of, []
+
+    def vanishing(folder):
+        found = stamp_of(folder)
+        if not calls:  # as another run does that packs it anew
+            shutil.rmtree(folder)
+        calls.append(folder)
+        return found
+
+    monkeypatch.setattr(on_disk, "_stamp_of", vanishing)
+    found = load_dataset("mine/pictures-v0", "mine")
+    np.testing.assert_array_equal(found.observations, pictures[:2].reshape(2, -1))
+    assert len(calls) > 1
+    assert not list((datasets_root / ".packed").rglob("*.lock"))
+
+
+def test_several_threads_that_pack_one_dataset_at_once_all_get_it(tmp_path):
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    episode = {"observations": np.arange(20.0).reshape(10, 2), "actions": np.zeros((10, 2)), "rewards": np.ones(10)}
+
+    def load(number: int) -> float:
+        found = on_disk.pack_on_disk(
+            tmp_path / "set" / "packed", {"version": number % 3}, "mine", [episode], space, FLAT
+        )
+        return float(found.observations.sum())
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(load, range(60))) == {190.0}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"packed"}
+
+
 def test_a_full_disk_leaves_no_half_of_a_packed_dataset(pictures, datasets_root, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -337,3 +371,10 @@ def test_the_score_scale_is_the_datasets_or_unknown(make_dataset):
     make_dataset("mine/random-v0")
     assert score_scale_of("mine/scaled-v0") == (-1.0, 3.0)
     assert score_scale_of("mine/random-v0") is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 3.0), (float("nan"), 3.0), (0.0, float("inf"))])
+def test_reference_scores_that_measure_nothing_are_no_scale_and_that_is_said(make_dataset, low, high):
+    make_dataset("mine/scaled-v0", ref_min_score=low, ref_max_score=high)
+    with pytest.warns(UserWarning, match="no normalized scores"):
+        assert find_source("minari/mine/scaled-v0").score_scale is None

@@ -178,6 +178,41 @@ def test_an_incomplete_config_is_refused(saved, part, value):
     assert "config.json" in refusal(saved)
 
 
+DAMAGE = [
+    ("tasks", "toy/reach", "return_max", None),
+    ("tasks", "toy/reach", "return_mean", "high"),
+    ("tasks", "toy/reach", "episodes", 1.5),
+    ("tasks", "toy/reach", "return_deciles", [0.0, None]),
+    ("tasks", "toy/reach", "return_max", float("nan")),
+    ("interfaces", 0, "observation_mean", [0.0, None, 0.0]),
+    ("interfaces", 0, "observation_mean", [0.0, "x", 0.0]),
+    ("interfaces", 0, "observation_mean", [0.0]),  # broadcasting would fit it
+    ("interfaces", 0, "observation_std", [1.0, 0.0, 1.0]),
+    ("interfaces", 0, "action_scale", None),
+    ("interfaces", 0, "return_scale", 0.0),
+    ("interfaces", 0, "action_kind", "analog"),
+    ("interfaces", 0, "observation_size", 10**12),
+    ("interfaces", 0, "parts", [{"kind": "vector", "shape": 3}]),
+    ("interfaces", 0, "name", 7),
+    ("architecture", "layers", 10**9),
+    ("architecture", "width", True),
+    ("architecture", "tokens", "state"),
+    ("architecture", "dropout", None),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+def test_a_value_of_another_type_or_size_in_a_config_is_refused(saved, damage):
+    *place, value = damage
+    config = json.loads((saved / "config.json").read_text())
+    inner = config
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refusal(saved)
+
+
 # --- names
 
 

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,20 @@ import pytest
 from results import estimate, result, write_run
 
 from eva_rl.errors import UserError
-from eva_rl.report import Stopwatch, markdown
+from eva_rl.report import Stopwatch, markdown, run_result, scores, to_json
 from eva_rl.report.document import document, save_report
 from eva_rl.report.methods import studies
 from eva_rl.report.runs import _runs_below, read_results, table, to_csv
 from eva_rl.report.tensorboard import write_hparams
+
+
+@dataclass(frozen=True)
+class Played:
+    """Episodes as scores are made of."""
+
+    returns: np.ndarray
+    successes: np.ndarray | None
+    solved_at_end: np.ndarray | None
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess:
@@ -28,6 +38,48 @@ def test_the_table_has_a_row_a_run(tmp_path):
     lines = table(results).splitlines()
     assert len(lines) == 2 + 2
     assert "0.50 [0.40, 0.60]" in lines[3]
+
+
+SILENT = {"success_rate": None, "success_at_end": None}
+
+
+def test_a_run_without_success_counts_as_failed_where_another_run_of_its_task_knows_success(tmp_path):
+    write_run(tmp_path / "a", result("eva", success=1.0))
+    write_run(tmp_path / "b", result("lora", **SILENT))
+    write_run(tmp_path / "c", result("eva", task="dummy/Other-v0", **SILENT))
+    results = {(r["adapter"], r["task"]): r for r in read_results([tmp_path])[0]}
+    failed = results["lora", "dummy/Steps-v0"]["success_rate"]
+    assert (failed["mean"], failed["low"], failed["n"]) == (0.0, 0.0, 20)
+    assert failed["high"] == pytest.approx(0.1611, abs=1e-4)  # Wilson's for none of twenty
+    [study] = studies([run for run in results.values() if run["task"] == "dummy/Steps-v0"])
+    assert study.scores("lora") == {"dummy/Steps-v0": [0.0]}
+    # Its zero-shot scores say success.
+    assert results["eva", "dummy/Other-v0"]["success_rate"]["mean"] == 0.0
+
+
+def test_where_no_run_of_a_task_knows_success_it_stays_unknown(tmp_path):
+    for number, name in enumerate(("eva", "lora")):
+        silent = dict(result()["zero_shot"], **SILENT)
+        write_run(tmp_path / name, result(name, seed=number, **SILENT, zero_shot=silent))
+    assert [run["success_rate"] for run in read_results([tmp_path])[0]] == [None, None]
+
+
+def test_a_run_that_knows_success_in_one_of_its_scores_failed_in_the_others():
+    silent = scores(Played(np.ones(4), None, None), None)
+    solved = scores(Played(np.ones(4), np.array([True] * 4), np.array([True] * 4)), None)
+    found = run_result({}, Stopwatch("train"), silent, solved, curve={"5": to_json(silent), "6": to_json(solved)})
+    rates = [found["zero_shot"], found["curve"]["5"], found["curve"]["6"], found]
+    assert [group["success_rate"]["mean"] for group in rates] == [0.0, 0.0, 1.0, 1.0]
+    assert found["zero_shot"]["success_at_end"]["n"] == 4
+    assert found["zero_shot"]["normalized_score"] is None
+    assert run_result({}, Stopwatch("train"), silent, silent)["success_rate"] is None
+    assert run_result({}, Stopwatch("train"), scores(None, None), solved)["zero_shot"]["success_rate"] is None
+
+
+def test_what_was_not_rolled_out_has_no_success(tmp_path):
+    write_run(tmp_path / "a", result(before=None))
+    [run] = read_results([tmp_path])[0]
+    assert run["zero_shot"]["success_rate"] is None
 
 
 @pytest.mark.parametrize(

@@ -450,6 +450,23 @@ def test_an_environment_that_mentions_only_success_fails_where_it_is_silent(para
     assert found.successes.tolist() == expected.tolist()
 
 
+class SaysOnce(Recall):
+    """Mentions success in the step it comes about, and nothing from then on."""
+
+    def reset(self, **options):
+        return super().reset(**options)[0], {}
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"success": True} if self.step_number == 2 else {}
+
+
+def test_a_success_that_is_said_once_is_one_and_none_at_the_end():
+    found = rollout(Stub(repeat(1), make_interface()), SaysOnce, "toy", 3, SEEDS, 1.0)
+    assert found.successes.tolist() == [True] * len(SEEDS)
+    assert found.solved_at_end.tolist() == [False] * len(SEEDS)
+
+
 # --- what the model is shown
 
 

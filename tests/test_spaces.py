@@ -4,9 +4,21 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eva_rl.errors import UserError
-from eva_rl.spaces import Part, action_choices, dtype_of, flatten, parts_of
+from eva_rl.spaces import (
+    Part,
+    action_choices,
+    action_row,
+    dtype_of,
+    flatten,
+    parts_of,
+    spaces_from_text,
+    spaces_to_text,
+    to_action,
+)
 
 
 def pixels(*shape: int) -> Box:
@@ -113,3 +125,73 @@ def test_actions_have_choices_or_are_continuous(space, choices):
 def test_actions_of_other_spaces_are_refused(space):
     with pytest.raises(UserError, match="where a Box of real numbers"):
         action_choices(space)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected", "last"),
+    [
+        ((5, 5, 20), "grid", (20, 5, 5), True),  # more kinds of things than rows
+        ((20, 5, 5), "grid", (20, 5, 5), False),
+        ((7, 7, 3), "grid", (3, 7, 7), True),
+        ((3, 7, 7), "grid", (3, 7, 7), False),
+        ((7, 7, 7), "grid", (7, 7, 7), True),
+        ((3, 64, 96), "image", (3, 64, 96), False),
+        ((64, 96, 3), "image", (3, 64, 96), True),
+        ((4, 84, 84), "image", (4, 84, 84), False),
+    ],
+)
+def test_channels_are_the_axis_beside_a_square_or_else_the_shorter_end(shape, kind, expected, last):
+    [part] = parts_of(gym.spaces.Box(0, 9 if kind == "grid" else 255, shape, np.uint8))
+    assert (part.kind, part.shape, part.channels_last) == (kind, expected, last)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Box(-1.0, np.array([2.0, np.inf], np.float32), dtype=np.float32),
+        Box(-np.inf, np.inf, (2, 3), np.float64),
+        Box(0, 255, (84, 84, 3), np.uint8),
+        Box(np.array([-(2**62)]), np.array([2**62 + 1]), dtype=np.int64),
+        Discrete(5, start=-2),
+        MultiDiscrete([3, 4], start=[1, -1]),
+        MultiBinary(4),
+        MultiBinary([2, 3]),
+        Text(20, min_length=2, charset="abä "),
+        Dict({"b": Discrete(2), "a": Tuple([Discrete(3), MultiBinary(2)])}),
+    ],
+    ids=str,
+)
+def test_spaces_come_back_from_their_text(space):
+    text = spaces_to_text(space, Discrete(2))
+    found, other = spaces_from_text(text)
+    assert (found, other) == (space, Discrete(2))
+    assert found.dtype == space.dtype
+    assert len(text) < 1000  # the bounds of a picture's pixels are one number
+    assert "Infinity" not in text
+
+
+def test_a_text_that_describes_no_space_is_refused():
+    for text in (
+        "",
+        "[]",
+        '{"observation": {"space": "Graph"}}',
+        '{"observation": {"space": "Discrete", "n": -1, "start": 0}}',
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            spaces_from_text(text)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4))
+def test_an_action_comes_back_as_the_row_it_was_made_from_within_its_bounds(numbers):
+    row = np.array(numbers)
+    for space in (Box(-1, 2, (2, 2), np.float32), Box(-np.inf, np.inf, (4,), np.float64)):
+        action = to_action(space, row)
+        assert space.contains(action)
+        np.testing.assert_allclose(
+            action_row(space, action), np.clip(row, space.low.ravel(), space.high.ravel()), rtol=1e-6, atol=1e-6
+        )
+    choices = np.abs(row).astype(int) % 3
+    for space in (MultiDiscrete([3, 3, 3, 3], start=[0, 1, -1, 5]), Discrete(3, start=7)):
+        own = choices[: len(action_choices(space))]
+        assert space.contains(to_action(space, own))
+        assert (action_row(space, to_action(space, own)) == own).all()

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eva_rl.report.study import (
-    _variance,
-    _wins,
     average,
+    difference,
     interquartile_mean,
     permutation_test,
     probability_of_improvement,
@@ -94,21 +93,46 @@ def test_the_interval_of_one_task_whose_runs_are_skewed_holds_it_in_about_nine_o
     assert 870 <= held <= 930
 
 
-@pytest.mark.parametrize(("seeds", "better"), [(3, 0.0), (3, 0.05), (10, 0.05)])
-def test_in_a_thousand_draws_the_interval_of_the_probability_of_improvement_does(seeds, better):
-    rng, means, held = np.random.default_rng(2), np.linspace(0.2, 0.9, TASKS), 0
-    truth = scipy.stats.norm.cdf(better / 0.1 / np.sqrt(2))
+def paired(
+    rng: np.random.Generator, better: float, seeds: int, shared: float, tasks: int = TASKS, noise: float = 0.1
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Runs of two methods, of which the first is so much better, where what each task and seed does to both spreads by `shared`."""
+    effects = np.linspace(0.2, 0.9, tasks)[:, None] + shared * rng.standard_normal((tasks, seeds))
+    one, other = effects + noise * rng.standard_normal((2, tasks, seeds))
+    return ({f"task-{i}": row for i, row in enumerate(rows)} for rows in (one + better, other))
+
+
+@pytest.mark.parametrize(("seeds", "better", "shared"), [(3, 0.0, 0.0), (3, 0.05, 0.2), (10, 0.05, 0.1)])
+def test_in_a_thousand_draws_the_intervals_of_what_is_between_two_methods_hold_it(seeds, better, shared):
+    rng, held = np.random.default_rng(2), np.zeros(2)
+    truths = scipy.stats.norm.cdf(better / 0.1 / np.sqrt(2)), better
     for _ in range(1000):
-        found = probability_of_improvement(runs_of(rng, means + better, seeds), runs_of(rng, means, seeds))
-        held += found.low <= truth <= found.high
-    assert 930 <= held <= 970
+        runs = list(paired(rng, better, seeds, shared))
+        found = probability_of_improvement(*runs), difference(*runs)
+        held += [estimate.low <= truth <= estimate.high for estimate, truth in zip(found, truths, strict=True)]
+    assert ((held >= 920) & (held <= 980)).all(), held
 
 
-@pytest.mark.parametrize(("tasks", "seeds"), [(1, 2), (1, 3), (3, 3), (10, 2), (10, 3)])
-def test_methods_that_are_the_same_are_told_apart_no_more_often_than_a_test_at_5_percent_says(tasks, seeds):
-    rng, means = np.random.default_rng(4), np.linspace(0.2, 0.9, tasks)
-    found = [permutation_test(runs_of(rng, means, seeds), runs_of(rng, means, seeds)) for _ in range(300)]
-    assert np.mean(np.array(found) <= 0.05) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
+@pytest.mark.parametrize(
+    ("tasks", "seeds", "shared"), [(1, 3, 0.1), (1, 8, 0.2), (3, 3, 0.2), (10, 2, 0.0), (10, 5, 0.2)]
+)
+def test_methods_that_are_the_same_are_told_apart_no_more_often_than_a_test_at_5_percent_says(tasks, seeds, shared):
+    rng = np.random.default_rng(7)
+    found = [permutation_test(*paired(rng, 0.0, seeds, shared, tasks)) for _ in range(300)]
+    assert np.mean(np.array(found) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+    if 2 ** (tasks * seeds) > 500:  # else hardly any exchange is extreme enough
+        assert np.mean(np.array(found) <= 0.05) >= 0.05 - 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_what_seeds_do_to_both_methods_costs_the_test_no_power():
+    # Of a paired Student's test on 50 differences of standard deviation 0.1 * sqrt(2) the power at 0.05 is about 0.69.
+    power = {
+        shared: np.mean([permutation_test(*paired(rng, 0.05, 5, shared)) <= 0.05 for _ in range(300)])
+        for shared, rng in ((shared, np.random.default_rng(5)) for shared in (0.0, 0.1, 0.2))
+    }
+    expected = 1 - scipy.stats.nct.cdf(scipy.stats.t.ppf(0.975, 49), 49, 0.05 / (0.1 * np.sqrt(2)) * np.sqrt(50))
+    for found in power.values():
+        assert found == pytest.approx(expected, abs=0.08)
 
 
 def test_methods_of_which_one_is_always_better_are_told_apart():
@@ -122,18 +146,20 @@ def test_improvement_is_certain_even_or_impossible():
     assert probability_of_improvement(high, low).mean == 1.0
     assert probability_of_improvement(low, high).mean == 0.0
     assert probability_of_improvement(low, low).mean == 0.5
-    with pytest.raises(ValueError, match="other tasks"):
-        probability_of_improvement(low, {"a": [0.1]})
+    assert probability_of_improvement(high, low).low is None
+    for others in ({"a": [0.1]}, {"a": [0.1, 0.2]}):
+        with pytest.raises(ValueError, match="other tasks"):
+            probability_of_improvement(low, others)
+
+
+def test_runs_are_compared_with_those_of_the_same_seed():
+    # Each run is better than its pair by 0.1, and worse than half of the others.
+    runs = {"a": [0.2, 0.5, 0.8]}, {"a": [0.1, 0.4, 0.7]}
+    assert probability_of_improvement(*runs).mean == 1.0
+    found = difference(*runs)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_one_run_a_task_has_no_interval():
     found = stratified({"a": [0.5], "b": [0.7]})
     assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.6), None, None, 2)
-
-
-def test_the_variance_of_a_probability_of_improvement_is_not_biased():
-    rng = np.random.default_rng(0)
-    draws = [_wins(rng.standard_normal(3) + 0.7, rng.standard_normal(4)) for _ in range(20_000)]
-    assert np.mean([_variance(wins) for wins in draws]) == pytest.approx(
-        np.var([wins.mean() for wins in draws]), rel=0.03
-    )

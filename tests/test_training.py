@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
-from eva_rl.training import TrainingConfig, autocast, check_run, choose_device, learning_rate_at, train
+from eva_rl.training import Processes, TrainingConfig, autocast, check_run, choose_device, learning_rate_at, train
+from eva_rl.training import checkpoint as checkpoint_module
 from eva_rl.training import precision as precision_module
 
 ARM = Interface("arm", 3, "continuous", 2, (0.0,) * 3, (1.0,) * 3, (0.0,) * 2, (1.0,) * 2, 1.0, 1.0)
@@ -503,3 +505,90 @@ def test_a_processor_has_bfloat16_when_it_multiplies_it(monkeypatch, capabilitie
 def test_an_unknown_precision_is_refused(name):
     with pytest.raises(UserError, match="auto, float32 or bfloat16"):
         autocast(name, torch.device("cpu"))
+
+
+def test_a_module_with_a_rate_of_its_own_learns_at_that_and_at_no_multiple_of_the_others(tmp_path):
+    model = nn.ModuleDict({"fresh": nn.Linear(1, 1, bias=False), "lora_B": nn.Linear(1, 1, bias=False)})
+    positions = {name: [] for name in model}  # Adam's step is the learning rate under a constant gradient
+    config = replace(CONFIG, learning_rate=0.5, warmup=2, weight_decay=0.0, gradient_clip=1e9)
+
+    def loss(batch: Batch) -> Tensor:
+        for name, module in model.items():
+            positions[name].append(module.weight.item())
+        return sum(module.weight.sum() for module in model.values())
+
+    train(model, batches, loss, 6, config, tmp_path, ratios={"lora_B": 4.0, "fresh": 4.0}, rates={"fresh": 0.125})
+    for name, rate in (("fresh", 0.125), ("lora_B", 2.0)):
+        moved = [a - b for a, b in zip(positions[name], positions[name][1:], strict=False)]
+        expected = [learning_rate_at(step, 6, replace(config, learning_rate=rate)) for step in range(5)]
+        assert moved == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("clip", "moves"), [(1e-12, False), (1e-3, True)])
+def test_gradients_are_clipped(tmp_path, clip, moves):
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    # Adam's step does not depend on the gradient's length, unless that is far below its epsilon of 1e-8.
+    config = replace(CONFIG, learning_rate=0.5, warmup=0, weight_decay=0.0, gradient_clip=clip)
+    train(model, batches, lambda batch: model.weight.sum(), 6, config, tmp_path)
+    assert (abs(model.weight.item() - before) > 0.1) == moves
+    if not moves:
+        assert abs(model.weight.item() - before) < 1e-3
+
+
+class Pull:
+    """A companion whose penalty is the weight itself."""
+
+    def __init__(self, model: nn.Linear):
+        self.model, self.steps = model, []
+
+    def penalty(self) -> Tensor:
+        return self.model.weight.sum()
+
+    def after_step(self, step: int) -> None:
+        self.steps.append(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def test_a_companions_penalty_is_learned_from_and_no_part_of_the_losses(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    before, companion = model.weight.item(), Pull(model)
+    config = replace(CONFIG, learning_rate=0.1, warmup=0, weight_decay=0.0)
+    found = train(model, batches, lambda batch: 0 * model.weight.sum(), 3, config, tmp_path, companion=companion)
+    assert found.losses == [0.0] * 3
+    assert companion.steps == [1, 2, 3]
+    assert model.weight.item() < before - 0.05
+
+
+def test_a_parameter_without_a_gradient_in_any_process_keeps_none(monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, 2.0])
+    others = torch.tensor([10.0, 20.0, 30.0, 40.0, 0.0, 0.0, 1.0, 1.0, 0.0, 5.0])  # gradients, which are there, loss
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(others))
+    loss = Processes(0, 2).sum_gradients(parameters, torch.tensor(2.0))
+    assert loss.item() == 7.0
+    assert parameters[0].grad.tolist() == [11.0, 22.0]
+    assert parameters[1].grad.tolist() == [30.0, 40.0]  # the other process has one
+    assert parameters[2].grad is None
+
+
+def test_the_random_state_that_is_saved_is_that_of_the_models_device_and_not_of_the_current_one(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(checkpoint_module, "_cuda_device", lambda parameters: torch.device("cuda:1"))
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.zeros(3, dtype=torch.uint8)
+    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((device, state.tolist())))
+    run(tmp_path, steps=4)
+    run(tmp_path, steps=4, resume=True)
+    assert asked == [torch.device("cuda:1"), (torch.device("cuda:1"), [0, 0, 0])]
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda:1", "cuda:1"), ("cpu", "None")])
+def test_the_device_is_that_of_the_parameters(device, found):
+    assert str(checkpoint_module._cuda_device({"weight": SimpleNamespace(device=torch.device(device))})) == found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from dataclasses import replace
 
 import gymnasium as gym
@@ -16,6 +17,7 @@ from eva_rl.data import Recipe, Trajectories, WindowSampler, collect, interface_
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
+from eva_rl.pretrain import warn_of_missing_labels
 from eva_rl.spaces import Part
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -121,9 +123,10 @@ def test_statistics_say_what_the_episodes_achieved():
     assert statistics.success_rate == 0.75
 
 
-def test_the_success_rate_is_unknown_where_an_episode_does_not_say():
-    episodes = [an_episode(), an_episode() | {"success": None}]
-    assert pack("dummy", episodes, OBSERVATIONS, BOUNDED).statistics().success_rate is None
+def test_an_episode_that_does_not_mention_success_failed_where_another_mentions_it():
+    said, silent = an_episode(seed=1) | {"success": np.array([np.nan, 0, 0, 0, 1])}, an_episode() | {"success": None}
+    assert pack("dummy", [said, silent], OBSERVATIONS, BOUNDED).statistics().success_rate == 0.5
+    assert pack("dummy", [silent, silent], OBSERVATIONS, BOUNDED).statistics().success_rate is None
 
 
 def nan_in(name: str, value: float = np.nan) -> dict[str, np.ndarray]:
@@ -345,6 +348,19 @@ def test_what_the_expert_meant_is_learned_and_what_was_done_is_seen(dummy_domain
     predicted = model(batch)
     errors = (predicted - model.embedders["arm"].normalize_actions(batch.labels)).square().mean(-1)[batch.mask]
     torch.testing.assert_close(model.loss(batch), errors.mean())
+
+
+def test_datasets_without_the_experts_own_actions_are_named(make_dataset):
+    make_dataset(episodes=2)
+    plain = load_dataset("dummy/random-v0", "dummy")
+    told = replace(plain, task="other", labels=plain.actions)
+    with pytest.warns(UserWarning, match="the datasets of dummy do not keep"):
+        warn_of_missing_labels([plain, told])
+    with pytest.raises(UserError, match="labels=expert needs"):
+        warn_of_missing_labels([plain])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_missing_labels([told])
 
 
 def test_labels_that_do_not_fit_the_actions_are_refused():

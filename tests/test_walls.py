@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
 LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 SMALL_ROOMS = {"baselines"}  # of one file
-ROOMS = {"adapter", "configs", "data", "envs", "model", "report", "rollout", "training"} | SMALL_ROOMS
-ENTRY_POINTS = {"collect", "evaluate", "finetune", "merge", "pretrain", "tasks", "report.__main__"}
+ROOMS = {"adapter", "configs", "data", "envs", "model", "policy", "report", "rollout", "training"} | SMALL_ROOMS
+ENTRY_POINTS = {"collect", "evaluate", "export", "finetune", "merge", "pretrain", "publish", "tasks", "report.__main__"}
 
 MAY_NOT_IMPORT = {
     # place        places                                                       because
@@ -25,8 +25,10 @@ MAY_NOT_IMPORT = {
     "rollout":  {"training"},
     "envs":     (ROOMS - {"envs"}) | (LEAVES - {"errors"}),                   # numpy, gymnasium and its simulator
     "baselines": {"adapter", "envs", "report", "rollout", "training"},        # trajectories -> an untrained network
+    "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
-    **dict.fromkeys(LEAVES | {"eva_rl"}, ROOMS),                              # everyone imports them
+    **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
+    "eva_rl":   ROOMS - {"policy"},                                           # but for the Python API
 }  # fmt: skip
 NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT = {"config"}  # rooms receive plain values
 NO_PLACE_MAY_IMPORT = ENTRY_POINTS
@@ -45,7 +47,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "docs", "domains", "joblib", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "docs", "domains", "joblib", "onnx", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:

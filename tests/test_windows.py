@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eva_rl.adapter.eva import EvaSettings, eva_init
 from eva_rl.data import Trajectories, WindowSampler, pack
 from eva_rl.interface import Batch
 
@@ -161,3 +162,56 @@ def test_a_tasks_transitions_are_drawn_uniformly():
     drawn = batch.rewards[batch.mask].int().bincount(minlength=13)[1:]
     expected = 6000 * 4 / (12 + 3 * 3)  # windows times context, shared by T + context - 1 windows an episode
     assert (drawn - expected).abs().max() < 5 * expected**0.5
+
+
+@given(TASKS, CONTEXTS, st.integers(0, 5))
+def test_spread_windows_are_windows_of_the_data(lengths, context, number):
+    sampler = sampler_of(lengths, context)
+    windows = {tuple(rewards) for rewards in all_windows(sampler).rewards.tolist()}
+    assert {tuple(rewards) for rewards in sampler.spread(number).rewards.tolist()} <= windows
+
+
+def test_the_first_spread_batch_lies_across_all_episodes_and_along_their_length():
+    lengths = [40, 60, 80, 100] * 4
+    sampler = sampler_of([lengths], 5, batch_size=32)
+    starts = np.cumsum([0, *lengths])
+    for number in range(5):
+        first = sampler.spread(number).rewards[:, 0].numpy() - 1  # transitions are counted from 1
+        episode = np.searchsorted(starts, first, side="right") - 1
+        phase = (first - starts[episode]) / np.array(lengths)[episode]
+        assert len(set(episode)) == len(lengths)
+        quarters = np.bincount((4 * phase).astype(int), minlength=4)
+        assert quarters.min() >= 5  # eight each, but for the windows that hang over an end
+
+
+def test_spread_windows_are_as_likely_as_others():
+    sampler = sampler_of([[3, 9], [5]], 3)
+    found = Counter(tuple(row) for n in range(3000) for row in sampler.spread(n).rewards.tolist())
+    for task in tasks_of([[3, 9], [5]]):
+        counts = Counter(tuple(window["rewards"].tolist()) for window in naive_windows([task], 3))
+        for window, times in counts.items():
+            expected = times / counts.total() / 2  # of two tasks
+            assert found[window] / found.total() == pytest.approx(expected, rel=0.15)
+
+
+def test_what_only_the_last_quarter_of_an_episode_shows_is_among_evas_directions():
+    rng = np.random.default_rng(0)
+    episodes = []
+    for _ in range(8):
+        early, late = rng.normal(0, 1, (75, 12)), rng.normal(0, 0.1, (25, 12))
+        early[:, 6:] = 0
+        late[:, 6] += rng.normal(0, 5, 25)  # one direction, larger than all others, that no early step has
+        observations = np.concatenate([early, late])
+        episodes.append({"observations": observations, "actions": np.zeros((100, 3)), "rewards": np.ones(100)})
+    space = gym.spaces.Box(-np.inf, np.inf, (12,), np.float64)
+    sampler = WindowSampler([pack("late", episodes, space, CONTINUOUS)], "dummy", 5, 32, 0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 2))
+    batches = (sampler.spread(n) for n in range(64))
+    found = eva_init(model, batches, {"0": 3}, EvaSettings(rho=1.0), lambda b: b.mask, lambda m, b: m(b.observations))[
+        "0"
+    ]
+    rows = np.concatenate([episode["observations"] for episode in episodes])
+    values = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+    held = np.trace(found.components.numpy() @ np.cov(rows.T) @ found.components.numpy().T) / values[:3].sum()
+    assert held > 0.95
+    assert abs(found.components[0, 6]) > 0.99

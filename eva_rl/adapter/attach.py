@@ -18,7 +18,7 @@ from eva_rl.adapter.allocator import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import input_width
 from eva_rl.adapter.restore import restored
-from eva_rl.adapter.starts import Start, TaskData, lora_layers, start_of
+from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite, replacing, write_json
 
@@ -62,12 +62,13 @@ def attach(
     model: nn.Module,
     config: PeftConfig,
     batches: Iterable[Any] = (),
-    token_mask: Callable[[Any], Tensor] | None = None,
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     fresh_modules: Sequence[str] = (),
     start: Start | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     few: int = TaskData.few,
     progress: bool = False,
+    forward: Callable[[nn.Module, Any], Any] = TaskData.forward,
 ) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
@@ -80,11 +81,12 @@ def attach(
         loss: the loss of a batch, for initialisations that look at gradients.
         few: batches for initialisations without a rule of their own.
         progress: show a progress bar.
+        forward: runs the model on a batch, sending through each layer the rows that training will: EVA's directions are theirs.
 
     Raises:
         UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
     """
-    data, config = TaskData(batches, token_mask, loss, few, progress), copy.deepcopy(config)
+    data, config = TaskData(batches, token_mask, loss, few, progress, forward), copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     if own:
         _check_targets(model, config)
@@ -94,10 +96,11 @@ def attach(
             f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
         )
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    weights = {name: layer.weight.detach().clone() for name, layer in _linear_layers(model) if own}
+    start = start or start_of(config)
+    weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
     with _undone_on_failure(model, weights):
         try:
-            peft_model, found = (start or start_of(config))(model, config, data)
+            peft_model, found = start(model, config, data)
         except (ValueError, TypeError) as error:
             raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
         initial = _taken_out(model, weights)
@@ -153,6 +156,16 @@ def targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Parameter]:
         and check_target_module_exists(config, name)
         and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
+
+
+def _at_risk(model: nn.Module, config: PeftConfig, start: Start) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights that this start may change: those of its targets, and none for one that sets nothing but A and B."""
+    if getattr(start, "func", start) in LEAVE_THE_BASE:  # a partial's function
+        return
+    if config.target_modules is None:  # then peft chooses them by the kind of model
+        yield from ((name, layer.weight) for name, layer in _linear_layers(model))
+    else:
+        yield from targets(model, config).items()
 
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:

@@ -7,7 +7,7 @@ that need no data go through `plain`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,14 @@ class TaskData:
 
     batches: Iterable[Any]
     """Each an argument of the model."""
-    token_mask: Callable[[Any], Tensor] | None = None
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None
     """A batch's rows that count, see `eva_init`."""
     loss: Callable[[Any], Tensor] | None = None
     few: int = 16
     """Batches for an initialisation that has no rule of its own for when to stop."""
     progress: bool = False
+    forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch)
+    """Sends through each layer the rows that training will send through it."""
 
     def first(self, what: str) -> Iterator[Any]:
         """The first few batches.
@@ -77,11 +79,17 @@ def eva(
     `settings`: None: rho and tau of the config's `eva_config`, and our defaults for the rest.
     """
     config.init_lora_weights = "eva"
+    if config.use_rslora:
+        # peft would multiply alpha by r' / r where a layer gets r' ranks, which keeps alpha / r: rsLoRA's scale, alpha / sqrt(r'),
+        # (Kalajdzievski 2023, arXiv 2312.03732) follows from the rank by itself.
+        config.eva_config.adjust_scaling_factors = False
     peft_model, _ = plain(model, config, data)
     ranks = {name: layer.r["default"] for name, layer in lora_layers(model)}
     settings = settings or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
     with peft_model.disable_adapter():
-        found = eva_init(model, data.batches, ranks, settings, data.token_mask, loss=data.loss, progress=data.progress)
+        found = eva_init(
+            model, data.batches, ranks, settings, data.token_mask, data.forward, data.loss, progress=data.progress
+        )
     components = {f"base_model.model.{name}": layer.components for name, layer in found.items()}
     initialize_lora_eva_weights(peft_model, eva_state_dict=components)
     return peft_model, found
@@ -95,6 +103,10 @@ def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[Pe
         weight = layer.lora_A["default"].weight
         weight.data = random_rows(*weight.shape).to(weight)
     return peft_model, {}
+
+
+LEAVE_THE_BASE = (eva, orthogonal)
+"""Starts that change no weight of the base."""
 
 
 @torch.no_grad()

@@ -222,16 +222,20 @@ def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.rando
     raise UserError(f"Noise can't be added to actions of {space}: set noise=[0].")
 
 
+def _read_staged(recipe: Recipe, episode: int) -> dict[str, np.ndarray]:
+    with np.load(_staged(recipe, episode), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 def _assemble(recipe: Recipe) -> None:
     """Turn the staged episodes into the Minari dataset."""
     domain, name = find_task(recipe.task)
     env = _environment(recipe.task)
-    buffers = []
-    for episode in range(recipe.episodes):
-        with np.load(_staged(recipe, episode), allow_pickle=False) as arrays:
-            fields = dict(arrays)
-        successes = fields.pop("success")
-        says = not np.isnan(successes).any()
+    staged, buffers = [_read_staged(recipe, episode) for episode in range(recipe.episodes)], []
+    # Some environments mention success only where there is one, or not at the reset: what is not said is none, if any says.
+    says = any(not np.isnan(fields["success"]).all() for fields in staged)
+    for episode, fields in enumerate(staged):
+        successes = np.nan_to_num(fields.pop("success"))
         infos = {"success": successes} if says else {}
         intended = fields.pop("expert_actions", None)  # files of earlier versions have none
         if intended is not None:  # none follows the last observation; Minari wants as many infos as observations
@@ -269,9 +273,7 @@ def _assemble(recipe: Recipe) -> None:
                 {
                     "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
                     "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
-                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers]))
-                    if all("success" in (b.infos or {}) for b in buffers)
-                    else None,
+                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
                     "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
                     "eva_rl_version": eva_rl.__version__,
                 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,10 +107,26 @@ def environment_of(dataset_id: str, render_mode: str | None = None) -> gym.Env:
 
 
 def score_scale_of(dataset_id: str) -> tuple[float, float] | None:
-    """Minari's reference returns (random, expert) of the dataset's environment, if the dataset states them."""
+    """Minari's reference returns (random, expert) of the dataset's environment, if the dataset states them.
+
+    None, and a warning, where nothing can be measured by them: they are equal, or no finite numbers.
+    """
     metadata = _open(dataset_id).storage.metadata
-    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if low is None or high is None else (float(low), float(high))
+    scale = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if None in scale:
+        return None
+    try:
+        low, high = map(float, scale)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if math.isfinite(low) and math.isfinite(high) and low != high:
+        return low, high
+    warnings.warn(
+        f"The dataset '{dataset_id}' states the reference scores {scale[0]} (random) and {scale[1]} (expert), where two different "
+        "numbers were expected: there are no normalized scores.",
+        stacklevel=2,
+    )
+    return None
 
 
 def _open(dataset_id: str) -> minari.MinariDataset:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from filelock import FileLock
 
 from eva_rl.data.trajectories import Trajectories, checked, joined_up
-from eva_rl.files import replacing
+from eva_rl.files import make_folder, replacing
 from eva_rl.spaces import dtype_of, parts_of
 
 COLUMNS = ("actions", "rewards", "returns_to_go", "labels")
@@ -34,11 +36,34 @@ def pack_on_disk(
         UserError: see `pack`; also if the disk is full.
     """
     stamp = {"format": 1, **stamp}
-    if not (folder / "stamp.json").is_file() or json.loads((folder / "stamp.json").read_text()) != stamp:
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            _write(temporary, checked(task, episodes, observation_space, action_space))
-            (temporary / "stamp.json").write_text(json.dumps(stamp))
+    spaces = observation_space, action_space
+    with suppress(FileNotFoundError):  # another run may be replacing it
+        if _stamp_of(folder) == stamp:
+            found = _mapped(folder, task, *spaces)
+            if _stamp_of(folder) == stamp:  # all of one version
+                return found
+    lock = FileLock(make_folder(folder.parent) / f".{folder.name}.lock")
+    with lock:  # one run packs, the others wait for it
+        try:
+            if _stamp_of(folder) != stamp:
+                with replacing(folder) as temporary:
+                    temporary.mkdir()
+                    _write(temporary, checked(task, episodes, *spaces))
+                    (temporary / "stamp.json").write_text(json.dumps(stamp, allow_nan=False))
+            return _mapped(folder, task, *spaces)
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it makes another
+
+
+def _stamp_of(folder: Path) -> Any:
+    """What the packed dataset in this folder says it was made of; None where it does not say."""
+    try:
+        return json.loads((folder / "stamp.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _mapped(folder: Path, task: str, observation_space: gym.Space, action_space: gym.Space) -> Trajectories:
     with np.load(folder / "columns.npz", allow_pickle=False) as arrays:
         joined = {name: arrays[name] for name in COLUMNS if name in arrays}
         columns = {
@@ -60,7 +85,7 @@ def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
             file.write(np.ascontiguousarray(episode["observations"]).data)
             for name, parts in columns.items():
                 parts.extend([episode[name]] if name in episode else [])
-            solved.append(-1 if episode["success"] is None else int(episode["success"].max() > 0))
+            solved.append(-1 if episode["success"] is None else int((episode["success"] > 0).any()))
     lengths = [len(part) for part in columns["rewards"]]
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)

@@ -12,6 +12,7 @@ from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import environment_of, score_scale_of
 from eva_rl.envs import expand_tasks, find_task
 from eva_rl.errors import UserError
+from eva_rl.interface import interface_name
 
 MINARI = "minari/"
 DEMONSTRATIONS = 40
@@ -75,8 +76,3 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
 def find_sources(task: str) -> list[TaskSource]:
     """The sources of all tasks that `task` stands for, which may be a split."""
     return [find_source(member) for member in ((task,) if task.startswith(MINARI) else expand_tasks(task))]
-
-
-def interface_name(dataset_id: str) -> str:
-    """A dataset id as the name of a module: PyTorch forbids dots in those."""
-    return dataset_id.replace("/", "_").replace(".", "_")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.spaces import Part, action_choices, flatten, parts_of
+from eva_rl.spaces import Part, action_choices, flatten, parts_of, spaces_to_text
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,21 @@ def joined_up(
     action_space: gym.Space,
 ) -> Trajectories:
     """The trajectories whose columns were joined; of `columns`, the lengths and successes of the episodes are read."""
-    successes = columns["success"]
     return Trajectories(
         task=task,
         **{name: torch.from_numpy(values) for name, values in joined.items()},
         starts=torch.from_numpy(np.cumsum([0, *map(len, columns["rewards"])])),
         observation_space=observation_space,
         action_space=action_space,
-        successes=None if any(s is None for s in successes) else torch.tensor([bool(s.max() > 0) for s in successes]),
+        successes=_solved(columns["success"]),
     )
+
+
+def _solved(told: Sequence[np.ndarray | None]) -> Tensor | None:
+    """(E,) bool: which episodes were solved. None where none of them says: some environments mention success only where there is one."""
+    if all(episode is None for episode in told):
+        return None
+    return torch.tensor([episode is not None and bool((episode > 0).any()) for episode in told])
 
 
 def checked(
@@ -230,6 +236,7 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         reward_scale=max(float(t.rewards.abs().max()) for t in trajectories) or 1.0,
         parts=parts,
         choices=choices,
+        spaces=spaces_to_text(first.observation_space, first.action_space),
     )
 
 

@@ -49,6 +49,23 @@ class WindowSampler:
         """Batch `number` of this seed's endless sequence."""
         return self.draw(np.random.default_rng((self.seed, number)), self.batch_size)
 
+    def spread(self, number: int) -> Batch:
+        """Batch `number` of another endless sequence, whose windows lie across all episodes and along their whole length.
+
+        A Latin hypercube (McKay et al. 1979) over episodes and phases: every transition is as likely as in `batch`, but the first
+        batches already hold each phase of an episode, a late one too. For what looks at few batches.
+        """
+        rng, n = np.random.default_rng((self.seed, number, 1)), self.batch_size
+        across = (np.arange(n) + rng.random(n)) / n * len(self.task_first)  # (n,) tasks, and places within them
+        along = (rng.permutation(n) + rng.random(n)) / n  # (n,) how far into its episode each window lies
+        tasks = across.astype(np.int64)
+        place = self.task_first[tasks] + ((across - tasks) * self.task_windows[tasks]).astype(np.int64)
+        episode = torch.searchsorted(
+            self.window_ends, torch.from_numpy(place), right=True
+        )  # (n,) by its share of windows
+        count = self.episode_lengths[episode] + self.context - 1
+        return self.gather(self.window_ends[episode] - count + (torch.from_numpy(along) * count).long())
+
     def draw(self, rng: np.random.Generator, count: int) -> Batch:
         """So many windows."""
         tasks = rng.integers(len(self.task_first), size=count)

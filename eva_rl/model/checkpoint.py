@@ -15,18 +15,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from eva_rl.errors import UserError, did_you_mean
-from eva_rl.files import check_run_folder, not_finite, read_json, replacing, write_json
+from eva_rl.errors import UserError, did_you_mean, in_one_line
+from eva_rl.files import check_run_folder, from_json, not_finite, read_json, replacing, write_json
 from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.cloning import CloningConfig, CloningMLP
 from eva_rl.model.decision_transformer import DecisionTransformer, ModelConfig
-from eva_rl.spaces import Part
 
 FORMAT = "eva_rl.decision_transformer.1"
 FORMATS = {DecisionTransformer: FORMAT, CloningMLP: "eva_rl.cloning.1"}
 FILES = frozenset({"config.json", "model.safetensors", "README.md"})
 """What a model's folder may hold."""
+LARGEST = 10**8
+"""Numbers in an observation or an action, far beyond any that is meant."""
 CHECKPOINTS = Path(str(resources.files("eva_rl.checkpoints"))).resolve()
 
 
@@ -39,15 +40,21 @@ class Base:
     path: Path
     sha256: str
     """That of its weights' file, by which an adapter knows its base again."""
+    task: str | None = None
+    """The one it was fine-tuned on; None for a base of many."""
 
 
-def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics]) -> None:
-    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there."""
+def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics], task: str | None = None) -> None:
+    """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there.
+
+    task: the one of them that it was fine-tuned on.
+    """
     config = {
         "format": FORMATS[type(model)],
         "architecture": asdict(model.config),
         "interfaces": [asdict(interface) for interface in model.interfaces.values()],
-        "tasks": {task: asdict(statistics) for task, statistics in tasks.items()},
+        "tasks": {name: asdict(statistics) for name, statistics in tasks.items()},
+        **({} if task is None else {"task": task}),
     }
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -88,14 +95,19 @@ def find_base(name: str) -> Path:
             f"There is no base '{name}': name a folder, a model of {CHECKPOINTS}, or a Hugging Face repository "
             f"(owner/name). {did_you_mean(name, shipped) if shipped else ''}".rstrip()
         )
+    return _from_hub(name, "base", did_you_mean(name, shipped) if shipped else "")
+
+
+def _from_hub(name: str, what: str, hint: str = "") -> Path:
+    """The folder into which a Hugging Face repository is downloaded."""
     from huggingface_hub import snapshot_download  # 0.5 s to import
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise UserError(
-            f"The base '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
-            f"check the name, or connect to the internet. {did_you_mean(name, shipped) if shipped else ''}".rstrip()
+            f"The {what} '{name}' is neither a folder nor to be had from the Hugging Face Hub ({type(error).__name__}): "
+            f"check the name, or connect to the internet. {hint}".rstrip()
         ) from error
 
 
@@ -128,12 +140,18 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     try:
         interfaces = [interface_from_json(i) for i in config["interfaces"]]
         if config["format"] == FORMAT:
-            model = DecisionTransformer(ModelConfig(**_tuples(config["architecture"])), interfaces)
+            architecture = from_json(ModelConfig, config["architecture"], "architecture.")
+            _check_size(folder, 12 * architecture.layers * architecture.width**2)
+            model = DecisionTransformer(architecture, interfaces)
         else:
-            model = CloningMLP(CloningConfig(**config["architecture"]), *interfaces)
-        tasks = {task: TaskStatistics(**_tuples(statistics)) for task, statistics in config["tasks"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{folder / 'config.json'}' is incomplete or of another version ({error}).") from error
+            architecture = from_json(CloningConfig, config["architecture"], "architecture.")
+            _check_size(folder, (architecture.layers - 1) * architecture.width**2)
+            model = CloningMLP(architecture, *interfaces)
+        tasks = from_json(dict[str, TaskStatistics], config["tasks"], "tasks.")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"'{folder / 'config.json'}' is incomplete or of another version ({in_one_line(error)})."
+        ) from error
     try:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -153,7 +171,7 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     model.load_state_dict(weights)
     with (folder / "model.safetensors").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(model.eval().to(device), tasks, folder, sha256)
+    return Base(model.eval().to(device), tasks, folder, sha256, config.get("task"))
 
 
 def load_base_of(
@@ -197,11 +215,14 @@ NOTES = "eva_rl.json"
 
 
 def find_adapter(folder: Path) -> Path:
-    """The adapter's folder in a run's folder, or the one named itself.
+    """The adapter's folder in a run's folder, or the one named itself, or a Hugging Face repository (owner/name).
 
     Raises:
-        UserError: if the run trained a whole model instead, or there is no adapter.
+        UserError: if the run trained a whole model instead, there is no adapter, or the Hub can't be reached.
     """
+    name = str(folder)
+    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = _from_hub(name, "adapter")
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     if (folder / "model").is_dir():
@@ -223,22 +244,49 @@ def load_notes(folder: Path) -> AdapterNotes:
     """
     fields = read_json(folder / NOTES)
     try:
-        return AdapterNotes(
-            fields["base"],
-            fields["base_sha256"],
-            fields["task"],
-            interface_from_json(fields["interface"]),
-            TaskStatistics(**_tuples(fields["statistics"])),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{folder / NOTES}' is incomplete ({error}): make the adapter again.") from error
+        notes = from_json(AdapterNotes, fields)
+        _check_interface(notes.interface)
+    except TypeError as error:
+        raise UserError(f"'{folder / NOTES}' is incomplete ({in_one_line(error)}): make the adapter again.") from error
+    return notes
 
 
-def interface_from_json(fields: Mapping[str, Any]) -> Interface:
-    """The inverse of `dataclasses.asdict` for an `Interface` that went through JSON."""
-    parts = tuple(Part(**_tuples(part)) for part in fields.get("parts", ()))
-    return Interface(**{**_tuples(fields), "parts": parts})
+def interface_from_json(fields: Any) -> Interface:
+    """The inverse of `dataclasses.asdict` for an `Interface` that went through JSON.
+
+    Raises:
+        TypeError: if a field is not of its type, or its statistics are not those of its sizes.
+    """
+    interface = from_json(Interface, fields, "interface.")
+    _check_interface(interface)
+    return interface
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def _check_interface(interface: Interface) -> None:
+    """Raise a TypeError if the statistics, which broadcasting would fit to any size, are not those of its sizes."""
+    sizes = [part.size for part in interface.parts]
+    vectors = sum(part.size for part in interface.parts if part.kind == "vector")
+    actions = interface.action_size if interface.action_kind == "continuous" else 0
+    expected = {
+        "observation_size": (sum(sizes), interface.observation_size),
+        "action_size": (sum(interface.choices) or interface.action_size, interface.action_size),
+        "observation_mean": (vectors, len(interface.observation_mean)),
+        "observation_std": (vectors, len(interface.observation_std)),
+        "action_mean": (actions, len(interface.action_mean)),
+        "action_scale": (actions, len(interface.action_scale)),
+    }
+    for name, (wanted, found) in expected.items():
+        if wanted != found:
+            raise TypeError(f"{name} of the interface '{interface.name}' is of size {found} instead of {wanted}")
+    if min(sizes) < 1 or not 1 <= interface.action_size <= LARGEST >= interface.observation_size:
+        raise TypeError(f"the sizes of the interface '{interface.name}' are not between 1 and {LARGEST}")
+    scales = (*interface.observation_std, *interface.action_scale, interface.return_scale, interface.reward_scale)
+    if not min(scales) > 0:
+        raise TypeError(f"a scale of the interface '{interface.name}' is {min(scales)} instead of more than 0")
+
+
+def _check_size(folder: Path, weights: int) -> None:
+    """Raise a TypeError before a trunk of so many weights is made in memory whose file can't hold them."""
+    path = folder / "model.safetensors"
+    if path.is_file() and weights * 2 > path.stat().st_size:  # the narrowest of floats has two bytes
+        raise TypeError(f"its architecture has {weights:,} weights, of which '{path.name}' can't hold so many")

@@ -68,16 +68,19 @@ class CloningMLP(ActionModel):
 
 
 class Reflexes:
-    """A `CloningMLP` as the policy of n episodes that step together: it keeps nothing from one step to the next."""
+    """A `CloningMLP` as the policy of n episodes that step together: it keeps nothing from one step to the next.
 
-    def __init__(self, model: CloningMLP, interface: str, episodes: int):
-        self.model, self.interface = model, interface
+    alone: no rows are computed beside the episodes'.
+    """
+
+    def __init__(self, model: CloningMLP, interface: str, episodes: int, alone: bool = False):
+        self.model, self.interface, self.least = model, interface, 1 if alone else LEAST
 
     @torch.no_grad()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
         """(n, obs), (n,) -> actions in the environment's units (n, *action_shape); the returns are not looked at."""
         count = len(observations)
-        rows = F.pad(observations, (0, 0, 0, max(LEAST - count, 0)))[:, None]  # (rows, 1, obs)
+        rows = F.pad(observations, (0, 0, 0, max(self.least - count, 0)))[:, None]  # (rows, 1, obs)
         nothing = torch.zeros(rows.shape[:2], device=rows.device)
         batch = Batch(rows, nothing, nothing, nothing, nothing.bool(), self.interface)
         return self.model.embedders[self.interface].greedy(self.model(batch)[:count, 0])

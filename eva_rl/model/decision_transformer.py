@@ -108,12 +108,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int = 0, stride: int = 1) -> 
     with torch.autocast("cpu", enabled=False):  # whose softmax would go to float32 and back
         if spare := padded(m, q.dtype) - m:
             k, v, m = F.pad(k, (0, 0, 0, spare)), F.pad(v, (0, 0, 0, spare)), m + spare
-        unseen = torch.zeros(n, m, dtype=q.dtype).masked_fill_(
-            torch.arange(m) > last_seen(n, start, stride), -torch.inf
-        )
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        scores = torch.baddbmm(unseen.expand(len(q), n, m), q, k.transpose(-1, -2))  # (B, n, m)
+        mask = unseen(n, m, start, stride, q.dtype)
+        scores = torch.baddbmm(mask.expand(len(q), n, m), q, k.transpose(-1, -2))  # (B, n, m)
         return (scores.softmax(-1) @ v).view(*shape, n, -1)
+
+
+def unseen(n: int, m: int, start: int, stride: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """(n, m), to be added to scores: zero at the keys 0 ... start + i stride, which query i sees, else minus infinity."""
+    hidden = torch.arange(m, device=device) > last_seen(n, start, stride, device)
+    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def padded(keys: int, dtype: torch.dtype) -> int:
@@ -217,13 +221,16 @@ class DecisionTransformer(ActionModel):
 
         A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
 
-        There are none where the model has an interface of that name: its own statistics stay in force.
+        There are none where the model has an interface of that name: its own statistics stay in force, but the spaces become those
+        of the newer one.
 
         Raises:
             UserError: if that interface has other sizes; the sentence names `what`.
         """
         if interface.name in self.embedders:
-            self.interfaces[interface.name].require(interface, what)
+            own = self.interfaces[interface.name]
+            own.require(interface, what)
+            self.embedders[interface.name].interface = replace(own, spaces=interface.spaces or own.spaces)
             return ()
         if not interface.tokens:
             alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]
@@ -242,27 +249,42 @@ class DecisionTransformer(ActionModel):
             raise UserError(f"tokens={kind} was given where one of {list(known)} was expected.")
         return kind
 
-    def predict(self, batch: Batch | Mixture) -> list[Tensor]:
-        """For each part of the batch, what `forward` returns; they go through the trunk together."""
+    def predict(self, batch: Batch | Mixture, all_tokens: bool | None = None) -> list[Tensor]:
+        """For each part of the batch, what `forward` returns; they go through the trunk together.
+
+        all_tokens: whether layers whose other outputs nobody reads compute the states alone; None: so while training.
+        """
+        all_tokens = not self.training if all_tokens is None else all_tokens
         layouts: dict[tuple[str, ...], list[Batch]] = {}
         for part in batch.parts:
             layouts.setdefault(self.embedders[part.interface].tokens, []).append(part)
         predicted = {
             part.interface: actions
             for kinds, parts in layouts.items()
-            for part, actions in zip(parts, self._predict_alike(parts, kinds), strict=True)
+            for part, actions in zip(parts, self._predict_alike(parts, kinds, all_tokens), strict=True)
         }
         return [predicted[part.interface] for part in batch.parts]
 
-    def _predict_alike(self, parts: Sequence[Batch], kinds: tuple[str, ...]) -> list[Tensor]:
+    def _predict_alike(self, parts: Sequence[Batch], kinds: tuple[str, ...], all_tokens: bool) -> list[Tensor]:
         """`predict` for parts whose steps have the same tokens."""
         tokens = [self.embedders[part.interface](part) for part in parts]  # (b, T * kinds, d) each
         tokens = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # (B, T * kinds, d)
-        read = slice(kinds.index("state"), None, len(kinds))
-        # Training asks for no more than the states; otherwise every layer shows every token to those who look (EVA).
-        features = self.trunk(tokens, read, kinds) if self.training else self.trunk(tokens, tokens=kinds)[:, read]
+        read = slice(kinds.index("state"), None, len(kinds)) if len(kinds) > 1 else slice(None)
+        features = self.trunk(tokens, tokens=kinds)[:, read] if all_tokens else self.trunk(tokens, read, kinds)
         states = features.split([len(part.mask) for part in parts])  # (b, T, d) each
         return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
+
+    def as_trained(self, batch: Batch, kind: str = "all") -> Tensor:
+        """What `forward` returns, with no more rows going through any layer than the training's forward pass sends through it: the last
+        block's queries and all that follows them see states alone. Where tokens of another `kind` are wanted, all tokens go through.
+        """
+        [predicted] = self.predict(batch, all_tokens=kind not in ("all", "state"))
+        return predicted
+
+    def token_masks(self, batch: Batch, kind: str = "all") -> tuple[Tensor, ...]:
+        """`token_mask`, and the same for layers that see states alone, (B, T): each is that of the inputs of its shape."""
+        every = self.token_mask(batch, kind)
+        return (every, batch.mask) if kind in ("all", "state") else (every,)
 
     def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
         """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""

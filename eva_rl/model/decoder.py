@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from eva_rl.interface import Batch
-from eva_rl.model.decision_transformer import Block, DecisionTransformer, attend, padded
+from eva_rl.model.decision_transformer import Block, DecisionTransformer, padded, unseen
 
+PIECES = 4
+"""So many parts the next window is computed in, where it is computed ahead."""
 LEAST = 16
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
 
@@ -28,13 +30,18 @@ class Decoder:
     The model's weights are read once, here: under autocast they are cast once, and not at every step. Its adapter must be
     merged into them.
 
-    An episode's actions do not depend on those beside it, bit for bit on CPUs.
+    An episode's actions do not depend on those beside it, bit for bit on CPUs, unless `alone`.
+
+    Args:
+        alone: acts in a control loop, where each step's own time counts: no rows are computed beside the episodes', and the
+            window that starts anew is computed ahead, a part of it every few steps, while the old one goes on. The actions are
+            the same but for rounding.
     """
 
     @torch.no_grad()
-    def __init__(self, model: DecisionTransformer, interface: str, episodes: int):
+    def __init__(self, model: DecisionTransformer, interface: str, episodes: int, alone: bool = False):
         config = model.config
-        self.model, self.episodes = model, episodes
+        self.model, self.episodes, self.alone = model, episodes, alone
         self.embedder, self.head = model.embedders[interface], model.heads[interface]
         self.kinds, self.state = len(self.embedder.tokens), self.embedder.tokens.index("state")
         self.places = model.trunk.places(self.embedder.tokens)
@@ -43,7 +50,8 @@ class Decoder:
         if torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
         self.blocks = [_Weights.of(block, self.dtype) for block in model.trunk.blocks]
-        rows = max(episodes, LEAST)
+        self.least = 1 if alone else LEAST
+        rows = max(episodes, self.least)
         self.now = Batch(
             observations=torch.zeros(rows, 1, spec.observation_size, device=device),
             actions=torch.zeros(rows, 1, *spec.action_shape, device=device),
@@ -57,13 +65,17 @@ class Decoder:
         """The window, embedded: (n, N, d)."""
         self.length = 0
         """Steps in the window."""
+        self.half = max(1, config.context // 2) if config.context > 1 else 0
+        """Steps that a window starts anew with."""
         self.heads = config.heads
-        # (layers, keys and values, n, h, N, e)
+        # All the cache is looked at, not [:end] of it: a contiguous tensor is multiplied faster, and the rest is masked.
         places = padded(config.context * self.kinds, self.dtype)
-        kept = (config.layers, 2, rows, self.heads, places, config.width // self.heads)
-        self.cache = torch.zeros(kept, device=device, dtype=self.dtype)
-        self.kept = 0
+        shape = (config.layers, 2, rows, self.heads, places, config.width // self.heads)
+        self.caches = [torch.zeros(shape, device=device, dtype=self.dtype) for _ in range(1 + alone)]
+        """Keys and values of the window, and of the one that comes next: (layers, 2, n, h, N, e) each."""
+        self.kept = [0] * len(self.caches)
         """Tokens whose keys and values are there."""
+        self.unseen = unseen(places, places, 0, 1, self.dtype, device)
 
     @torch.no_grad()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ class Decoder:
         self._show(observations=observations, returns_to_go=returns_to_go)
         self._embed(0, self.state + 1)
         end = (self.length - 1) * self.kinds + self.state + 1  # later tokens of this step are not known yet
-        features = self._extend(self.tokens[:, self.kept : end] + self.places[self.kept : end])
+        features = self._extend(0, self.tokens[:, self.kept[0] : end])
         predicted = self.head(self.model.trunk.norm(features))[: self.episodes].float()  # (n, act)
         return self.embedder.greedy(predicted)
 
@@ -88,21 +100,24 @@ class Decoder:
         """What was done (n, *action_shape), and what it earned (n,)."""
         self._show(actions=actions, rewards=rewards)
         self._embed(self.state + 1, self.kinds)
+        if self.alone:
+            self._look_ahead()
 
     def keep(self, episodes: Tensor) -> None:
         """Go on with these episodes (m,) only, in this order."""
         self.episodes = len(episodes)
-        rows = torch.cat([episodes, episodes[:1].expand(max(LEAST - len(episodes), 0))])
+        rows = torch.cat([episodes, episodes[:1].expand(max(self.least - len(episodes), 0))])
         tensors = {k: v[rows] for k, v in vars(self.now).items() if isinstance(v, Tensor)}
         self.now = replace(self.now, **tensors)
         self.tokens = self.tokens[rows]
-        self.cache = self.cache[:, :, rows]
+        self.caches = [cache[:, :, rows] for cache in self.caches]
 
     def _show(self, **known: Tensor) -> None:
         """Put what is known of the newest step, a row an episode, into `now`."""
-        for name, value in known.items():
-            spare = value[:1].expand(len(self.now.mask) - len(value), *value.shape[1:])
-            self.now = replace(self.now, **{name: torch.cat([value, spare])[:, None]})
+        spare = len(self.now.mask) - self.episodes
+        if spare:
+            known = {name: torch.cat([v, v[:1].expand(spare, *v.shape[1:])]) for name, v in known.items()}
+        self.now = replace(self.now, **{name: value[:, None] for name, value in known.items()})
 
     def _embed(self, first: int, last: int) -> None:
         """Embed the newest step's tokens of the kinds from number `first` to `last` (excluded)."""
@@ -111,47 +126,69 @@ class Decoder:
             self.tokens[:, place] = self.embedder.embed(self.embedder.tokens[number], self.now)[:, 0]
 
     def _start_anew(self) -> None:
-        half = max(1, self.model.config.context // 2) if self.model.config.context > 1 else 0
-        first = (self.length - half) * self.kinds
-        self.tokens[:, : half * self.kinds] = self.tokens[:, first : self.length * self.kinds].clone()
-        self.length, self.kept = half, 0
+        first = (self.length - self.half) * self.kinds
+        self.tokens[:, : self.half * self.kinds] = self.tokens[:, first : self.length * self.kinds].clone()
+        self.length = self.half
+        self.caches.reverse()
+        self.kept = [*self.kept[1:], 0]
 
-    def _extend(self, x: Tensor) -> Tensor:
-        """Run the trunk on new tokens (n, m, d), keep their keys and values; return the last one's features (n, d)."""
-        start, end, d = self.kept, self.kept + x.shape[1], x.shape[2]
-        for (keys, values), block in zip(self.cache, self.blocks, strict=True):
-            normed = block.attention_norm(x).to(self.dtype)
-            last = block is self.blocks[-1]  # the others' outputs would go nowhere
-            first = d if last else 0  # of qkv's outputs
-            qkv = F.linear(normed, block.qkv[first:], block.qkv_bias[first:])  # (n, m, 3 d), or 2 d
-            keys[..., start:end, :], values[..., start:end, :] = (self._split(y) for y in qkv.split(d, -1)[-2:])
-            if last:
-                # A product with a view in three dimensions would copy the weights for each episode.
-                x, q = x[:, -1:], F.linear(normed[:, -1].contiguous(), block.qkv[:d], block.qkv_bias[:d])[:, None]
-            else:
-                q = qkv[..., :d]
-            # All the cache, not [:end] of it: a contiguous tensor is multiplied faster, and the rest is masked.
-            y = attend(self._split(q), keys, values, end - q.shape[1])  # (n, h, m, e)
-            x = x + F.linear(rearrange(y, "n h m e -> n m (h e)"), block.o, block.o_bias)
-            hidden = F.linear(block.feed_forward_norm(x).to(self.dtype), block.up, block.up_bias)
-            x = x + F.linear(F.gelu(hidden), block.down, block.down_bias)
-        self.kept = end
-        return x[:, -1]
+    def _look_ahead(self) -> None:
+        """Every few steps, take those steps into the next window that will be in it, so that little is left when it begins."""
+        before = self.model.config.context - self.half
+        steps = self.length - before
+        if steps > 0 and steps % -(-self.half // PIECES) == 0:
+            first, last = before * self.kinds + self.kept[1], self.length * self.kinds
+            self._extend(1, self.tokens[:, first:last])
 
-    def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n m (h e) -> n h m e", h=self.heads)
+    def _extend(self, window: int, tokens: Tensor) -> Tensor:
+        """Run the trunk on a window's next tokens (n, m, d), keep their keys and values; return the last one's features (n, d).
+
+        A step of one episode is over in a millisecond, of which calls that compute nothing would take most: hence few of them.
+        """
+        n, m, d = tokens.shape
+        start, end = self.kept[window], self.kept[window] + m
+        *blocks, last = zip(self.blocks, self.caches[window], strict=True)
+        autocast = torch.is_autocast_enabled(tokens.device.type)  # all is cast where it should be
+        with torch.autocast(tokens.device.type, enabled=False) if autocast else nullcontext():
+            x = (tokens + self.places[start:end]).view(n * m, d)
+            for block, cache in blocks:
+                qkv = torch.addmm(block.qkv_bias, block.attention_norm(x), block.qkv)  # (n m, 3 d)
+                qkv = qkv.view(n, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, h, m, e)
+                cache[..., start:end, :] = qkv[1:]
+                x = block.write(x, self._attend(qkv[0], cache, start))
+            block, cache = last  # the outputs of all tokens but the last would go nowhere
+            normed = block.attention_norm(x)
+            kv = torch.addmm(block.qkv_bias[d:], normed, block.qkv[:, d:])  # (n m, 2 d)
+            cache[..., start:end, :] = kv.view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            x, normed = (y.view(n, m, d)[:, -1].contiguous() for y in (x, normed))  # (n, d)
+            q = torch.addmm(block.qkv_bias[:d], normed, block.qkv[:, :d])
+            x = block.write(x, self._attend(q.view(n, self.heads, 1, -1), cache, end - 1))
+        self.kept[window] = end
+        return x
+
+    def _attend(self, q: Tensor, cache: Tensor, start: int) -> Tensor:
+        """What the tokens from number `start` on, of queries (n, h, m, e), see in the cache: (n m, d)."""
+        n, h, m, e = q.shape
+        k, v = cache.view(2, n * h, -1, e)
+        q, mask = q.reshape(n * h, m, e), self.unseen[start : start + m]
+        if q.device.type == "cpu":  # the fused kernel is slower for few queries
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=e**-0.5)  # (n h, m, N)
+            y = torch.bmm(scores.softmax(-1), v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.view(n, h, m, e).transpose(1, 2).reshape(n * m, h * e)
 
 
 @dataclass(frozen=True)
 class _Weights:
     """A block's weights as the decoder multiplies by them: queries, keys and values in one product."""
 
-    attention_norm: nn.LayerNorm
-    qkv: Tensor  # (3 d, d)
+    attention_norm: _Norm
+    qkv: Tensor  # (d, 3 d)
     qkv_bias: Tensor
     o: Tensor
     o_bias: Tensor
-    feed_forward_norm: nn.LayerNorm
+    feed_forward_norm: _Norm
     up: Tensor
     up_bias: Tensor
     down: Tensor
@@ -165,6 +202,32 @@ class _Weights:
         if any(type(layer) is not nn.Linear for layer in (*inputs, *layers.values())):
             raise TypeError("A decoder reads plain linear layers: merge the adapter into them first.")
         qkv, qkv_bias = (torch.cat([getattr(x, part) for x in inputs]).to(dtype) for part in ("weight", "bias"))
-        plain = {name: layer.weight.to(dtype) for name, layer in layers.items()}
+        plain = {name: layer.weight.to(dtype).t() for name, layer in layers.items()}
         biases = {f"{name}_bias": layer.bias.to(dtype) for name, layer in layers.items()}
-        return cls(block.attention_norm, qkv, qkv_bias, **plain, **biases, feed_forward_norm=block.feed_forward_norm)
+        norms = {name: _Norm.of(getattr(block, name), dtype) for name in ("attention_norm", "feed_forward_norm")}
+        return cls(qkv=qkv.t(), qkv_bias=qkv_bias, **plain, **biases, **norms)
+
+    def write(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream (r, d) behind the block."""
+        x = x + torch.addmm(self.o_bias, attended, self.o)
+        hidden = F.gelu(torch.addmm(self.up_bias, self.feed_forward_norm(x), self.up))
+        return x + torch.addmm(self.down_bias, hidden, self.down)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A LayerNorm whose result is cast."""
+
+    shape: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: nn.LayerNorm, dtype: torch.dtype) -> _Norm:
+        return cls(layer.normalized_shape, layer.weight, layer.bias, layer.eps, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return y if y.dtype == self.dtype else y.to(self.dtype)

@@ -55,16 +55,19 @@ class Embedder(nn.Module):
     def normalize_observations(self, observations: Tensor) -> Tensor:
         """(..., obs) with its vectors normalised and clipped, all else as it is."""
         vectors = [part.kind == "vector" for part in self.interface.parts]
+        if all(vectors):
+            return self._normalised(observations)
         if not any(vectors):
             return observations
         columns = list(observations.split([part.size for part in self.interface.parts], -1))
         seen = torch.cat([column for column, vector in zip(columns, vectors, strict=True) if vector], -1)
-        seen = ((seen - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-        if all(vectors):
-            return seen
+        seen = self._normalised(seen)
         sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
         normalised = iter(seen.split(sizes, -1))
         return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return ((vectors - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
     def embed(self, kind: str, batch: Batch) -> Tensor:
         """The tokens of one kind, (B, T, d)."""

@@ -30,8 +30,8 @@ INTERVALS = (
     "probability where on each task all pairs of runs compare alike."
 )
 BOLD = (
-    "Bold, here and in the picture: runs shuffled between the two methods within each task are as far from even in less than "
-    "5 % of the shuffles (no correction for the number of pairs)."
+    "Methods are compared pair by pair, the runs of one task and seed. Bold, here and in the picture: the two runs of each pair, "
+    "exchanged at random, make a mean difference as large in less than 5 % of the draws (no correction for the number of pairs)."
 )
 
 

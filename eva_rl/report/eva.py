@@ -9,13 +9,19 @@ if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.figure import Figure
 
 
+EVA_CLAIM = (
+    "Shares of variance, convergence and `captured` are those of the rows that were seen (`rows`, in `batches`): a direction that only "
+    "data beyond these have is in none of them."
+)
+
+
 def eva_figures(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
     """Pictures by name of the layers' facts, as `eva.json` holds them."""
     names = list(layers)
     inputs = {layer["reads_the_input_of"]: layer for layer in layers.values()}
     return {
-        "eva/spectrum": _curves(inputs, "spectrum", "share of variance", log=True),
-        "eva/cumulative": _curves(inputs, "cumulative", "cumulative share of variance"),
+        "eva/spectrum": _curves(inputs, "spectrum", "share of variance of the rows seen", log=True),
+        "eva/cumulative": _curves(inputs, "cumulative", "cumulative share of variance of the rows seen"),
         "eva/rank": _bars(names, [layers[name]["rank"] for name in names], "rank"),
         "eva/batches": _bars(
             list(inputs),

@@ -16,19 +16,21 @@ DERIVED = ("adapter.config.", "adapter.size.")
 OWN = {"steps": "adapter.steps", "training.batch_size": "adapter.batch_size"}
 """Settings that a method has a value of its own for, where the run names none: methods that take theirs share a protocol."""
 MISSING = "not set"
+SEEDS = ("seed", "prng_key")
+"""What the names of settings end with that are seeds of random numbers."""
 
 
 def protocol_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """All settings but the method's, the task and the seed, by their names on the command line."""
     settings = flat(run["settings"])
-    free = {name for name in settings if name == "task" or name.endswith("seed") or _of_method(name)}
+    free = {name for name in settings if name == "task" or name.endswith(SEEDS) or _of_method(name)}
     own = {name for name, of_method in OWN.items() if settings.get(name) == settings.get(of_method, MISSING)}
     return {name: "the method's own" if name in own else settings[name] for name in settings if name not in free}
 
 
 def _of_method(name: str) -> bool:
     """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
-    if name.endswith("seed"):  # some methods draw numbers of their own, from the run's seed
+    if name.endswith(SEEDS):  # some methods draw numbers of their own, from the run's seed
         return False
     return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
 

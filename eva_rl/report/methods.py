@@ -16,6 +16,7 @@ from eva_rl.report.study import (
     Runs,
     Statistic,
     average,
+    difference,
     interquartile_mean,
     permutation_test,
     probability_of_improvement,
@@ -61,7 +62,7 @@ class Study:
         return sorted({run["seed"] for runs in self.methods.values() for run in runs})
 
     def scores(self, method: str) -> dict[str, list[float]]:
-        """Each task's scores, a run each."""
+        """Each task's scores, a run each, in the order of their seeds, which all methods have."""
         return self._by_task(method, lambda run: run[self.score]["mean"])
 
     def estimate(self, runs: Runs, statistic: Statistic = average) -> Estimate:
@@ -288,7 +289,11 @@ def method_table(study: Study) -> str:
                 name,
                 study.estimate(own),
                 study.estimate(own, interquartile_mean),
-                None if name == best else probability_of_improvement(study.scores(best), own),
+                *(
+                    (None, None)
+                    if name == best
+                    else (improvement(study, best, name), difference(study.scores(best), own))
+                ),
                 None if areas is None else study.estimate(areas),
                 *reached,
                 f"{np.mean([run['trainable_parameters'] for run in runs]):,.0f}",
@@ -298,7 +303,14 @@ def method_table(study: Study) -> str:
             )
         )
     score = study.score.replace("_", " ")
-    header = ["method", f"mean {score}", "interquartile mean", f"P({best} > method)", "area under curve"]
+    header = [
+        "method",
+        f"mean {score}",
+        "interquartile mean",
+        f"P({best} > method)",
+        f"{best} - method",
+        "area under curve",
+    ]
     header += [f"steps to half of {REFERENCE}", f"to 90 % of {REFERENCE}", "weights", "init s", "train s", "runs"]
     return markdown(header, rows)
 
@@ -317,7 +329,7 @@ def task_table(study: Study) -> str:
 
 
 def improvement_table(study: Study) -> str:
-    """The probability that the row's method scores more than the column's on the same task; bold where they can be told apart."""
+    """The probability that the row's method scores more than the column's on the same task and seed; bold where they can be told apart."""
     names = study.ranked()
 
     def cell(row: str, column: str) -> str | None:
@@ -335,7 +347,7 @@ def improvement(study: Study, method: str, other: str) -> Estimate:
 
 def told_apart(study: Study, method: str, other: str) -> bool:
     """Whether a permutation test rejects at 5 % that the two score alike."""
-    first, second = sorted((method, other))  # the same shuffles whoever is asked about
+    first, second = sorted((method, other))  # the same exchanges whoever is asked about
     return method != other and permutation_test(study.scores(first), study.scores(second)) <= 0.05
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.errors import UserError
+from eva_rl.files import from_json as typed
 from eva_rl.files import read_json
-from eva_rl.report.scores import Scores, to_json
+from eva_rl.report.scores import Scores, failures_counted, from_json, to_json
 from eva_rl.report.stopwatch import Stopwatch, peak_memory
 from eva_rl.report.table import markdown
 from eva_rl.report.versions import versions
@@ -26,13 +27,16 @@ def run_result(
 
     `losses`: the mean training loss of each tenth of the steps. `curve`: the scores while training, by optimiser steps.
     """
+    steps = list(curve or {})
+    played = [zero_shot, *([tuned] if tuned else []), *(from_json(curve[step]) for step in steps)]
+    before, *after = map(to_json, failures_counted(played))
     return {
         **facts,
         "loss": [round(loss, 6) for loss in losses],
-        "curve": dict(curve or {}),
+        "curve": dict(zip(steps, after[len(after) - len(steps) :], strict=True)),
         "peak_memory_mib": peak_memory(),
-        **(to_json(tuned) if tuned else {}),
-        "zero_shot": to_json(zero_shot),
+        **(after[0] if tuned else {}),
+        "zero_shot": before,
         "seconds": clock.rounded(),
         "status": "complete" if tuned else "partial",
         "versions": versions(),
@@ -47,7 +51,12 @@ def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -
     """
     path = run_dir / "result.json"
     earlier = read_json(path) if path.is_file() else {}
-    before, now = flat(earlier.get("settings", {})), flat(settings)
+    try:
+        before = flat(typed(dict[str, Any], earlier.get("settings", {}), "settings."))
+        typed(dict[str, dict[str, Any]], earlier.get("curve", {}), "curve.")
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"'{path}' is not as a run writes it ({error}): remove it, or set another run_dir.") from error
+    now = flat(settings)
     changed = [
         f"{key}={before.get(key)} (now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
     ]
@@ -71,6 +80,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:
     """The scores before and after as a table, and what they cost."""
+    zero_shot, tuned = failures_counted([zero_shot, tuned])
     rows = [(name.replace("_", " "), zero_shot[name], tuned[name]) for name in tuned]
     trainable, total = facts["trainable_parameters"], facts["total_parameters"]
     start = f"on {facts['base']}" if facts["settings"]["adapter"]["network"] == "base" else "from scratch"

@@ -15,7 +15,7 @@ from typing import Any
 from eva_rl.errors import UserError
 from eva_rl.report.labels import differing, in_words, labels, protocol_of
 from eva_rl.report.result import flat
-from eva_rl.report.scores import SCORES
+from eva_rl.report.scores import SCORES, failures_counted, from_json, to_json
 from eva_rl.report.statistics import Estimate
 from eva_rl.report.table import markdown
 
@@ -62,12 +62,22 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
                 other = "" if _one_base(result, results[key]) else ", but for the weights of its base"
                 left_out.append(f"{run}: the same run as {places[key]}{other}, left out")
     found = sorted(results.values(), key=lambda r: (*(str(r[name]) for name in FACTS), str(r["settings"])))
+    _count_failures(found)
     untrained = {_place(r): r for r in found if not r["trainable_parameters"]}
     for result in found:
         other = untrained.get(_place(result))
         if other and result["zero_shot"]["episode_return"] is None and _one_base(result, other):
             result["zero_shot"] = other["zero_shot"]
     return found, left_out
+
+
+def _count_failures(results: Sequence[dict[str, Any]]) -> None:
+    """Give runs the rate 0 which others of their task show that the task has, see `failures_counted`."""
+    for task in {result["task"] for result in results}:
+        own = [result for result in results if result["task"] == task]
+        groups = [group for r in own for group in (r, r["zero_shot"], *r["curve"].values())]
+        for group, counted in zip(groups, failures_counted(list(map(from_json, groups))), strict=True):
+            group.update(to_json(counted))
 
 
 def _one_base(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from eva_rl.report.statistics import Estimate, mean, proportion
 
 SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
+RATES = SCORES[:2]
 Scores = dict[str, Estimate | None]
 """By name; None where the environment or the missing scale does not define a score, or nothing was rolled out."""
 
@@ -36,9 +37,33 @@ def scores(episodes: Played | None, scale: tuple[float, float] | None) -> Scores
     }
 
 
+def failures_counted(found: Sequence[Scores]) -> list[Scores]:
+    """Scores of one task, where an environment that mentions success in any of them mentions it: else nothing succeeded.
+
+    Some environments say `success` only where there is one, so that a policy which never succeeds is told nothing about it. What a
+    task has is therefore decided over all that was played of it.
+    """
+    return [
+        own | {name: proportion(np.zeros(own["episode_return"].n, bool)) for name in _unsaid(own, found)}
+        for own in found
+    ]
+
+
+def _unsaid(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rates that these scores lack and others of the same task have; none where nothing was rolled out."""
+    if own["episode_return"] is None:
+        return []
+    return [name for name in RATES if own[name] is None and any(other[name] is not None for other in others)]
+
+
 def to_json(found: Scores) -> dict[str, Any]:
     """Scores as result.json states them."""
     return {name: None if estimate is None else asdict(estimate) for name, estimate in found.items()}
+
+
+def from_json(found: Mapping[str, Any]) -> Scores:
+    """The inverse of `to_json`."""
+    return {name: None if found[name] is None else Estimate(**found[name]) for name in SCORES}
 
 
 def to_scalars(found: Scores) -> Mapping[str, float]:

@@ -7,16 +7,17 @@ counts the same, whatever the number of its runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from eva_rl.report.statistics import Estimate
 
 DRAWS = 2000
-"""Bootstrap samples of an interval, and shuffles of a permutation test."""
+"""Bootstrap samples of an interval, and exchanges of a permutation test."""
 
 Runs = Mapping[str, Sequence[float]]
-"""Each task's scores, a run each."""
+"""Each task's scores, a run each; those of two methods that are compared in the same order of seeds."""
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(scores (..., n), weights (n,)) -> (...)."""
 
@@ -69,65 +70,58 @@ def _student(variances: Sequence[float], freedoms: Sequence[int]) -> float:
     return float(scipy.stats.t.ppf(0.975, sum(variances) ** 2 / terms) / scipy.stats.norm.ppf(0.975))
 
 
-def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
-    """How likely a run of one method scores more than one of another on the same task, the mean over tasks; ties count half.
+def difference(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
+    """How much higher one method's runs score than the other's of the same task and seed, the mean over tasks, and its interval.
 
-    The interval is a bootstrap's with the spread of an unbiased estimate of the variance, widened to Student's. Where that
-    estimate is 0, as where all runs of one method are above all of the other, it has none: such runs don't say how far the
-    probability may be from 0 or 1.
+    Runs of one task and seed share demonstrations and goals: what these do to both methods is no part of their difference.
 
     Raises:
-        ValueError: if the methods were not run on the same tasks.
+        ValueError: if the runs are not in pairs.
     """
-    rng, found, drawn, variances, freedoms = np.random.default_rng(seed), [], [], [], []
-    for x, y in _pairs(runs, others):
-        found.append(_wins(x, y).mean())
-        again = _wins(x[rng.integers(len(x), size=(DRAWS, len(x)))], y[rng.integers(len(y), size=(DRAWS, len(y)))])
-        drawn.append(again.mean((-1, -2)))
-        variances.append(_variance(_wins(x, y)))
-        freedoms.append(len(x) + len(y) - 2)
-    center, count = float(np.mean(found)), sum(map(len, runs.values()))
-    if not any(variances):
-        return Estimate(center, None, None, count)
-    spread = np.mean(np.array(drawn) - np.array(found)[:, None], 0)
-    spread *= np.sqrt(sum(variances) / spread.var()) / len(found) * _student(variances, freedoms)
-    low, high = np.clip(center + np.quantile(spread, [0.025, 0.975]), 0, 1)
-    return Estimate(center, min(float(low), center), max(float(high), center), count)
+    return stratified({task: x - y for task, x, y in _pairs(runs, others)}, seed=seed)
 
 
-def _variance(wins: np.ndarray) -> float:
-    """The variance of the mean of (n, m) comparisons: its square less the mean product of those that share no run."""
-    n, m = wins.shape
-    if min(n, m) < 2:
-        return 0.0
-    apart = wins.sum() ** 2 - (wins.sum(1) ** 2).sum() - (wins.sum(0) ** 2).sum() + (wins**2).sum()
-    return max(wins.mean() ** 2 - apart / (n * (n - 1) * m * (m - 1)), 0.0)
+def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
+    """How likely a run of one method scores more than the other's of the same task and seed, the mean over tasks; ties count half.
+
+    The interval is `stratified`'s, within 0 and 1. Where on each task all pairs compare alike it has none: such runs don't say
+    how far the probability may be from what they show.
+
+    Raises:
+        ValueError: if the runs are not in pairs.
+    """
+    wins = {task: _wins(x, y) for task, x, y in _pairs(runs, others)}
+    found = stratified(wins, seed=seed)
+    if found.low is None or not any(np.ptp(own) for own in wins.values()):
+        return replace(found, low=None, high=None)
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def permutation_test(runs: Runs, others: Runs, seed: int = 0) -> float:
-    """The two-sided p-value of two methods being the same: how often runs shuffled between them within each task make a
-    probability of improvement as far from a half.
+    """The two-sided p-value of two methods being the same: how often pairs of runs of one task and seed, each exchanged at random,
+    make a mean difference as large (the mean over tasks).
+
+    Runs are exchanged within their pair alone: demonstrations and goals that are harder for both are then noise in neither.
 
     Raises:
-        ValueError: if the methods were not run on the same tasks.
+        ValueError: if the runs are not in pairs.
     """
-    rng, found, shuffled = np.random.default_rng(seed), [], []
-    for x, y in _pairs(runs, others):
-        found.append(_wins(x, y).mean())
-        both = rng.permuted(np.tile(np.concatenate([x, y]), (DRAWS, 1)), axis=1)  # (draws, n + m)
-        shuffled.append(_wins(both[:, : len(x)], both[:, len(x) :]).mean((-1, -2)))
-    as_far = np.abs(np.mean(shuffled, 0) - 0.5) >= abs(np.mean(found) - 0.5) - 1e-9
+    rng, found, shuffled = np.random.default_rng(seed), 0.0, np.zeros(DRAWS)
+    for _, x, y in _pairs(runs, others):
+        between = (x - y) / len(x)  # (n,)
+        found += between.sum()
+        shuffled += rng.choice([-1.0, 1.0], (DRAWS, len(x))) @ between
+    as_far = np.abs(shuffled) >= abs(found) - 1e-9
     return float((1 + as_far.sum()) / (1 + DRAWS))
 
 
-def _pairs(runs: Runs, others: Runs) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The scores of two methods, a task each."""
-    if runs.keys() != others.keys():
-        raise ValueError("The methods were run on other tasks.")
-    return [(np.asarray(runs[task], float), np.asarray(others[task], float)) for task in sorted(runs)]
+def _pairs(runs: Runs, others: Runs) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Each task with the scores (n,) and (n,) of two methods, those of one seed at the same place."""
+    if {task: len(own) for task, own in runs.items()} != {task: len(own) for task, own in others.items()}:
+        raise ValueError("The methods were run on other tasks, or not with as many seeds.")
+    return [(task, np.asarray(runs[task], float), np.asarray(others[task], float)) for task in sorted(runs)]
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """For each pair of (..., n) and (..., m) whether the first is larger, (..., n, m); a tie is half a win."""
-    x, y = x[..., :, None], y[..., None, :]
+    """(n,) whether the first (n,) is larger; a tie is half a win."""
     return (x > y) + 0.5 * (x == y)

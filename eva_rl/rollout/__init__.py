@@ -1,8 +1,20 @@
 """Policies and environments -> episodes."""
 
+from eva_rl.rollout.actor import Actor, Policy
 from eva_rl.rollout.film import film
-from eva_rl.rollout.rollout import Episodes, Policy, check_spaces, rollout
+from eva_rl.rollout.rollout import Episodes, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 from eva_rl.rollout.target import TargetReturn, warn_if_far
 
-__all__ = ["Episodes", "Job", "Policy", "Simulators", "TargetReturn", "check_spaces", "film", "rollout", "warn_if_far"]
+__all__ = [
+    "Actor",
+    "Episodes",
+    "Job",
+    "Policy",
+    "Simulators",
+    "TargetReturn",
+    "check_spaces",
+    "film",
+    "rollout",
+    "warn_if_far",
+]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
+from eva_rl.rollout.actor import Actor, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from eva_rl.interface import Interface
 
@@ -38,19 +38,6 @@ DEATHS = 3
 REFRESH = 0.1
 """Seconds from one look at the progress to the next."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-
-
-class Policy(Protocol):
-    """What a rollout needs of a model: it acts for n episodes that step together."""
-
-    def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
-        """(n, obs), (n,) -> actions in the environment's units (n, *action_shape), choices numbered from 0."""
-
-    def record(self, actions: Tensor, rewards: Tensor) -> None:
-        """What was done in the end (clipped to the environment's space), and what it earned (n,)."""
-
-    def keep(self, episodes: Tensor) -> None:
-        """The others have ended: go on with these (m,)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +177,6 @@ class _Group:
     def _begin(self) -> None:
         count = len(self.jobs)
         self.alive = np.arange(count)
-        self.wanted = np.array([job.target_return for job in self.jobs])
         self.returns, self.lengths = np.zeros(count), np.zeros(count, np.int64)
         self.solved = np.full((2, count), UNKNOWN, np.int8)  # at any step; at the last
         self.steps = -1  # none, not even reset
@@ -205,47 +191,40 @@ class _Group:
     ) -> None:
         """Run the episodes, anew if they had begun; `stepped` is called after every step."""
         self._begin()
-        self.policy = make_policy(len(self.jobs))
+        targets = [job.target_return for job in self.jobs]
+        self.actor = Actor(make_policy(len(self.jobs)), interface, targets, device)
         simulator.send(self.jobs)
         simulator.receive()
-        while self.advance(simulator.board, interface, device):
+        while self.advance(simulator.board):
             simulator.send(None)
             stepped()
             simulator.receive()
-        del self.policy  # and its memory
+        del self.actor  # and its memory
 
-    def advance(self, board: Board, interface: Interface, device: torch.device | str) -> bool:
+    def advance(self, board: Board) -> bool:
         """Take in what the environments did and choose the next actions; False when all episodes have ended."""
-        import torch
-
         alive = self.alive
         self.steps += 1
         self.solved[0, alive] = np.maximum(self.solved[0, alive], board.solved[alive])
         self.solved[1, alive] = board.solved[alive]
         if self.steps:
-            rewards, done = board.rewards[alive], board.actions[alive]
+            rewards = board.rewards[alive]
             self.returns[alive] += rewards
             self.lengths[alive] += 1
-            self.wanted[alive] -= rewards
             going = np.flatnonzero(board.ended[alive] == 0)
             if not len(going):
                 self.alive = alive[going]
                 return False
-            kind = torch.int64 if interface.choices else torch.float32
-            done = torch.as_tensor(done, dtype=kind).reshape(len(done), *interface.action_shape)
-            self.policy.record(done.to(device), torch.as_tensor(rewards, dtype=torch.float32, device=device))
+            self.actor.observe(board.actions[alive], rewards)
             if len(going) < len(alive):
-                self.policy.keep(torch.as_tensor(going, device=device))
+                self.actor.keep(going)
                 alive = self.alive = alive[going]
         if self.steps >= LONGEST:
             raise UserError(
                 f"An episode of '{self.jobs[0].task}' did not end within {self.steps} steps: make the environment with "
                 "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
             )
-        observations = torch.as_tensor(board.observations[alive], device=device)
-        wanted = torch.as_tensor(self.wanted[alive], dtype=torch.float32, device=device)
-        chosen = self.policy.act(observations, wanted).cpu().numpy()  # (n, act) or (n,)
-        board.actions[alive] = chosen.reshape(len(alive), -1)
+        board.actions[alive] = self.actor.act(board.observations[alive])
         return True
 
     def progress(self, limit: int) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from eva_rl.cores import available_cores, one_core_each, refuse_while_imported
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.spaces import flatten
+from eva_rl.spaces import action_row, flatten, to_action
 
 if TYPE_CHECKING:  # it needs torch, and simulators' processes start sooner without it
     from eva_rl.interface import Interface
@@ -103,13 +103,8 @@ class Stage:
                 self._show(row, env, observation, info)
 
     def _action(self, row: int, space: gym.Space) -> Any:
-        asked = self.board.actions[row]
-        if isinstance(space, gym.spaces.Discrete):
-            return space.start + int(asked[0])
-        if isinstance(space, gym.spaces.MultiDiscrete):
-            return space.start + asked.astype(space.dtype)
-        action = np.clip(asked.reshape(space.shape), space.low, space.high).astype(space.dtype)
-        self.board.actions[row] = action.reshape(-1)
+        action = to_action(space, self.board.actions[row])
+        self.board.actions[row] = action_row(space, action)  # what is done in the end
         return action
 
     def _show(self, row: int, env: gym.Env, observation: Any, info: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eva_rl.errors import UserError
-from eva_rl.files import replacing
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.files import from_json, replacing
 
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
@@ -64,12 +64,12 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
         raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")
     if identity is None:
         return
-    now = json.loads(json.dumps({"steps": steps, **identity}))  # as it reads when it was written
+    now = json.loads(json.dumps({"steps": steps, **identity}, allow_nan=False))  # as it reads when it was written
     for path in found:
         try:
             with safe_open(path, "pt") as file:
-                before = json.loads((file.metadata() or {}).get("identity", "null")) or now
-        except (SafetensorError, OSError):
+                before = from_json(dict[str, Any], json.loads((file.metadata() or {}).get("identity", "null")) or now)
+        except (SafetensorError, OSError, ValueError, TypeError):
             continue  # damaged: `load_newest` passes it over, with a warning
         if changed := list(_changes(before, now)):
             raise UserError(
@@ -96,14 +96,14 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
     if state.companion is not None:
         tensors |= {f"companion.{key}": value for key, value in state.companion.state_dict().items()}
     tensors |= {"losses": losses, "rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if (device := _cuda_device(state.parameters)) is not None:
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     path = folder / f"step-{len(losses):08d}.safetensors"
     with replacing(path) as temporary:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary,
-            metadata={"identity": json.dumps(state.identity), "seconds": str(seconds)},
+            metadata={"identity": json.dumps(state.identity, allow_nan=False), "seconds": str(seconds)},
         )
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
@@ -121,10 +121,15 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 losses, seconds = tensors["losses"], float(file.metadata()["seconds"])
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
-        restore(tensors, state, path)
+        try:
+            restore(tensors, state, path)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"The checkpoint '{path}' is of another version or damaged ({in_one_line(error)}): remove it, or set another run_dir."
+            ) from error
         return losses, seconds
     return torch.zeros(0), 0.0
 
@@ -149,5 +154,11 @@ def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> 
         own = {n.removeprefix(prefix): value.to(device) for n, value in tensors.items() if n.startswith(prefix)}
         state.companion.load_state_dict(own)
     torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if "rng.cuda" in tensors and (cuda := _cuda_device(state.parameters)) is not None:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], cuda)
+
+
+def _cuda_device(parameters: Mapping[str, nn.Parameter]) -> torch.device | None:
+    """The CUDA device whose generator dropout draws from: the model's, which need not be the current one."""
+    device = next(iter(parameters.values())).device
+    return device if device.type == "cuda" else None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,12 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
 
 
 def _groups(
-    trainable: Mapping[str, nn.Parameter], config: TrainingConfig, ratios: Mapping[str, float]
+    trainable: Mapping[str, nn.Parameter],
+    config: TrainingConfig,
+    ratios: Mapping[str, float],
+    rates: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """The optimiser's groups: parameters of one learning rate and one weight decay each.
+    """The optimiser's groups: parameters of one learning rate (`rate`) and one weight decay each.
 
     Raises:
         UserError: if a ratio is for parameters that there are not.
@@ -118,8 +121,9 @@ def _groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable.items():
         ratio = math.prod(value for word, value in ratios.items() if word in name)
-        groups.setdefault((ratio, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
-    return [{"params": ps, "ratio": ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()]
+        own = next((rate for module, rate in rates.items() if f"{module}." in name), config.learning_rate * ratio)
+        groups.setdefault((own, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
+    return [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
 def train(
@@ -134,6 +138,7 @@ def train(
     log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     ratios: Mapping[str, float] | None = None,
+    rates: Mapping[str, float] | None = None,
     companion: Companion | None = None,
     frozen: Mapping[str, Tensor] | None = None,
     inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None,
@@ -153,6 +158,7 @@ def train(
         log: receives scalars by step.
         evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
         ratios: parameters whose names contain this word learn at this multiple of the learning rate.
+        rates: modules, by name, whose parameters learn at a rate of their own in its place.
         companion: what else takes part; its penalty is not part of the losses returned and logged.
         frozen: tensors that training does not change and that a resumed run might not make again bit for bit.
         inspect: what else is worth logging of a batch, every `INSPECT` logs.
@@ -163,14 +169,17 @@ def train(
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
     shares = check_shares(config, processes)
-    identity = identity or {name: value for name, value in asdict(config).items() if not name.endswith("_every")}
+    settings = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}  # JSON has none
+    identity = identity or {name: value for name, value in settings.items() if not name.endswith("_every")}
     check_run(steps, checkpoints, resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or steps == 0:
         model.eval()
         return TrainingResult([], 0.0)
     device = next(iter(trainable.values())).device
-    optimizer = torch.optim.AdamW(_groups(trainable, config, ratios or {}), lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        _groups(trainable, config, ratios or {}, rates or {}), lr=config.learning_rate, fused=True
+    )
     state = TrainingState(trainable, optimizer, companion, frozen or {}, {"steps": steps, **identity})
     losses: list[float] = []
     started = time.perf_counter()
@@ -189,7 +198,7 @@ def train(
         for step in range(first, steps):
             rate = learning_rate_at(step, steps, config)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["ratio"]
+                group["lr"] = learning_rate_at(step, steps, replace(config, learning_rate=group["rate"]))
             asked = time.perf_counter()
             batch = following.result()
             waited += time.perf_counter() - asked

@@ -8,8 +8,9 @@ made up for by the next. Activations are never gathered from other processes, on
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from eva_rl.adapter.eva.engine import LayerResult, eva_init
 from eva_rl.adapter.eva.observe import Rows
 from eva_rl.adapter.eva.settings import EvaSettings
+from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig
@@ -44,6 +46,13 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     from peft.tuners.lora import eva as pefts
 
     return pefts.prepare_layer_inputs_fn_language_modeling(layer_input, model_input, layer_name)
+
+
+def _pefts_rows() -> Callable[..., Tensor]:
+    """peft's own default, which a script may name."""
+    from peft.tuners.lora import eva as pefts
+
+    return pefts.prepare_layer_inputs_fn_language_modeling
 
 
 def get_eva_state_dict(
@@ -92,6 +101,8 @@ def get_eva_state_dict(
     )
     names = _targets(model, config, wrapped)
     each = isinstance(prepare_layer_inputs_fn, Mapping)
+    # Another function than peft's may choose by the layer's name: then layers that read the same tensor have rows of their own.
+    by_name = prepare_layer_inputs_fn not in (None, prepare_layer_inputs_fn_language_modeling, _pefts_rows())
     if each and not prepare_layer_inputs_fn.keys() <= set(names):
         unknown = sorted(prepare_layer_inputs_fn.keys() - set(names))
         raise ValueError(f"prepare_layer_inputs_fn names modules that are no targets of the adapter: {unknown}")
@@ -117,7 +128,7 @@ def get_eva_state_dict(
             own,
             forward=forward_fn,
             rows=rows,
-            share=not each,
+            share=not by_name,
             together=gather_distributed_inputs,
             progress=show_progress_bar,
         )
@@ -215,14 +226,20 @@ def _cycled(dataloader: Iterable[Any], device: torch.device | None) -> Iterator[
 
 
 def _moved(batch: Any, device: torch.device | None) -> Any:
-    if device is None:
-        return batch
     if hasattr(batch, "to"):
-        return batch.to(device)
+        return batch if device is None else batch.to(device)
     if isinstance(batch, Mapping):
-        return type(batch)({key: _moved(value, device) for key, value in batch.items()})
+        moved = copy.copy(batch) if isinstance(batch, MutableMapping) else {}  # which keeps a default dict's default
+        for key, value in batch.items():
+            moved[key] = _moved(value, device)
+        return moved
     if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
+        parts = [_moved(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, Iterator):
+        raise UserError(
+            f"A batch holds a {type(batch).__name__}, which can be gone through once only: make it a list or a tensor."
+        )
     return batch
 
 

@@ -60,7 +60,7 @@ class LayerResult:
     """Batches until the components had converged, at the rank the layer has; None: they had not."""
     captured: float
     """The share of variance that this process's components are expected to capture of what the best would, see
-    `EvaSettings`."""
+    `EvaSettings`; of rows like those seen: what no batch has shown is in no claim."""
     angle: float
     """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
@@ -136,7 +136,7 @@ def eva_init(
     batches: Iterable[Any],
     ranks: Mapping[str, int],
     settings: EvaSettings,
-    token_mask: Callable[[Any], Tensor] | None = None,
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
     loss: Callable[[Any], Tensor] | None = None,
     rows: Callable[[Any], Rows] | None = None,
@@ -155,8 +155,9 @@ def eva_init(
             learned from the first; what it does beyond that in a later one is not seen.
         ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget.
         token_mask: boolean tensor for a batch whose shape is that of the layers' inputs without the last dimension;
-            only rows where it is True count. None: all do.
-        forward: runs the model on a batch.
+            only rows where it is True count. Several tensors: a layer's is the one of its inputs' shape. None: all do.
+        forward: runs the model on a batch. The rows that count are those it sends through each layer: they should be those
+            that training will send through it.
         loss: the loss of a batch, for `weighting="gradient"`.
         rows: chooses a batch's rows in another way than by a mask, see `Rows`.
         share: False: `rows` treats layers that read the same tensor differently.

@@ -46,23 +46,28 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def masked_rows(mask: Tensor | None, room: Room = lambda name, count: None) -> Rows:
-    """Rows of a layer's input (..., d) where the mask (...) is True; a copy, whatever the model does to the input."""
-    index = None if mask is None else mask.flatten().nonzero()[:, 0]
+def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda name, count: None) -> Rows:
+    """Rows of a layer's input (..., d) where the mask (...) is True; a copy, whatever the model does to the input.
+
+    Of several masks, a layer's is the one of its input's shape.
+    """
+    masks = (masks,) if isinstance(masks, Tensor) else masks
+    indices = {mask.shape: mask.flatten().nonzero()[:, 0] for mask in reversed(masks or ())}
 
     def rows(inputs: tuple[Any, ...], name: str) -> Tensor:
         x = inputs[0]
         flat = x.reshape(-1, x.shape[-1])
+        index = indices.get(x.shape[:-1])
+        if index is None and masks is not None:
+            raise UserError(
+                f"The layer '{name}' reads inputs of shape {tuple(x.shape)}, but the token mask has shape "
+                f"{' or '.join(str(tuple(mask.shape)) for mask in masks)}."
+            )
         out = room(name, len(flat) if index is None else len(index))
         if out is not None and out.dtype != flat.dtype:
             out = None
         if index is None:
             return flat.clone() if out is None else out.copy_(flat)
-        if x.shape[:-1] != mask.shape:
-            raise UserError(
-                f"The layer '{name}' reads inputs of shape {tuple(x.shape)}, but the token mask has shape "
-                f"{tuple(mask.shape)}."
-            )
         return torch.index_select(flat, 0, index, out=out)
 
     return rows

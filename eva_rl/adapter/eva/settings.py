@@ -25,7 +25,8 @@ class EvaSettings:
     convergence: str = "subspace"
     """`subspace`: the share of variance that the layer's subspace is expected to capture of what the best one would,
     for the data the batches are drawn from. Estimated from how much the last batch improved on the subspace of the
-    batch before; nearly equal singular values do not disturb it. `components`: the least cosine between a component and
+    batch before; nearly equal singular values do not disturb it. It speaks of data like the batches seen: draw the first of them
+    from all parts of the data. `components`: the least cosine between a component and
     its predecessor a batch ago, peft's rule. Both look at as many components as the layer's present rank."""
     max_batches: int = 64
     method: str = "streaming"

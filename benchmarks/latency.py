@@ -1,0 +1,150 @@
+"""How long a step of a control loop takes: `eva_rl.load_policy` beside a plain Hugging Face GPT-2 loop, on one core.
+
+    python -m benchmarks.latency
+
+- ours: `policy.act` and `policy.observe` of a model of the preset's size with Meta-World's interface: the environment's observation
+  in, the environment's action out, keys and values kept.
+- gpt2: what one would write with `transformers`: a GPT-2 of that size from a config, the three tokens of a step embedded, keys and
+  values kept by the library (`past_key_values`); when the window is full, it starts anew with the later half, in one pass.
+- gpt2, whole window: the same without kept keys and values, the last `context` steps at every step, as Hugging Face's Decision
+  Transformer is used.
+
+Weights are random; all in float32; the three take turns at each repeat. Milliseconds of wall time over all steps; `longest` is the
+longest step, that of the calmest repeat where the machine does other work too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2Model
+
+import eva_rl
+from benchmarks.eva_init import RESULTS, model_config
+from eva_rl.files import write_text
+from eva_rl.model import DecisionTransformer, ModelConfig, load_base, save_base
+from eva_rl.policy import ActingPolicy
+from eva_rl.report import markdown, versions
+
+TASK = "metaworld/reach-v3"
+OBSERVATION, ACTION = 39, 4
+WARM = 50
+"""Steps before those that count."""
+
+Step = Callable[[np.ndarray, float], np.ndarray]
+"""An observation, and what the step before earned -> an action."""
+
+
+def ours(config: ModelConfig) -> Step:
+    base = load_base("mt40-small")
+    model = DecisionTransformer(config, [base.model.interfaces["metaworld"]])
+    with tempfile.TemporaryDirectory() as folder:
+        save_base(Path(folder, "model"), model, {TASK: base.tasks[TASK]}, TASK)
+        policy = eva_rl.load_policy(Path(folder, "model"))
+    policy.reset(target_return=1000.0)
+    return _Ours(policy)
+
+
+@dataclass
+class _Ours:
+    policy: ActingPolicy
+
+    def __call__(self, observation: np.ndarray, reward: float) -> np.ndarray:
+        action = self.policy.act(observation)
+        self.policy.observe(reward)
+        return action
+
+
+class Plain(nn.Module):
+    """Return, state and action tokens through Hugging Face's GPT-2."""
+
+    def __init__(self, config: ModelConfig, cached: bool):
+        super().__init__()
+        self.context, self.cached = config.context, cached
+        sizes = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads, "vocab_size": 1}
+        self.trunk = GPT2Model(GPT2Config(**sizes, n_positions=3 * config.context))
+        self.embed = nn.ModuleList(nn.Linear(size, config.width) for size in (1, OBSERVATION, ACTION))
+        self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, ACTION)
+        self.window: list[torch.Tensor] = []  # (1, d) each
+        self.past, self.wanted = None, 1000.0
+
+    def _token(self, kind: int, value: np.ndarray) -> torch.Tensor:
+        return self.norm(self.embed[kind](torch.as_tensor(value, dtype=torch.float32)[None]))
+
+    @torch.inference_mode()
+    def forward(self, observation: np.ndarray, reward: float) -> np.ndarray:
+        if len(self.window) == 3 * self.context:
+            self.window = self.window[-3 * (self.context // 2) if self.cached else 3 :]
+            self.past = None
+        self.window += [self._token(0, np.array([self.wanted / 1000])), self._token(1, observation)]
+        done = self.past.get_seq_length() if self.past is not None else 0
+        new = torch.cat(self.window[done:])[None]  # (1, m, d)
+        found = self.trunk(inputs_embeds=new, past_key_values=self.past, use_cache=self.cached)
+        self.past = found.past_key_values
+        action = np.clip(self.head(found.last_hidden_state[0, -1]).numpy(), -1, 1)
+        self.window.append(self._token(2, action))
+        self.wanted -= reward
+        return action
+
+
+def seconds(step: Step, steps: int) -> np.ndarray:
+    """Of each step (steps,); observations are new at each, and the garbage collector is as in any program."""
+    rng, taken = np.random.default_rng(0), np.zeros(steps)
+    observations = rng.normal(size=(WARM + steps, OBSERVATION))
+    for number, observation in enumerate(observations):
+        start = time.perf_counter()
+        step(observation, 0.5)
+        if number >= WARM:
+            taken[number - WARM] = time.perf_counter() - start
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=["small", "paper"], default=["small"])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "latency.md")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for preset in a.presets:
+        config = model_config(preset)
+        loops = {
+            "ours": ours(config),
+            "gpt2": Plain(config, cached=True).eval(),
+            "gpt2, whole window": Plain(config, cached=False).eval(),
+        }
+        taken: dict[str, list[np.ndarray]] = {name: [] for name in loops}
+        for _ in tqdm(range(a.repeats), desc=preset):
+            for name, loop in loops.items():
+                taken[name].append(1000 * seconds(loop, a.steps))
+        medians = {name: np.median(np.concatenate(found)) for name, found in taken.items()}
+        for name, found in taken.items():
+            numbers = medians[name], np.quantile(np.concatenate(found), 0.99), min(own.max() for own in found)
+            rows.append(
+                [preset, name, *(f"{number:.2f}" for number in numbers), f"{medians['gpt2'] / medians[name]:.1f}"]
+            )
+    table = markdown(["preset", "what", "median ms", "99 % ms", "longest ms", "x gpt2"], rows)
+    command = f"python -m benchmarks.latency --presets {' '.join(a.presets)} --steps {a.steps} --repeats {a.repeats}"
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    load = f"load before the run {os.getloadavg()[0]:.1f}"
+    write_text(
+        a.output, f"`{command}`\n\n{platform.machine()}, one of {os.cpu_count()} cores, {load}; {used}\n\n{table}\n"
+    )
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

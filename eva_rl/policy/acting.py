@@ -1,0 +1,176 @@
+"""Acting in an environment's own observations and actions: the rollouts' actor, with the environment's spaces at both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.model import policy_of
+from eva_rl.rollout import Actor, TargetReturn
+from eva_rl.spaces import action_row, flatten, to_action
+
+if TYPE_CHECKING:
+    import torch
+
+    from eva_rl.interface import Interface, TaskStatistics
+    from eva_rl.model.action_model import ActionModel
+
+NO_OBSERVATION = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What numpy raises for values that are no observation of a space."""
+
+
+class ActingPolicy:
+    """Acts greedily in one task, an episode or several at a time: `reset`, then `act` and `observe` in turns.
+
+    Without a call of `observe` a step is taken to have earned nothing, and to have been done as `act` said.
+    """
+
+    def __init__(
+        self,
+        model: ActionModel,
+        interface: Interface,
+        task: str,
+        spaces: tuple[gym.Space, gym.Space],
+        statistics: TaskStatistics | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.model, self.interface, self.task, self.statistics = model, interface, task, statistics
+        self.observation_space, self.action_space = spaces
+        self._make_policy, self._device = policy_of(model, interface.name, alone=True), device
+        self._actor: Actor | None = None
+        self._done: np.ndarray | None = None
+        """The last action, (n, act), until it is known what it earned."""
+        self._acted = False
+
+    @property
+    def typical_return(self) -> float:
+        """What it asks for unless told, as a rollout does: `auto` of `eva_rl.rollout.TargetReturn`.
+
+        Raises:
+            UserError: if nothing is known of the task's returns.
+        """
+        [found] = TargetReturn().returns(self.task, self.statistics)
+        return found
+
+    def reset(self, target_return: float | str | Sequence[float] | None = None) -> None:
+        """Begin an episode, or as many as observations come next.
+
+        Args:
+            target_return: what to ask for, in the task's undiscounted reward: a number, or one for each episode; a word
+                that `python -m eva_rl.evaluate` takes as `target_return`; None: what it asks for unless told.
+
+        Raises:
+            UserError: if that is no return, or nothing is known of the task's and none was given.
+        """
+        if target_return is None:
+            target_return = self.typical_return
+        elif isinstance(target_return, str | int | float):
+            asked = TargetReturn(str(target_return))
+            if asked.sweeps:
+                raise UserError("target_return=sweep was given where one return was expected.")
+            [target_return] = asked.returns(self.task, self.statistics)
+        self._target = np.asarray(target_return, np.float64)
+        if not np.isfinite(self._target).all():
+            raise UserError(f"target_return={target_return} was given where finite numbers were expected.")
+        self._begin(self._target.size)
+
+    def act(self, observation: Any) -> Any:
+        """The action for the environment's observation, in the environment's units, shape and type.
+
+        Raises:
+            UserError: if that is not an observation of `observation_space`, or several episodes are running.
+        """
+        return to_action(self.action_space, self._choose(self._rows(observation, ())[None])[0])
+
+    def act_batch(self, observations: Any) -> np.ndarray:
+        """The actions (n, ...) of n episodes that step together, for observations with a leading axis of n.
+
+        Those of a Dict are a dict of such arrays, those of a Tuple a tuple, as vector environments have them. An episode's
+        actions do not depend on those beside it.
+
+        Raises:
+            UserError: if those are not observations of `observation_space`, or not of as many episodes as are running.
+        """
+        rows = self._choose(self._rows(observations, (None,)))
+        return np.stack([to_action(self.action_space, row) for row in rows])
+
+    def observe(self, reward: float | np.ndarray, action: Any = None) -> None:
+        """What the last action earned: a number, or one (n,) for each episode.
+
+        Args:
+            action: what was done in the end, where that is not what `act` said; a batch of it after `act_batch`.
+
+        Raises:
+            UserError: if the reward is not finite, or there was no action.
+        """
+        if self._done is None:
+            raise UserError("observe() was called without an action to observe: act() comes first.")
+        rewards = np.asarray(reward, np.float64).reshape(-1)
+        if rewards.shape not in ((1,), (len(self._done),)) or not np.isfinite(rewards).all():
+            raise UserError(f"The reward {reward} was given where {len(self._done)} finite numbers were expected.")
+        if action is not None:
+            actions = [action] if np.shape(action) == self.action_space.shape else action
+            self._done = np.stack([action_row(self.action_space, one) for one in actions])
+        self._actor.observe(self._done, np.full(len(self._done), rewards))
+        self._done = None
+
+    def keep(self, episodes: Sequence[int]) -> None:
+        """Go on with these of the running episodes, by their numbers; the others have ended.
+
+        Raises:
+            UserError: if they are not some of those running.
+        """
+        running = 0 if self._actor is None else len(self._actor.wanted)
+        chosen = np.asarray(episodes, np.int64)
+        if not len(chosen) or chosen.min() < 0 or chosen.max() >= running:
+            raise UserError(f"Episodes {list(episodes)} were to be kept, but there are {running}, numbered from 0.")
+        self._settle()
+        self._actor.keep(chosen)
+
+    def _begin(self, episodes: int) -> None:
+        targets = np.broadcast_to(self._target, (episodes,))
+        self._actor = Actor(self._make_policy(episodes), self.interface, targets, self._device)
+        self._done, self._acted = None, False
+
+    def _choose(self, rows: np.ndarray) -> np.ndarray:
+        """The actions' rows (n, act) for flat observations (n, obs)."""
+        if self._actor is None:
+            self.reset()
+        running = len(self._actor.wanted)
+        if len(rows) != running:
+            if self._acted or self._target.size > 1:
+                raise UserError(
+                    f"{len(rows)} observations were given where {running} episodes are running: reset() begins anew, keep() "
+                    "goes on with some."
+                )
+            self._begin(len(rows))
+        self._settle()
+        chosen, self._acted = self._actor.act(rows), True
+        self._done = np.stack([action_row(self.action_space, to_action(self.action_space, row)) for row in chosen])
+        return chosen
+
+    def _settle(self) -> None:
+        if self._done is not None:
+            self.observe(0.0)
+
+    def _rows(self, observations: Any, leading: tuple) -> np.ndarray:
+        """Flat observations, (obs,) or (n, obs)."""
+        try:
+            rows = flatten(self.observation_space, observations)
+        except UserError as error:
+            raise UserError(f"{self._expected()} {error}.") from error
+        except NO_OBSERVATION as error:
+            raise UserError(f"{self._expected()} another kind of value ({in_one_line(error)}).") from error
+        if rows.ndim != 1 + len(leading) or rows.shape[-1] != self.interface.observation_size or not rows.size:
+            of = "a batch of arrays" if leading else "arrays"
+            raise UserError(f"{self._expected()} {of} of other shapes, which make up {rows.shape}.")
+        if not np.isfinite(rows).all():
+            raise UserError(f"{self._expected()} NaN or infinite numbers.")
+        return rows
+
+    def _expected(self) -> str:
+        return f"'{self.task}' has observations {self.observation_space}, but what was given has"

@@ -1,0 +1,132 @@
+"""A run's folder, a checkpoint or a repository -> its model, its task, and a policy that acts there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+
+from eva_rl.errors import UserError, did_you_mean
+from eva_rl.interface import Interface, TaskStatistics, interface_name
+from eva_rl.model import NOTES, find_base, load_base, load_base_of, load_notes
+from eva_rl.model.action_model import ActionModel
+from eva_rl.policy.acting import ActingPolicy
+from eva_rl.spaces import action_choices, parts_of, spaces_from_text
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and the task it is to act in."""
+
+    model: ActionModel
+    task: str
+    interface: Interface
+    statistics: TaskStatistics | None
+    """None where the model was not trained on the task."""
+    folder: Path
+
+
+def load_policy(
+    path: str | Path,
+    task: str | None = None,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    observation_space: gym.Space | None = None,
+    action_space: gym.Space | None = None,
+) -> ActingPolicy:
+    """A policy that acts in your own loop, in float32.
+
+    Args:
+        path: a run's folder, an adapter's, a checkpoint such as `python -m eva_rl.merge` writes, the name of a shipped one, or
+            a Hugging Face repository of an adapter or a checkpoint. Checkpoints need neither peft nor Hydra nor a simulator.
+        task: such as `metaworld/push-v3`; by default the one that the run or checkpoint was fine-tuned on.
+        base: where an adapter's base is now, if it was moved.
+        device: `cpu`, `cuda` or `auto`.
+        observation_space, action_space: the environment's, where the checkpoint does not know them, as older ones do not.
+
+    Raises:
+        UserError: if there is nothing to load, it knows nothing of the task, or the spaces are unknown or others.
+    """
+    from eva_rl.training import choose_device
+
+    trained, where = find_trained(path, task, base), choose_device(device)
+    spaces = _spaces(trained, observation_space, action_space)
+    model = trained.model.to(where)
+    return ActingPolicy(model, trained.interface, trained.task, spaces, trained.statistics, where)
+
+
+def find_trained(path: str | Path, task: str | None = None, base: str | None = None) -> Trained:
+    """What `load_policy` acts with; see there.
+
+    Raises:
+        UserError: see there.
+    """
+    folder = find_folder(path)
+    if (folder / NOTES).is_file():
+        from eva_rl.adapter import load_adapter
+
+        notes = load_notes(folder)
+        found = load_base_of(folder, notes, "base", base)
+        found.model.connect(notes.interface, f"The adapter in '{folder}'")
+        model, own, name = load_adapter(found.model, folder), notes.task, notes.interface.name
+        known = found.tasks | {own: notes.statistics}
+    else:
+        found = load_base(str(folder))
+        model, own, known, name = found.model, found.task, found.tasks, None
+    task = task or own or (next(iter(known)) if len(known) == 1 else None)
+    if task is None:
+        raise UserError(f"'{path}' knows {len(known)} tasks: say in which of them to act, such as task='{min(known)}'.")
+    name = name if task == own and name else _interface_of(task, model)
+    if name not in model.interfaces:
+        hint = did_you_mean(task, known)
+        raise UserError(f"'{path}' can't act in '{task}', of whose observations it knows nothing. {hint}".rstrip())
+    return Trained(model.eval(), task, model.interfaces[name], known.get(task), folder)
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a run's adapter or model, or the one named itself; of that path, name or repository.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = find_base(str(path))
+    if (folder / "adapter" / NOTES).is_file():
+        return folder / "adapter"
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    return folder
+
+
+def _interface_of(task: str, model: ActionModel) -> str:
+    if len(model.interfaces) == 1:
+        return next(iter(model.interfaces))
+    if task.startswith("minari/"):
+        return interface_name(task.removeprefix("minari/"))
+    from eva_rl.envs import find_task
+
+    domain, name = find_task(task)
+    return domain.interface(name)
+
+
+def _spaces(trained: Trained, *given: gym.Space | None) -> tuple[gym.Space, gym.Space]:
+    """The environment's spaces: those given, or else those that the checkpoint knows."""
+    text, name = trained.interface.spaces, trained.interface.name
+    if not text and None in given:
+        raise UserError(
+            f"'{trained.folder}' is older than the spaces in checkpoints, and does not know those of its interface '{name}': give "
+            "observation_space=env.observation_space and action_space=env.action_space."
+        )
+    try:
+        known = spaces_from_text(text) if text else given
+    except ValueError as error:
+        raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
+    observation_space, action_space = (own if own is not None else kept for own, kept in zip(given, known, strict=True))
+    found = parts_of(observation_space), action_choices(action_space)
+    if found != (trained.interface.parts, trained.interface.choices):
+        raise UserError(
+            f"The spaces {observation_space} and {action_space} are not those of the interface '{name}', which has "
+            f"{trained.interface.in_words}."
+        )
+    return observation_space, action_space

@@ -1,0 +1,331 @@
+"""A loaded policy acts in an environment's own observations and actions as a rollout does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import eva_rl
+from eva_rl.data import interface_of
+from eva_rl.data.trajectories import pack
+from eva_rl.errors import UserError
+from eva_rl.files import read_json, write_json
+from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, policy_of, save_base
+from eva_rl.policy import ActingPolicy
+from eva_rl.rollout import Job, Simulators, rollout
+
+OBSERVATIONS = {
+    "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
+    "matrix": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
+    "image": spaces.Box(0, 255, (36, 36, 3), np.uint8),
+    "grid": spaces.Box(0, 9, (5, 5, 2), np.uint8),
+    "ids": spaces.Box(0, 30, (6,), np.int64),
+    "words": spaces.MultiDiscrete([7, 4, 9]),
+    "choice": spaces.Discrete(5, start=2),
+    "switches": spaces.MultiBinary(4),
+    "dict": spaces.Dict(
+        {
+            "z": spaces.Box(-1, 1, (2,), np.float32),
+            "image": spaces.Box(0, 255, (36, 36), np.uint8),
+            "b": spaces.Discrete(3),
+        }
+    ),
+    "tuple": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float64)})]),
+}
+ACTIONS = {
+    "numbers": spaces.Box(np.array([-0.1, -2.0], np.float32), np.array([0.1, 3.0], np.float32)),
+    "unbounded": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
+    "one": spaces.Discrete(4, start=3),
+    "several": spaces.MultiDiscrete([3, 5], start=[1, -2]),
+}
+STEPS = 25
+
+
+class Diary(gym.Env):
+    """Shows random observations, pays for what is done, and writes down what happened."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+        self.observation_space, self.action_space = observation_space, action_space
+        self.days: list[list] = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.days.append([self.observation_space.sample()])
+        return self.days[-1][0], {}
+
+    def step(self, action):
+        reward = float(np.sin(np.sum(action)))
+        self.days[-1] += [action, reward]
+        self.days.append([self.observation_space.sample()])
+        return self.days[-1][0], reward, False, len(self.days) > STEPS, {}
+
+
+def random_episode(env: Diary) -> dict:
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(STEPS):
+        env.step(env.action_space.sample())
+    days, env.days = env.days[:-1], []
+    observations, actions, rewards = zip(*days, strict=True)
+    batch = gym.vector.utils.concatenate(
+        env.observation_space, observations, gym.vector.utils.create_empty_array(env.observation_space, len(days))
+    )
+    return {"observations": batch, "actions": np.array(actions), "rewards": np.array(rewards), "success": None}
+
+
+def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
+    torch.manual_seed(0)
+    trajectories = pack("toy/Diary", [random_episode(env)], env.observation_space, env.action_space)
+    interface = interface_of("toy", [trajectories])
+    model = DecisionTransformer(ModelConfig(2, 2, 16, 8, 0.0, ("return", "state", "action", "reward")), [interface])
+    if cloning:
+        model = CloningMLP(CloningConfig(width=16, bounded=False), interface)
+    for p in model.parameters():  # larger than at a start, so that every token matters
+        if p.ndim >= 2:
+            torch.nn.init.normal_(p, std=0.3)
+    save_base(folder, model, {"toy/Diary": trajectories.statistics()}, "toy/Diary")
+    return folder
+
+
+def rolled_out(policy: ActingPolicy, env: Diary, target: float) -> list[list]:
+    """The observation, action and reward of each step of a rollout."""
+    make = policy_of(policy.model, policy.interface.name)
+    with Simulators(0) as simulators:
+        rollout(make, policy.interface, [Job("toy/Diary", lambda: env, 1, target)], simulators)
+    return env.days[:-1]
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+@pytest.mark.parametrize("observations", OBSERVATIONS)
+def test_it_acts_as_a_rollout_does_on_every_kind_of_observation_and_action(observations, actions, tmp_path):
+    env = Diary(OBSERVATIONS[observations], ACTIONS[actions])
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env))
+    days = rolled_out(policy, env, 3.0)
+    assert len(days) == STEPS
+    policy.reset(target_return=3.0)
+    for observation, expected, reward in days:
+        action = policy.act(observation)
+        assert env.action_space.contains(action if np.shape(action) else int(action))
+        np.testing.assert_allclose(action, expected, rtol=0, atol=1e-5)
+        policy.observe(reward)
+    assert len({str(action) for _, action, _ in days}) > 1 or actions == "one"
+
+
+def test_a_cloned_network_acts_as_its_rollout_does(tmp_path):
+    env = Diary(OBSERVATIONS["dict"], ACTIONS["numbers"])
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env, cloning=True))
+    for observation, expected, _ in rolled_out(policy, env, 0.0):
+        np.testing.assert_allclose(policy.act(observation), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("observations", ["vector", "dict", "tuple"])
+def test_several_episodes_at_once_act_as_each_would_alone(observations, tmp_path):
+    env = Diary(OBSERVATIONS[observations], ACTIONS["numbers"])
+    together, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
+    env.observation_space.seed(0)
+    rng = np.random.default_rng(0)
+    seen = [[env.observation_space.sample() for _ in range(3)] for _ in range(STEPS)]
+    rewards = rng.normal(size=(STEPS, 3))
+    expected = np.zeros((STEPS, 3, 2))
+    for episode, target in enumerate((1.0, 2.0, 3.0)):
+        alone.reset(target)
+        for step in range(STEPS):
+            expected[step, episode] = alone.act(seen[step][episode])
+            alone.observe(rewards[step, episode])
+    together.reset([1.0, 2.0, 3.0])
+    running = [0, 1, 2]
+    for step in range(STEPS):
+        if step == 12:
+            together.keep([0, 2])
+            running = [0, 2]
+        empty = gym.vector.utils.create_empty_array(env.observation_space, len(running))
+        rows = [seen[step][episode] for episode in running]
+        batch = gym.vector.utils.concatenate(env.observation_space, rows, empty)
+        np.testing.assert_allclose(together.act_batch(batch), expected[step, running], rtol=0, atol=1e-5)
+        together.observe(rewards[step, running])
+
+
+def test_what_was_done_in_the_end_and_what_it_earned_count(tmp_path):
+    env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
+    policy, other = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
+    logits = []
+    for one in (policy, other):
+        one.reset(1.0)
+        assert one.act(np.ones(3)) in range(3, 7)
+    policy.observe(0.0)
+    other.observe(0.5, action=3 if policy._actor.policy.now.actions[0, 0] else 4)
+    for one in (policy, other):
+        one.act(np.ones(3))
+        logits.append(one._actor.policy.tokens[0, :8].clone())
+    changed = (logits[0] != logits[1]).any(-1).tolist()  # two steps of return, state, action, reward
+    assert changed[:6] == [False, False, True, True, True, False]
+    assert policy._actor.wanted == [1.0]
+    assert other._actor.wanted == [0.5]
+
+
+def test_without_rewards_the_same_return_is_asked_for_throughout(tmp_path):
+    env = Diary(OBSERVATIONS["vector"], ACTIONS["numbers"])
+    silent, told = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
+    told.reset()
+    for step in range(STEPS):
+        observation = np.full(3, step / STEPS)
+        np.testing.assert_array_equal(silent.act(observation), told.act(observation))  # silent was not even reset
+        told.observe(0.0)
+
+
+def test_it_asks_for_what_an_evaluation_would(tmp_path):
+    env = Diary(OBSERVATIONS["vector"], ACTIONS["numbers"])
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env))
+    policy.reset()
+    assert policy._actor.wanted == [policy.statistics.return_typical]
+    policy.reset("max")
+    assert policy._actor.wanted == [policy.statistics.return_max]
+    for wrong in ("sweep", "much", float("nan"), [1.0, float("inf")]):
+        with pytest.raises(UserError, match="target_return="):
+            policy.reset(wrong)
+
+
+@pytest.mark.parametrize(
+    ("observation", "said"),
+    [
+        (np.ones(4), r"of other shapes, which make up \(1, 4\)|another kind of value"),
+        (np.ones((1, 3)), "of other shapes"),
+        (np.array([1.0, np.nan, 0.0]), "NaN or infinite"),
+        ("left", "another kind of value"),
+        ({"a": 1.0}, "another kind of value"),
+        (None, "another kind of value|of other shapes"),
+    ],
+)
+def test_what_is_no_observation_is_refused_in_one_sentence(observation, said, tmp_path):
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", Diary(OBSERVATIONS["vector"], ACTIONS["numbers"])))
+    with pytest.raises(UserError, match=r"'toy/Diary' has observations Box.*" + f"({said})"):
+        policy.act(observation)
+
+
+def test_calls_out_of_turn_are_refused(tmp_path):
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", Diary(OBSERVATIONS["vector"], ACTIONS["numbers"])))
+    with pytest.raises(UserError, match="act\\(\\) comes first"):
+        policy.observe(1.0)
+    policy.act_batch(np.ones((2, 3)))
+    for reward in (np.nan, [1.0, 2.0, 3.0]):
+        with pytest.raises(UserError, match="2 finite numbers were expected"):
+            policy.observe(reward)
+    with pytest.raises(UserError, match="1 observations were given where 2 episodes are running"):
+        policy.act(np.ones(3))
+    for kept in ([2], [-1], []):
+        with pytest.raises(UserError, match="there are 2, numbered from 0"):
+            policy.keep(kept)
+
+
+def test_a_run_with_an_adapter_and_its_merged_checkpoint_act_alike(run, base, tmp_path):
+    words = [
+        "task=dummy/Steps-v0",
+        f"base={base}",
+        "adapter=lora",
+        "steps=3",
+        "training.learning_rate=0.1",
+        "episodes=0",
+    ]
+    assert run("finetune", *words, "demonstrations=4", f"run_dir={tmp_path / 'run'}")[0] == 0
+    policy = eva_rl.load_policy(tmp_path / "run")
+    assert policy.task == "dummy/Steps-v0"
+    before = eva_rl.load_policy(base, "dummy/Steps-v0").act(np.ones(3, np.float32))
+    assert run("merge", f"run={tmp_path / 'run'}")[0] == 0
+    merged = eva_rl.load_policy(tmp_path / "run" / "model")
+    assert merged.task == "dummy/Steps-v0"
+    for step in range(12):
+        observation = np.full(3, step, np.float32)
+        np.testing.assert_allclose(policy.act(observation), merged.act(observation), atol=1e-5)
+    merged.reset()
+    assert np.abs(merged.act(np.ones(3, np.float32)) - before).max() > 1e-3  # the adapter is in it
+    (tmp_path / "acts.py").write_text(WITHOUT)
+    command = [sys.executable, tmp_path / "acts.py", tmp_path / "run" / "model", tmp_path / "actions.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    merged.reset()
+    actions = [merged.act(np.full(3, step, np.float32)) for step in range(12)]
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), actions, atol=1e-6)
+
+
+WITHOUT = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        missing = ("hydra", "omegaconf", "peft", "minari", "transformers", "mujoco", "metaworld", "dm_control", "ale_py", "minigrid")
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"no {name} here")
+
+sys.meta_path.insert(0, Refused())
+import numpy as np
+import eva_rl
+
+policy = eva_rl.load_policy(sys.argv[1])
+np.save(sys.argv[2], [policy.act(np.full(3, step, np.float32)) for step in range(12)])
+"""
+
+
+def test_the_package_alone_is_imported_at_once_and_without_torch():
+    code = "import sys, time; t = time.process_time(); import eva_rl; print(time.process_time() - t, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, torch_there = done.stdout.split()
+    assert float(seconds) < 0.3
+    assert torch_there == "False"
+    with pytest.raises(AttributeError, match="no attribute 'load_polcy'"):
+        eva_rl.load_polcy  # noqa: B018
+
+
+def test_the_shipped_bases_act_in_their_tasks():
+    policy = eva_rl.load_policy("mt40-small", "metaworld/reach-v3")
+    assert policy.action_space.contains(policy.act(np.zeros(39)))
+    policy = eva_rl.load_policy("multi-small", "babyai/GoToRedBallGrey-v0")
+    assert policy.act(policy.observation_space.sample()) in range(7)
+    with pytest.raises(UserError, match=r"'mt40-small' knows 40 tasks: say in which"):
+        eva_rl.load_policy("mt40-small")
+    with pytest.raises(
+        UserError, match=r"'multi-small' can't act in 'gym/Pendulum-v1', of whose observations it knows nothing"
+    ):
+        eva_rl.load_policy("multi-small", "gym/Pendulum-v1")
+
+
+def test_spaces_that_a_checkpoint_does_not_know_have_to_be_given(tmp_path):
+    env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
+    folder = make_checkpoint(tmp_path / "model", env)
+    config = read_json(folder / "config.json")
+    del config["interfaces"][0]["spaces"]
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match="give observation_space=env"):
+        eva_rl.load_policy(folder)
+    given = {"observation_space": env.observation_space, "action_space": env.action_space}
+    assert eva_rl.load_policy(folder, **given).act(np.ones(3)) in range(3, 7)
+    with pytest.raises(UserError, match="are not those of the interface 'toy'"):
+        eva_rl.load_policy(folder, **given | {"action_space": spaces.Discrete(5)})
+
+
+def test_a_damaged_description_of_spaces_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", Diary(OBSERVATIONS["vector"], ACTIONS["one"]))
+    config = read_json(folder / "config.json")
+    for text in (
+        '{"observation": {"space": "os.system"}}',
+        "{",
+        '{"observation": {"space": "Discrete", "n": 0, "start": 0}}',
+    ):
+        config["interfaces"][0]["spaces"] = text
+        write_json(folder / "config.json", config)
+        with pytest.raises(UserError, match="is damaged: its interface 'toy'"):
+            eva_rl.load_policy(folder)
+
+
+def test_a_task_of_which_nothing_is_known_needs_a_return(tmp_path):
+    env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env), "toy/Other")
+    with pytest.raises(UserError, match="set target_return to a number"):
+        policy.act(np.ones(3))
+    policy.reset(2.0)
+    assert policy.act(np.ones(3)) in range(3, 7)
