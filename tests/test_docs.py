@@ -5,7 +5,7 @@
     <!-- test: names -->              a Python block is compiled and its imports are made, no more
 
 A console block without a comment is read: each command composes and checks its settings, and runs nothing. A Python block
-without one is run. Blocks of a page that run do so in their order, in one folder, with one set of datasets.
+without one is run. Blocks of a page that run do so in their order, in one folder, with one set of datasets and of Python's names.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.plugins.sweeper import Sweeper
 
 from eva_rl import config
 from tools.prose import pages
 
 ROOT = Path(__file__).resolve().parent.parent
-LANGUAGES = {"console", "python", "text"}
+LANGUAGES = {"console", "python", "text", "yaml"}
 BLOCK = re.compile(
-    r"(?:^<!-- test: (?P<how>.*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^ *<!-- test: (?P<how>.*?) -->\n)?^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -63,7 +66,7 @@ def blocks(page: str, markdown: str) -> Iterator[Block]:
         if not found["language"].startswith("{"):
             how, *settings = shlex.split(found["how"] or "") or [""]
             line = markdown.count("\n", 0, found.start("text"))
-            yield Block(page, line, found["language"], found["text"], how, tuple(settings))
+            yield Block(page, line, found["language"], textwrap.dedent(found["text"]), how, tuple(settings))
 
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in pages()}
@@ -72,14 +75,19 @@ INLINE = [
     Block(page, text.count("\n", 0, found.start()) + 1, "console", f"$ {found[1]}", "", ())
     for page, text in PAGES.items()
     for found in re.finditer(r"(?<!`)`(python -m (?:eva_rl|benchmarks)\.[^`]+)`", text)
-    if "$" not in found[1] and "…" not in found[1]
+    if "=" in found[1] and not any(sign in found[1] for sign in "$…<")
 ]
 """Commands within a sentence or a table."""
 
 
 def quick(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     """The words of a command with these settings in the place of its own."""
-    if words[2] in ("eva_rl.tasks", "eva_rl.report") or not words[2].startswith("eva_rl.") or words[-1].endswith("=?"):
+    if (
+        words[1] != "-m"
+        or words[2] in ("eva_rl.tasks", "eva_rl.report")
+        or not words[2].startswith("eva_rl.")
+        or words[-1].endswith("=?")
+    ):
         return list(words)
     if "--help" in words:
         return list(words)
@@ -88,28 +96,32 @@ def quick(words: Sequence[str], settings: Sequence[str]) -> list[str]:
 
 
 def call(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run `python -m module ...` in this process.
+    """Run `python -m module ...` or `python examples/script.py ...` in this process.
 
     Raises:
         SystemExit: as the command ends, if not well.
     """
-    assert list(words[:2]) == ["python", "-m"], words
-    monkeypatch.setattr(sys, "argv", list(words[2:]))
+    script = words[1] != "-m"
+    assert words[0] == "python", words
+    monkeypatch.setattr(sys, "argv", list(words[1 if script else 2 :]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message=".*is set to None")  # Minari asks for an author
         try:
-            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+            if script:
+                runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+            else:
+                runpy.run_module(words[2], run_name="__main__", alter_sys=True)
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
 
 
-def execute(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def execute(block: Block, names: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     if block.language == "python":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is set to None")
-            exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+            exec(compile(block.text, str(block), "exec"), names)
     for words in block.commands if block.language == "console" else ():
         call(quick(words, block.settings), monkeypatch)
 
@@ -144,6 +156,9 @@ def read(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         raise Stopped
 
     monkeypatch.setattr(config, "checked", checked_only)
+    monkeypatch.setattr(
+        Sweeper, "validate_batch_is_legal", lambda *_: None
+    )  # composes every run of a study before the first
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed_only)
     words = [word for word in words if not word.startswith(("hydra/launcher=", "hydra.launcher.", "+hydra.launcher."))]
     with contextlib.suppress(SystemExit):
@@ -163,6 +178,8 @@ def check_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys:
         asked = [name for found in re.findall(r"\[(.*?)\]", words[-1]) for name in found.split(",")]
         assert asked, words
         assert set(asked) <= extras.keys(), words
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        assert (ROOT / words[1]).is_file(), words
     elif words[:2] == ["python", "-m"]:
         spec = importlib.util.find_spec(words[2])
         assert spec is not None, words
@@ -202,9 +219,10 @@ RUN = [b for b in BLOCKS if b.how == "run" or (b.language == "python" and not b.
 def test_the_blocks_of_a_page_that_run_end_well(page: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    names: dict[str, object] = {"__name__": "__main__"}
     for block in RUN:
         if block.page == page:
-            execute(block, monkeypatch)
+            execute(block, names, monkeypatch)
 
 
 @pytest.mark.slow
@@ -212,7 +230,7 @@ def test_the_blocks_of_a_page_that_run_end_well(page: str, monkeypatch, tmp_path
 def test_a_long_block_ends_well_when_shortened(block: Block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    execute(block, monkeypatch)
+    execute(block, {}, monkeypatch)
 
 
 NAMES = [b for b in BLOCKS if b.how == "names"]
@@ -234,9 +252,11 @@ $ python -m eva_rl.finetune task=x -m  # a remark
 an output
 ```
 
-```python
-x = 1
-```
+- in a list:
+
+  ```python
+  x = 1
+  ```
 
 ```{toctree}
 page

@@ -32,6 +32,8 @@ over two lines!
 x = 1; y = 2
 ```
 
+    indented = 1; code = 2
+
 | a; b |
 |---|
 

@@ -62,6 +62,7 @@ def sentences(markdown: str) -> list[str]:
     """The sentences of a Markdown text, without what is no prose."""
     text = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL)  # front matter
     text = re.sub(r"^( *)(```+|~~~+).*?^ *\2 *$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^    .*$", "\n", text, flags=re.MULTILINE)  # indented code
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"^ {0,3}(#.*|\|.*|\(\S+\)=|:::.*)$", "\n", text, flags=re.MULTILINE)  # headings, tables, labels
     text = re.sub(r"^ *([-*+]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)  # an item is a paragraph of its own
@@ -91,12 +92,13 @@ def docstrings(source: str) -> Iterator[str]:
     """The docstrings of a module and of all within it, those of attributes too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield re.sub(r"^ *(Args|Returns|Raises|Yields):$", "\n", node.value.value, flags=re.MULTILINE)
+            lines = [line.strip() for line in node.value.value.splitlines()]
+            yield "\n".join("" if line in {"Args:", "Returns:", "Raises:", "Yields:"} else line for line in lines)
 
 
 def pages() -> list[Path]:
-    """README and the pages of the documentation."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, CONTRIBUTING and the pages of the documentation."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
