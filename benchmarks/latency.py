@@ -9,8 +9,9 @@
 - gpt2, whole window: the same without kept keys and values, the last `context` steps at every step, as Hugging Face's Decision
   Transformer is used.
 
-Weights are random; all in float32; the three take turns at each repeat. Milliseconds of wall time over all steps; `longest` is the
-longest step, that of the calmest repeat where the machine does other work too.
+Weights are random; all in float32; the three take turns at each repeat. Milliseconds over all steps: of wall time, and of the
+process's own time on its core, which leaves out what other work on the machine takes; `longest` is the longest step of the calmest
+repeat.
 """
 
 from __future__ import annotations
@@ -98,16 +99,22 @@ class Plain(nn.Module):
         return action
 
 
-def seconds(step: Step, steps: int) -> np.ndarray:
-    """Of each step (steps,); observations are new at each, and the garbage collector is as in any program."""
-    rng, taken = np.random.default_rng(0), np.zeros(steps)
+def milliseconds(step: Step, steps: int) -> np.ndarray:
+    """Of each step, (2, steps): wall time, and the process's own; observations are new at each."""
+    rng, taken = np.random.default_rng(0), np.zeros((2, steps))
     observations = rng.normal(size=(WARM + steps, OBSERVATION))
     for number, observation in enumerate(observations):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         step(observation, 0.5)
         if number >= WARM:
-            taken[number - WARM] = time.perf_counter() - start
-    return taken
+            taken[:, number - WARM] = time.perf_counter() - start[0], time.process_time() - start[1]
+    return 1000 * taken
+
+
+def summary(taken: list[np.ndarray], clock: int) -> list[float]:
+    """Median, 99th percentile and longest by one of the two clocks."""
+    joined = np.concatenate([own[clock] for own in taken])
+    return [np.median(joined), np.quantile(joined, 0.99), min(own[clock].max() for own in taken)]
 
 
 def main() -> None:
@@ -129,14 +136,14 @@ def main() -> None:
         taken: dict[str, list[np.ndarray]] = {name: [] for name in loops}
         for _ in tqdm(range(a.repeats), desc=preset):
             for name, loop in loops.items():
-                taken[name].append(1000 * seconds(loop, a.steps))
-        medians = {name: np.median(np.concatenate(found)) for name, found in taken.items()}
+                taken[name].append(milliseconds(loop, a.steps))
+        plain = summary(taken["gpt2"], 0)[0]
         for name, found in taken.items():
-            numbers = medians[name], np.quantile(np.concatenate(found), 0.99), min(own.max() for own in found)
-            rows.append(
-                [preset, name, *(f"{number:.2f}" for number in numbers), f"{medians['gpt2'] / medians[name]:.1f}"]
-            )
-    table = markdown(["preset", "what", "median ms", "99 % ms", "longest ms", "x gpt2"], rows)
+            numbers = summary(found, 0), summary(found, 1)
+            cells = [f"{number:.2f}" for number in (*numbers[0], *numbers[1])]
+            rows.append([preset, name, *cells, f"{plain / numbers[0][0]:.1f}"])
+    header = [f"{what}{own} ms" for own in ("", ", own") for what in ("median", "99 %", "longest")]
+    table = markdown(["preset", "what", *header, "x gpt2"], rows)
     command = f"python -m benchmarks.latency --presets {' '.join(a.presets)} --steps {a.steps} --repeats {a.repeats}"
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     load = f"load before the run {os.getloadavg()[0]:.1f}"

@@ -163,15 +163,15 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
     """
     if isinstance(space, gym.spaces.Discrete):
         return space.start + int(row[0])
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return space.start + row.astype(space.dtype)
+    if not isinstance(space, gym.spaces.Box):
+        return getattr(space, "start", 0) + row.astype(space.dtype)
     return np.clip(row.reshape(space.shape), space.low, space.high).astype(space.dtype)
 
 
 def action_row(space: gym.Space, action: Any) -> np.ndarray:
     """The row (act,) float64 of an environment's action, the inverse of `to_action`."""
     row = np.asarray(action, np.float64).reshape(-1)
-    return row - space.start if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) else row
+    return row if isinstance(space, gym.spaces.Box) else row - getattr(space, "start", 0)
 
 
 def spaces_to_text(observation_space: gym.Space, action_space: gym.Space) -> str:

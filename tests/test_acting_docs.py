@@ -16,7 +16,7 @@ from test_publish import hub  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "acting.md").read_text()
-QUICK = {"finetune": ["steps=2", "episodes=1", "zero_shot=false", "training.batch_size=2"]}
+QUICK = {"finetune": ["steps=2", "episodes=1", "zero_shot=false", "workers=0", "training.batch_size=2"]}
 
 
 def write_dataset() -> None:

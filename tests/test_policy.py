@@ -186,7 +186,7 @@ def test_it_asks_for_what_an_evaluation_would(tmp_path):
     assert policy._actor.wanted == [policy.statistics.return_typical]
     policy.reset("max")
     assert policy._actor.wanted == [policy.statistics.return_max]
-    for wrong in ("sweep", "much", float("nan"), [1.0, float("inf")]):
+    for wrong in ("sweep", "much", float("nan"), [1.0, float("inf")], [], ["a"]):
         with pytest.raises(UserError, match="target_return="):
             policy.reset(wrong)
 
@@ -216,6 +216,8 @@ def test_calls_out_of_turn_are_refused(tmp_path):
     for reward in (np.nan, [1.0, 2.0, 3.0]):
         with pytest.raises(UserError, match="2 finite numbers were expected"):
             policy.observe(reward)
+    with pytest.raises(UserError, match=r"The action \[1.0\] was given where 2 of Box"):
+        policy.observe(1.0, action=[1.0])
     with pytest.raises(UserError, match="1 observations were given where 2 episodes are running"):
         policy.act(np.ones(3))
     for kept in ([2], [-1], []):

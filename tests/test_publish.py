@@ -46,7 +46,7 @@ def acts(policy: eva_rl.load_policy) -> np.ndarray:
 
 def test_a_base_and_its_adapter_go_to_the_hub_and_come_back(run, base, hub, tmp_path, monkeypatch):
     words = ["task=dummy/Steps-v0", "adapter=lora", "steps=3", "training.learning_rate=0.1", "demonstrations=4"]
-    status, _, err = run("finetune", *words, f"base={base}", "episodes=2", f"run_dir={tmp_path / 'mine'}")
+    status, _, err = run("finetune", *words, f"base={base}", "episodes=2", "workers=0", f"run_dir={tmp_path / 'mine'}")
     assert status == 0, err
     expected = acts(eva_rl.load_policy(tmp_path / "mine"))
 

@@ -73,8 +73,11 @@ class ActingPolicy:
             if asked.sweeps:
                 raise UserError("target_return=sweep was given where one return was expected.")
             [target_return] = asked.returns(self.task, self.statistics)
-        self._target = np.asarray(target_return, np.float64)
-        if not np.isfinite(self._target).all():
+        try:
+            self._target = np.asarray(target_return, np.float64)
+        except (TypeError, ValueError):
+            self._target = np.array(np.nan)
+        if not self._target.size or not np.isfinite(self._target).all():
             raise UserError(f"target_return={target_return} was given where finite numbers were expected.")
         self._begin(self._target.size)
 
@@ -113,8 +116,7 @@ class ActingPolicy:
         if rewards.shape not in ((1,), (len(self._done),)) or not np.isfinite(rewards).all():
             raise UserError(f"The reward {reward} was given where {len(self._done)} finite numbers were expected.")
         if action is not None:
-            actions = [action] if np.shape(action) == self.action_space.shape else action
-            self._done = np.stack([action_row(self.action_space, one) for one in actions])
+            self._done = self._what_was_done(action)
         self._actor.observe(self._done, np.full(len(self._done), rewards))
         self._done = None
 
@@ -152,6 +154,17 @@ class ActingPolicy:
         chosen, self._acted = self._actor.act(rows), True
         self._done = np.stack([action_row(self.action_space, to_action(self.action_space, row)) for row in chosen])
         return chosen
+
+    def _what_was_done(self, action: Any) -> np.ndarray:
+        """The rows (n, act) of an action, or of a batch of them."""
+        expected = len(self._done), *self.action_space.shape
+        try:
+            actions = np.asarray(action, np.float64).reshape(expected)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"The action {action} was given where {len(self._done)} of {self.action_space} was expected."
+            ) from error
+        return np.stack([action_row(self.action_space, one) for one in actions])
 
     def _settle(self) -> None:
         if self._done is not None:

@@ -53,8 +53,8 @@ class Window(nn.Module):
 
         def rows(name: str, space: gym.Space, seen: Tensor) -> Tensor:
             numbers = given[name]
-            if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-                numbers = numbers - torch.as_tensor(space.start)
+            if (start := getattr(space, "start", None)) is not None:  # choices that may count from another number
+                numbers = numbers - torch.as_tensor(start)
             numbers = numbers.reshape(self.context, -1)
             return torch.where(seen[:, None], numbers, torch.zeros_like(numbers))  # (T, size)
 
@@ -81,7 +81,7 @@ class Window(nn.Module):
     def _action(self, chosen: Tensor) -> Tensor:
         """As `eva_rl.spaces.to_action`."""
         if self.interface.choices:
-            return chosen + torch.as_tensor(self.space.start)
+            return chosen + torch.as_tensor(getattr(self.space, "start", 0))
         low, high = (torch.as_tensor(side.reshape(-1).astype(np.float32)) for side in (self.space.low, self.space.high))
         return torch.maximum(torch.minimum(chosen, high), low).reshape(self.space.shape)
 

@@ -53,7 +53,7 @@ def load_policy(
 
     trained, where = find_trained(path, task, base), choose_device(device)
     spaces = _spaces(trained, observation_space, action_space)
-    model = trained.model.to(where)
+    model = trained.model.to(where).requires_grad_(False)
     return ActingPolicy(model, trained.interface, trained.task, spaces, trained.statistics, where)
 
 

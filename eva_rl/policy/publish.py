@@ -79,7 +79,11 @@ class Card:
 
 
 def _in_words(estimate: Mapping[str, Any] | None) -> str | None:
-    return None if not estimate else "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
+    """A mean and its interval, which a single episode has none of."""
+    if not estimate:
+        return None
+    mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
+    return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 @contextmanager
