@@ -30,7 +30,7 @@ def main(config: EvaluateConfig) -> None:
 
     if config.episodes < 1:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
-    sources = find_sources(config.task)
+    sources = find_sources(config.task, config.trust_environment)
     device, clock = choose_device(config.device), Stopwatch("load", "rollout")
 
     check_precision(config.precision)

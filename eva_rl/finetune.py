@@ -106,7 +106,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             f"'{run_dir}' holds training states but no result.json with the learning curve up to there: remove the folder, or set "
             "another run_dir."
         )
-    source = find_source(config.task, config.dataset)
+    source = find_source(config.task, config.dataset, config.trust_environment)
 
     # Trajectories -> windows for the base.
     with clock("collect"):
