@@ -235,6 +235,32 @@ class MergeConfig:
     output: str | None
 
 
+@dataclass(frozen=True)
+class ColumnSettings:
+    """The fields of `eva_rl.convert.Columns`."""
+
+    observations: tuple[str, ...] | None
+    actions: tuple[str, ...] | None
+    rewards: tuple[str, ...] | None
+    terminations: tuple[str, ...] | None
+    truncations: tuple[str, ...] | None
+    success: tuple[str, ...] | None
+    episode: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    source: str
+    dataset: str
+    format: str | None
+    columns: ColumnSettings
+    mapping: str | None
+    actions: str | None
+    environment: str | None
+    skip_bad: bool
+    overwrite: bool
+
+
 HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
 there is to choose from, where a command has these.
 
