@@ -205,6 +205,7 @@ class FinetuneConfig:
     zero_shot: bool
     target_return: str | None
     video: bool
+    max_episode_steps: int | None
     trust_environment: bool
     workers: int | None
     device: str
@@ -221,6 +222,7 @@ class EvaluateConfig:
     seed: int
     target_return: str | None
     video: bool
+    max_episode_steps: int | None
     trust_environment: bool
     workers: int | None
     precision: str
@@ -471,7 +473,7 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
 def _convert(value: Any, hint: Any, key: str) -> Any:
     options = get_args(hint) if get_origin(hint) not in (tuple, dict) else ()
     if type(None) in options:
-        if value is None:
+        if value is None or value == "None":  # as Python spells null
             return None
         hint = next(option for option in options if option is not type(None))
     if is_dataclass(hint) and isinstance(value, dict):
@@ -602,6 +604,7 @@ FREE = frozenset(
         "target_return",
         "video",
         "trust_environment",
+        "max_episode_steps",
         "workers",
     ]
 )
@@ -618,6 +621,8 @@ def identity(config: Any) -> dict[str, Any]:
 def protocol(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that decide a run's result, as result.json states them."""
     settings = identity(config) | {"episodes": config.episodes, "target_return": config.target_return}
+    if config.max_episode_steps is not None:  # runs of before it could be set have none
+        settings["max_episode_steps"] = config.max_episode_steps
     return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}))
 
 

@@ -80,7 +80,16 @@ def main(config: EvaluateConfig) -> None:
                 numbers, ended = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface], {}
                 own, policy = [jobs[i] for i in numbers], policy_of(model, interface)
                 try:
-                    rollout(policy, model.interfaces[interface], own, simulators, device, config.task, ended)
+                    rollout(
+                        policy,
+                        model.interfaces[interface],
+                        own,
+                        simulators,
+                        device,
+                        config.task,
+                        ended,
+                        config.max_episode_steps,
+                    )
                 finally:
                     finished |= {numbers[i]: row for i, row in ended.items()}
         except (UserError, KeyboardInterrupt) as error:

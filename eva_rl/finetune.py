@@ -141,7 +141,12 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
             episodes = rollout(
-                policy_of(policy, interface.name), policy.interfaces[interface.name], jobs, simulators, device
+                policy_of(policy, interface.name),
+                policy.interfaces[interface.name],
+                jobs,
+                simulators,
+                device,
+                max_steps=config.max_episode_steps,
             )
         return scores(episodes, source.score_scale)
 

@@ -340,7 +340,7 @@ def test_pickled_arrays_are_not_read(tmp_path):
 def test_a_lerobot_folder_that_lacks_an_episode_is_refused(tmp_path):
     in_lerobot(tmp_path / "l", "v2.1")
     (tmp_path / "l/data/chunk-000/episode_000001.parquet").unlink()
-    with pytest.raises(UserError, match="states total_episodes=3 in meta/info.json, but its files hold 2"):
+    with pytest.raises(UserError, match=r"states total_episodes=3 in meta/info.json, but its files hold 2"):
         convert(str(tmp_path / "l"), "mine/logs-v0")
 
 

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from minari.serialization import deserialize_space
 
 from eva_rl.data.metadata import metadata_of, unreadable
 from eva_rl.envs import domains
@@ -78,12 +79,12 @@ class DatasetEnvironment:
             self.spec = approved(spec_of(self.dataset_id), self.dataset_id, self.trust)
         try:
             try:
-                return _made(self.spec, render_mode)
+                return self._made(render_mode)
             except Exception as error:
                 if isinstance(error, UserError) or not self.spec.additional_wrappers:
                     raise
                 self.spec = without(self.spec, self.spec.additional_wrappers, self.dataset_id, in_one_line(error))
-                return _made(self.spec, render_mode)
+                return self._made(render_mode)
         except UserError:
             raise
         except Exception as error:
@@ -91,6 +92,10 @@ class DatasetEnvironment:
                 f"The environment '{self.spec.id}' of the dataset '{self.dataset_id}' can't be made ({type(error).__name__}: "
                 f"{in_one_line(error)[:300]}): install {_needed(self.dataset_id)}, or set episodes=0 to fine-tune without rollouts."
             ) from error
+
+    def _made(self, render_mode: str | None) -> gym.Env:
+        env = gym.make(self.spec, **({"render_mode": render_mode} if render_mode else {}))
+        return _as_recorded(env, deserialize_space(metadata_of(self.dataset_id)["observation_space"]))
 
 
 def environment_of(dataset_id: str, render_mode: str | None = None, trust: bool = False) -> gym.Env:
@@ -156,7 +161,8 @@ def approved(spec: EnvSpec, dataset_id: str, trust: bool = False) -> EnvSpec:
         )
     spec.entry_point = registered.entry_point
     strange = [wrapper for wrapper in spec.additional_wrappers if not _harmless(wrapper, spec)]
-    return without(spec, strange, dataset_id, "they could run anything; trust_environment=true adds them")
+    unknown = "not known to do nothing else, or to be made again; trust_environment=true tries"
+    return without(spec, strange, dataset_id, unknown)
 
 
 def without(spec: EnvSpec, wrappers: Sequence[WrapperSpec], dataset_id: str, why: str) -> EnvSpec:
@@ -172,8 +178,14 @@ def without(spec: EnvSpec, wrappers: Sequence[WrapperSpec], dataset_id: str, why
     return spec
 
 
-def _made(spec: EnvSpec, render_mode: str | None) -> gym.Env:
-    return gym.make(spec, **({"render_mode": render_mode} if render_mode else {}))
+def _as_recorded(env: gym.Env, space: gym.Space) -> gym.Env:
+    """The environment, showing those keys of its Dict alone that the dataset keeps."""
+    shown = env.observation_space
+    if not (isinstance(space, gym.spaces.Dict) and isinstance(shown, gym.spaces.Dict)):
+        return env
+    if space.keys() < shown.keys() and all(space[key].shape == shown[key].shape for key in space):
+        return gym.wrappers.FilterObservation(env, list(space))
+    return env
 
 
 def _ours(spec: EnvSpec) -> bool:

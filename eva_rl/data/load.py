@@ -13,7 +13,7 @@ from eva_rl.data.metadata import UNREADABLE, metadata_of, open_dataset, unreadab
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError
-from eva_rl.spaces import action_choices, dtype_of, parts_of
+from eva_rl.spaces import action_choices, dtype_of, parts_of, successes_in
 
 IN_MEMORY = 256 * 2**20
 """Bytes of a task's observations that are read into memory."""
@@ -59,16 +59,32 @@ def _episodes(
 ) -> Iterator[dict[str, Any]]:
     """The first episodes, one after the other, as `pack` takes them."""
     try:
-        for episode in dataset.iterate_episodes(range(count)):
+        stated = [about.get("total_steps") for about in dataset.storage.get_episode_metadata(range(count))]
+        found = 0
+        for number, episode in enumerate(dataset.iterate_episodes(range(count))):
+            found += 1
+            _check_length(dataset_id, dataset, number, len(episode.rewards), stated[number])
             yield {
                 "observations": episode.observations,
                 "actions": episode.actions,
                 "rewards": episode.rewards,
-                "success": (episode.infos or {}).get("success"),
+                "success": successes_in(episode.infos),
                 "labels": _labels(episode) if expert_labels else None,
             }
+        if found != count:
+            raise ValueError(f"{found} episodes were read where {count} were expected")
     except UNREADABLE as error:
         raise unreadable(dataset_id, error) from error
+
+
+def _check_length(dataset_id: str, dataset: minari.MinariDataset, number: int, length: int, stated: int | None) -> None:
+    """Raise a `UserError` unless an episode is as long as the dataset states: pyarrow hands long ones out in pieces, which Minari takes
+    for episodes."""
+    if stated is not None and length != stated:
+        raise UserError(
+            f"The dataset '{dataset_id}' states {stated} steps for episode {number}, but {length} were read from its "
+            f"{dataset.storage.FORMAT} files: write it again with data_format='hdf5'."
+        )
 
 
 def _labels(episode: minari.EpisodeData) -> np.ndarray | None:
