@@ -1,10 +1,11 @@
 """Inputs of public reports that other libraries fail on: used rightly, or one sentence that says what to do."""
 
+import importlib
 import json
+import subprocess
 import sys
 
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_an_episode_without_an_end_is_cut_and_scored_where_it_is_told():
 
 
 def test_an_environments_own_limit_counts_however_long_it_is(monkeypatch, recwarn):
-    monkeypatch.setattr("eva_rl.rollout.rollout.LONGEST", 5)
+    monkeypatch.setattr(importlib.import_module("eva_rl.rollout.rollout"), "LONGEST", 5)
     gym.register("Odd-v0", entry_point=Odd, max_episode_steps=8, disable_env_checker=True)
     try:
         with Simulators(0) as simulators:
@@ -228,7 +229,7 @@ class Seen(gym.Env):
 
 
 def test_a_dataset_that_keeps_part_of_a_dict_is_rolled_out_with_that_part():
-    gym.register("Seen-v0", entry_point=Seen, disable_env_checker=True)
+    gym.register("Seen-v0", entry_point=f"{__name__}:Seen", disable_env_checker=True)
     try:
         buffer = EpisodeBuffer(
             observations={"a": np.zeros((3, 3), np.float32)},
@@ -252,11 +253,22 @@ def test_a_dataset_that_keeps_part_of_a_dict_is_rolled_out_with_that_part():
         del gym.registry["Seen-v0"]
 
 
-def test_a_file_that_is_open_for_writing_is_not_advised_to_be_deleted(make_dataset, datasets_root):
+LOCK = """
+import h5py, sys
+file = h5py.File(sys.argv[1], "a")
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_that_is_open_for_writing_is_to_be_waited_for(make_dataset, datasets_root):
     make_dataset("mine/random-v0")
-    with h5py.File(datasets_root / "mine/random-v0/data/main_data.hdf5", "a"), pytest.raises(UserError) as raised:
-        load_dataset("mine/random-v0", "mine")
-    assert "delete" not in str(raised.value)
+    command = [sys.executable, "-c", LOCK, str(datasets_root / "mine/random-v0/data/main_data.hdf5")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        with pytest.raises(UserError, match="another process has it open for writing; wait until that is done"):
+            load_dataset("mine/random-v0", "mine")
+        writer.stdin.close()
 
 
 def test_a_set_of_a_newer_minari_says_so(make_dataset, datasets_root):

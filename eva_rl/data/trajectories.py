@@ -20,6 +20,10 @@ SMALL_PART = 0.1
 """The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
 
 
+LARGE = 2.0**20
+"""Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """All episodes of one task, end to end: episode e is rows `starts[e]` to `starts[e + 1]` (excluded)."""
@@ -174,7 +178,8 @@ def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None
         if numbers.dtype in (np.float64, np.int64, np.uint64):
             numbers = numbers.reshape(len(numbers), -1).astype(np.float64)
             cast = np.abs(numbers - numbers.astype(np.float32)).max(0)
-            lost += [first + int(at) for at in np.flatnonzero(cast > 0.01 * numbers.std(0)) if numbers[:, at].std() > 0]
+            small = (cast > 0.01 * numbers.std(0)) & (numbers.std(0) > 0) & (np.abs(numbers).max(0) > LARGE)
+            lost += [first + int(at) for at in np.flatnonzero(small)]
         first += size
     if lost:
         warnings.warn(
