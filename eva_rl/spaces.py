@@ -156,6 +156,11 @@ def successes_in(infos: Mapping[str, Any] | None) -> np.ndarray | None:
     return None
 
 
+def first_choice(space: gym.Space) -> Any:
+    """What the choices of a space of choices are counted from."""
+    return 0 if isinstance(space, gym.spaces.MultiBinary) else space.start
+
+
 def action_choices(space: gym.Space) -> tuple[int, ...]:
     """How many choices each component of a discrete action has; none for continuous actions.
 
@@ -166,6 +171,10 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
         return (int(space.n),)
     if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
         return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return (2,) * space.shape[0]
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
-    raise UserError(f"Actions of {space} were met where a Box of real numbers, Discrete or MultiDiscrete was expected.")
+    raise UserError(
+        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete or MultiBinary was expected."
+    )

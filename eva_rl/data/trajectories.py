@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.spaces import Part, action_choices, flatten, parts_of
+from eva_rl.spaces import Part, action_choices, first_choice, flatten, parts_of
 
 SMALL_PART = 0.1
 """The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
@@ -202,7 +202,7 @@ def _leaves(space: gym.Space, observations: Any) -> Iterator[tuple[gym.Space, An
 def _as_kept(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """Actions (T, ...) as choices counted from 0, or as flat float32."""
     if action_choices(space):
-        return actions.astype(np.int64) - space.start
+        return actions.astype(np.int64) - first_choice(space)
     return actions.astype(np.float32).reshape(len(actions), -1)
 
 

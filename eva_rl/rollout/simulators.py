@@ -17,7 +17,7 @@ import numpy as np
 
 from eva_rl.cores import available_cores, one_core_each
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.spaces import flatten, one_number, solved_in
+from eva_rl.spaces import first_choice, flatten, one_number, solved_in
 
 if TYPE_CHECKING:  # it needs torch, and simulators' processes start sooner without it
     from eva_rl.interface import Interface
@@ -108,8 +108,8 @@ class Stage:
         asked = self.board.actions[row]
         if isinstance(space, gym.spaces.Discrete):
             return space.start + int(asked[0])
-        if isinstance(space, gym.spaces.MultiDiscrete):
-            return space.start + asked.astype(space.dtype)
+        if isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
+            return first_choice(space) + asked.astype(space.dtype)
         action = np.clip(asked.reshape(space.shape), space.low, space.high).astype(space.dtype)
         self.board.actions[row] = action.reshape(-1)
         return action
