@@ -70,11 +70,12 @@ def convert(
         pass
     if not summary.lengths:
         raise UserError(f"source={source} holds no episode" + (" that can be used." if left_out else "."))
+    left_out[:0] = format.left_out(path, given.over(format.columns))
     spaces = _spaces(summary, actions, environment)
     episodes = _as_kept(_episodes(path, format, given, Summary(), [] if skip_bad else None), *spaces)
     about = f"{len(summary.lengths)} episodes, converted from {format.name} files."
     write_dataset(dataset_id, episodes, *spaces, about, environment, overwrite)
-    return Found(dataset_id, format.name, summary, *spaces, [*format.left_out(path), *left_out])
+    return Found(dataset_id, format.name, summary, *spaces, left_out)
 
 
 def _located(source: str, kind: str | None) -> Path:

@@ -58,8 +58,8 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
             yield Episode(str(path), str(number), values, final)
 
 
-def _left_out(path: Path) -> list[tuple[str, str]]:
-    ends, steps = _ends(path, FORMAT.columns)
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
+    ends, steps = _ends(path, columns)
     rest = steps - (int(ends[-1]) if len(ends) else 0)
     return [(f"the last {rest} steps", "their episode has no end")] if rest else []
 

@@ -84,7 +84,7 @@ class Format:
     """What is taken for what, unless the user says."""
     ends_inside: bool = False
     """Whether columns may say of steps before an episode's last one that it ended there, which is ignored."""
-    left_out: Callable[[Path], list[tuple[str, str]]] = lambda path: []
+    left_out: Callable[[Path, Columns], list[tuple[str, str]]] = lambda path, columns: []
     """What of the files is not read, and why."""
 
 

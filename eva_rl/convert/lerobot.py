@@ -101,7 +101,7 @@ def _frames(values: Any, rows: np.ndarray, file: Path, name: str) -> Any:
     return pictures
 
 
-def _left_out(path: Path) -> list[tuple[str, str]]:
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
     features = _info(path).get("features") or {}
     videos = [name for name, about in features.items() if isinstance(about, dict) and about.get("dtype") == "video"]
     return [(name, "it is a video; only pictures within the Parquet files are read") for name in videos]

@@ -40,11 +40,12 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
             yield Episode(str(path), demo, values, final)
 
 
-def _left_out(path: Path) -> list[tuple[str, str]]:
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
     with opened(path) as file:
-        first = next(iter(file["data"].values()))
-        names = [name for name in ("states", "model_file") if name in first] if "obs" in first else []
-    return [(name, "the simulator's own state; columns.observations=[states] takes it") for name in names[:1]]
+        found = arrays(next(iter(file["data"].values())))
+    if "states" not in found or "states" in matching(columns.observations or (), found):
+        return []
+    return [("states", "the simulator's own state; columns.observations=[states] takes it")]
 
 
 FORMAT = Format(

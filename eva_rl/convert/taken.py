@@ -107,8 +107,8 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
                 f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
                 "tells episodes apart with columns.episode=..., or leave that column out."
             )
-    rewards = [_of_length(episode, name, _finite(episode, name), (steps,)).reshape(-1) for name in found["rewards"][:1]]
-    success = [_success(episode, name, steps) for name in found["success"][:1]]
+    rewards = [_of_length(episode, name, _finite(episode, name), (steps,)).reshape(-1) for name in found["rewards"]]
+    success = [_success(episode, name, steps) for name in found["success"]]
     return Taken(
         episode.where,
         observations,
@@ -125,7 +125,12 @@ def _chosen(episode: Episode, role: str, names: tuple[str, ...] | None, given: t
             raise UserError(
                 f"{episode.where} has no column '{name}', which columns.{role} names: it has {_listed(episode)}."
             )
-    return matching(names or (), episode.columns)
+    found = matching(names or (), episode.columns)
+    if len(found) > 1 and role in ("rewards", "success"):
+        raise UserError(
+            f"{episode.where}: columns.{role} names {' and '.join(map(repr, found))} where one was expected."
+        )
+    return found
 
 
 def _listed(episode: Episode) -> str:

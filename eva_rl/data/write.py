@@ -15,7 +15,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
 import eva_rl
-from eva_rl.data.collection import _datasets_root_at, datasets_root
+from eva_rl.data.collection import datasets_root, datasets_root_at
 from eva_rl.errors import UserError
 from eva_rl.files import replacing
 
@@ -55,7 +55,7 @@ def write_dataset(
     check_new_id(dataset_id, overwrite)
     with replacing(get_dataset_path(dataset_id)) as folder:
         folder.mkdir()
-        with _datasets_root_at(folder / "root"), warnings.catch_warnings():
+        with datasets_root_at(folder / "root"), warnings.catch_warnings():
             # A converted dataset has no author, address or environment that Minari could be told.
             warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
             dataset = minari.create_dataset_from_buffers(
