@@ -40,13 +40,29 @@ def write(dataset_id: str, lengths: tuple[int, ...], **options: object) -> None:
     minari.create_dataset_from_buffers(dataset_id, buffers, **spaces, **who, **options)
 
 
-def test_long_episodes_in_arrow_files_are_refused_rather_than_cut(datasets_root):
+@pytest.mark.parametrize("storage", ["arrow", "parquet"])
+def test_long_episodes_in_arrow_files_are_read_whole(storage):
     pytest.importorskip("pyarrow")
-    write("mine/long-v0", (33_000, 33_000), data_format="arrow")
-    with pytest.raises(UserError, match=r"states 33000 steps for episode 0, but 32767 were read .*data_format='hdf5'"):
-        load_dataset("mine/long-v0", "mine")
+    write("mine/long-v0", (33_000, 40, 66_000), data_format=storage)
+    assert load_dataset("mine/long-v0", "mine").lengths.tolist() == [33_000, 40, 66_000]
+
+
+def test_an_episode_that_is_shorter_than_its_dataset_states_is_refused(datasets_root):
+    pytest.importorskip("pyarrow")
     write("mine/short-v0", (40, 50), data_format="arrow")
-    assert load_dataset("mine/short-v0", "mine").lengths.tolist() == [40, 50]
+    (datasets_root / "mine/short-v0/data/1/metadata.json").write_text(json.dumps({"id": 1, "total_steps": 51}))
+    with pytest.raises(UserError, match="states 51 steps for episode 1, but 50 were read"):
+        load_dataset("mine/short-v0", "mine")
+
+
+def test_success_in_arrow_files_is_read(make_dataset):
+    pytest.importorskip("pyarrow")
+    make_dataset("mine/arrow-v0", data_format="arrow")
+    make_dataset("mine/hdf5-v0")
+    found, expected = (load_dataset(f"mine/{kind}-v0", "mine") for kind in ("arrow", "hdf5"))
+    assert found.successes.tolist() == expected.successes.tolist()
+    assert torch.equal(found.observations, expected.observations)
+    assert torch.equal(found.actions, expected.actions)
 
 
 def test_arrow_files_without_pyarrow_name_the_extra(datasets_root, monkeypatch):

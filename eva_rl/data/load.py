@@ -8,6 +8,7 @@ from typing import Any
 import minari
 import numpy as np
 
+from eva_rl.data.arrow import arrow_episodes
 from eva_rl.data.collection import EXPERT_ACTION, datasets_root
 from eva_rl.data.metadata import UNREADABLE, metadata_of, open_dataset, unreadable
 from eva_rl.data.on_disk import pack_on_disk
@@ -61,7 +62,9 @@ def _episodes(
     try:
         stated = [about.get("total_steps") for about in dataset.storage.get_episode_metadata(range(count))]
         found = 0
-        for number, episode in enumerate(dataset.iterate_episodes(range(count))):
+        arrow = dataset.storage.FORMAT in ("arrow", "parquet")
+        episodes = arrow_episodes(dataset, count) if arrow else dataset.iterate_episodes(range(count))
+        for number, episode in enumerate(episodes):
             found += 1
             _check_length(dataset_id, dataset, number, len(episode.rewards), stated[number])
             yield {
@@ -78,8 +81,7 @@ def _episodes(
 
 
 def _check_length(dataset_id: str, dataset: minari.MinariDataset, number: int, length: int, stated: int | None) -> None:
-    """Raise a `UserError` unless an episode is as long as the dataset states: pyarrow hands long ones out in pieces, which Minari takes
-    for episodes."""
+    """Raise a `UserError` unless an episode is as long as the dataset states."""
     if stated is not None and length != stated:
         raise UserError(
             f"The dataset '{dataset_id}' states {stated} steps for episode {number}, but {length} were read from its "
