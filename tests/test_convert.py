@@ -9,7 +9,8 @@ import minari
 import numpy as np
 import pytest
 
-from eva_rl.convert import Columns, convert
+from eva_rl.convert.conversion import convert
+from eva_rl.convert.episodes import Columns
 from eva_rl.data import load_dataset
 from eva_rl.errors import UserError
 

@@ -1,6 +1,4 @@
-"""A user's files -> a Minari dataset; one file a format."""
+"""A user's files -> a Minari dataset; one file a format.
 
-from eva_rl.convert.conversion import Found, convert
-from eva_rl.convert.episodes import Columns
-
-__all__ = ["Columns", "Found", "convert"]
+Nothing is imported here, so that the command answers `--help` at once: `from eva_rl.convert.conversion import convert`.
+"""

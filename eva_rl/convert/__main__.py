@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from eva_rl.config import ConvertConfig, entry_point
 
 if TYPE_CHECKING:
-    from eva_rl.convert import Columns, Found
+    from eva_rl.convert.conversion import Found
+    from eva_rl.convert.episodes import Columns
 
 
 @entry_point(ConvertConfig, "convert")
 def main(config: ConvertConfig) -> None:
-    from eva_rl.convert import Columns, convert
+    from eva_rl.convert.conversion import convert
+    from eva_rl.convert.episodes import Columns
 
     columns = Columns(**asdict(config.columns)).over(_mapping(config.mapping))
     found = convert(
@@ -33,7 +35,7 @@ def main(config: ConvertConfig) -> None:
 def _mapping(file: str | None) -> Columns:
     import yaml
 
-    from eva_rl.convert import Columns
+    from eva_rl.convert.episodes import Columns
     from eva_rl.errors import UserError, in_one_line
 
     if file is None:
