@@ -30,6 +30,8 @@ def main(config: ConvertConfig) -> None:
         config.overwrite,
     )
     _show(found)
+    rollouts = "" if config.environment else " episodes=0"  # files have no simulator
+    print(f"\npython -m eva_rl.finetune task=minari/{found.dataset_id}{rollouts}")
 
 
 def _mapping(file: str | None) -> Columns:
@@ -77,7 +79,6 @@ def _show(found: Found) -> None:
         print(
             "\nNo rewards were found: all are zero, and the return that the model is asked for is the same throughout."
         )
-    print(f"\npython -m eva_rl.finetune task=minari/{found.dataset_id}")
 
 
 def _pair(column: object) -> tuple[str, str]:
