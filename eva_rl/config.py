@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -207,6 +208,8 @@ class FinetuneConfig:
     zero_shot: bool
     target_return: str | None
     video: bool
+    max_episode_steps: int | None
+    trust_environment: bool
     workers: int | None
     device: str
     run_dir: str | None
@@ -228,6 +231,8 @@ class EvaluateConfig:
     seed: int
     target_return: str | None
     video: bool
+    max_episode_steps: int | None
+    trust_environment: bool
     workers: int | None
     precision: str
     device: str
@@ -256,6 +261,32 @@ class PublishConfig:
     repo: str
     base: str | None
     private: bool
+
+
+@dataclass(frozen=True)
+class ColumnSettings:
+    """The fields of `eva_rl.convert.Columns`."""
+
+    observations: tuple[str, ...] | None
+    actions: tuple[str, ...] | None
+    rewards: tuple[str, ...] | None
+    terminations: tuple[str, ...] | None
+    truncations: tuple[str, ...] | None
+    success: tuple[str, ...] | None
+    episode: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    source: str
+    dataset: str
+    format: str | None
+    columns: ColumnSettings
+    mapping: str | None
+    actions: str | None
+    environment: str | None
+    skip_bad: bool
+    overwrite: bool
 
 
 HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
@@ -328,6 +359,10 @@ def entry_point(
             for group in (word.removesuffix("=?") for word in sys.argv[1:] if word.endswith("=?")):
                 with while_read():
                     return print(choices(group, name))
+            try:
+                _check_config_folders(sys.argv[1:])
+            except UserError as error:
+                sys.exit(f"error: {error}")
             os.environ["HYDRA_FULL_ERROR"] = (
                 "1"  # whatever it was: exceptions reach us, where Hydra would print and exit
             )
@@ -466,7 +501,7 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
 def _convert(value: Any, hint: Any, key: str) -> Any:
     options = get_args(hint) if get_origin(hint) not in (tuple, dict) else ()
     if type(None) in options:
-        if value is None:
+        if value is None or value == "None":  # as Python spells null
             return None
         hint = next(option for option in options if option is not type(None))
     if is_dataclass(hint) and isinstance(value, dict):
@@ -586,10 +621,27 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({"defaults": ["entry", "_self_"], **_plain(config)}))
 
 
+FREE = frozenset(
+    [
+        "run_dir",
+        "output",
+        "resume",
+        "device",
+        "episodes",
+        "zero_shot",
+        "target_return",
+        "video",
+        "trust_environment",
+        "max_episode_steps",
+        "workers",
+    ]
+)
+"""The settings that may change where one run continues another."""
+
+
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
-    free = ("run_dir", "output", "resume", "device", "episodes", "zero_shot", "target_return", "video", "workers")
-    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in free}
+    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in FREE}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 
@@ -597,6 +649,8 @@ def identity(config: Any) -> dict[str, Any]:
 def protocol(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that decide a run's result, as result.json states them."""
     settings = identity(config) | {"episodes": config.episodes, "target_return": config.target_return}
+    if config.max_episode_steps is not None:  # runs of before it could be set have none
+        settings["max_episode_steps"] = config.max_episode_steps
     return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}, allow_nan=False))
 
 
@@ -618,7 +672,14 @@ def _finite(value: Any) -> Any:
 
 
 def instantiate(config: dict[str, Any]) -> Any:
-    """The object a config with a `_target_` describes, such as a peft config."""
+    """The peft config that `_target_` and its settings describe; nested ones, such as EVA's, too.
+
+    A run's settings may be a stranger's, so that a name in them is never imported: it is looked up among peft's config classes.
+
+    Raises:
+        UserError: if `_target_` names anything else, or the config can't be made of these settings.
+    """
+    _check_targets(config)
     try:
         return hydra.utils.instantiate(config, _convert_="all")  # plain lists: peft writes its config as JSON
     except HydraException as error:
@@ -626,3 +687,63 @@ def instantiate(config: dict[str, Any]) -> Any:
         raise UserError(
             f"{config.get('_target_')} can't be made of the given settings ({in_one_line(cause)})."
         ) from error
+
+
+TARGET = re.compile(r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config")
+"""What `_target_` may name."""
+OF_HYDRA = re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+|hydra_plugins\.[\w.]+")
+"""What `_target_` may name besides in a folder of settings: Hydra's launchers and sweepers."""
+
+
+def _check_targets(settings: Any, where: str = "", also: re.Pattern[str] | None = None) -> None:
+    """Raise a `UserError` if these settings, however nested, name anything to be called but peft's config classes."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key == "_target_" and not (
+                isinstance(value, str) and (TARGET.fullmatch(value) or (also and also.fullmatch(value)))
+            ):
+                raise UserError(
+                    f"_target_={value} was given{where} where a config class of peft, such as peft.LoraConfig, was expected."
+                )
+            _check_targets(value, where, also)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            _check_targets(value, where, also)
+
+
+STARTS = "eva_rl.adapter.starts."
+"""Where functions that initialise adapters are: a run's settings name no others, the command line may."""
+
+
+def _check_config_folders(words: Sequence[str]) -> None:
+    """Raise a `UserError` if a folder of settings that the command line names holds any that would call something foreign.
+
+    Hydra itself makes whatever a config names as its callback or launcher, before a run begins.
+    """
+    for flag, value in zip(words, [*words[1:], ""], strict=False):
+        name, _, given = flag.partition("=")
+        if name not in ("--config-dir", "-cd", "--config-path", "-cp"):
+            continue
+        for path in sorted(Path(given or value).rglob("*.y*ml")):
+            try:
+                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+                raise UserError(f"The settings in '{path}' can't be read ({in_one_line(error)}): mend them.") from error
+            _check_targets(settings, f" in '{path}'", OF_HYDRA)
+            _check_foreign(settings, path, words)
+
+
+def _check_foreign(settings: Any, path: Path, words: Sequence[str]) -> None:
+    """As `_check_targets`, for a start function and for more folders of settings."""
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if key == "searchpath" and value:
+            raise UserError(f"hydra.searchpath={value} is set in '{path}': name that folder with --config-dir instead.")
+        ours = value is None or (isinstance(value, str) and value.startswith(STARTS))
+        if key == "start" and not ours and f"adapter.start={value}" not in words:
+            raise UserError(
+                f"adapter.start={value} is set in '{path}' where a function of {STARTS[:-1]} was expected: add "
+                f"adapter.start={value} to the command line if you trust it."
+            )
+        _check_foreign(value, path, words)

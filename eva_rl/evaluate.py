@@ -31,7 +31,7 @@ def main(config: EvaluateConfig) -> None:
 
     if config.episodes < 1:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
-    sources = find_sources(config.task)
+    sources = find_sources(config.task, config.trust_environment)
     device, clock = choose_device(config.device), Stopwatch("load", "rollout")
 
     check_precision(config.precision)
@@ -81,7 +81,16 @@ def main(config: EvaluateConfig) -> None:
                 numbers, ended = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface], {}
                 own, policy = [jobs[i] for i in numbers], policy_of(model, interface)
                 try:
-                    rollout(policy, model.interfaces[interface], own, simulators, device, config.task, ended)
+                    rollout(
+                        policy,
+                        model.interfaces[interface],
+                        own,
+                        simulators,
+                        device,
+                        config.task,
+                        ended,
+                        config.max_episode_steps,
+                    )
                 finally:
                     finished |= {numbers[i]: row for i, row in ended.items()}
         except (UserError, KeyboardInterrupt) as error:

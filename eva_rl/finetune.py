@@ -107,7 +107,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
             f"'{run_dir}' holds training states but no result.json with the learning curve up to there: remove the folder, or set "
             "another run_dir."
         )
-    source = find_source(config.task, config.dataset)
+    source = find_source(config.task, config.dataset, config.trust_environment)
 
     # Trajectories -> windows for the base.
     with clock("collect"):
@@ -143,7 +143,12 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         jobs = [Job(config.task, source.make_env, seed, target_return) for seed in seeds]
         with clock("rollout"), autocast(training.precision, device):
             episodes = rollout(
-                policy_of(policy, interface.name), policy.interfaces[interface.name], jobs, simulators, device
+                policy_of(policy, interface.name),
+                policy.interfaces[interface.name],
+                jobs,
+                simulators,
+                device,
+                max_steps=config.max_episode_steps,
             )
         return scores(episodes, source.score_scale)
 

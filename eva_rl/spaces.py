@@ -17,6 +17,8 @@ import numpy as np
 
 from eva_rl.errors import UserError
 
+SUCCESS = ("success", "is_success")
+"""The names under which environments say whether a task is solved."""
 SMALLEST_IMAGE = 32
 """Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
 
@@ -141,6 +143,35 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
     return [numbers.reshape(*leading, math.prod(space.shape))]
 
 
+def one_number(value: Any) -> float | None:
+    """A number, or an array of one, as a float; None for anything else, NaN included."""
+    found = np.asarray(value)
+    if found.size != 1 or found.dtype.kind not in "biuf" or np.isnan(found).any():
+        return None
+    return float(found.reshape(-1)[0])
+
+
+def solved_in(info: Mapping[str, Any]) -> bool | None:
+    """Whether a step's info says that the task is solved; None where it does not say, or not in one number."""
+    found = next((one_number(info[name]) for name in SUCCESS if name in info), None)
+    return None if found is None else found > 0
+
+
+def successes_in(infos: Mapping[str, Any] | None) -> np.ndarray | None:
+    """Of an episode's infos, whether the task is solved in each state (T,); None where they do not say, or not in numbers."""
+    for name in SUCCESS:
+        if name in (infos or {}):
+            found = np.asarray(infos[name])
+            known = found.size and found.dtype.kind in "biuf" and not np.isnan(found).any()
+            return found if known else None
+    return None
+
+
+def first_choice(space: gym.Space) -> Any:
+    """What the choices of a space of choices are counted from."""
+    return 0 if isinstance(space, gym.spaces.MultiBinary) else space.start
+
+
 def action_choices(space: gym.Space) -> tuple[int, ...]:
     """How many choices each component of a discrete action has; none for continuous actions.
 
@@ -151,9 +182,13 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
         return (int(space.n),)
     if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
         return tuple(int(n) for n in space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return (2,) * space.shape[0]
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
-    raise UserError(f"Actions of {space} were met where a Box of real numbers, Discrete or MultiDiscrete was expected.")
+    raise UserError(
+        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete or MultiBinary was expected."
+    )
 
 
 def to_action(space: gym.Space, row: np.ndarray) -> Any:

@@ -14,7 +14,8 @@ import torch
 from minari.data_collector import EpisodeBuffer
 
 from eva_rl.data import find_source, interface_of, load_dataset, on_disk
-from eva_rl.data.load import environment_of, score_scale_of
+from eva_rl.data.environments import environment_of
+from eva_rl.data.load import score_scale_of
 from eva_rl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -160,7 +161,7 @@ def test_a_missing_dataset_is_downloaded(make_dataset, monkeypatch):
 def test_a_truncated_hdf5_file_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, keep):
     make_dataset("mine/random-v0")
     damage(datasets_root / "mine/random-v0/data/main_data.hdf5", keep)
-    with pytest.raises(UserError, match="delete that folder") as raised:
+    with pytest.raises(UserError, match="restore it from a copy") as raised:
         load_dataset("mine/random-v0", "mine")
     assert str(datasets_root / "mine/random-v0") in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -185,7 +186,7 @@ def test_overwritten_blocks_of_the_hdf5_file_never_raise_anything_but_a_user_err
 def test_truncated_metadata_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, read, keep):
     make_dataset("mine/random-v0")
     damage(datasets_root / "mine/random-v0/data/metadata.json", keep)
-    with pytest.raises(UserError, match="delete that folder") as raised:
+    with pytest.raises(UserError, match="restore it from a copy") as raised:
         read("mine/random-v0")
     assert str(datasets_root / "mine/random-v0") in str(raised.value)
 
@@ -194,7 +195,7 @@ def test_truncated_metadata_is_a_user_error_that_names_the_folder(make_dataset, 
 def test_a_missing_file_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, missing):
     make_dataset("mine/random-v0")
     (datasets_root / "mine/random-v0/data" / missing).unlink()
-    with pytest.raises(UserError, match="delete that folder"):
+    with pytest.raises(UserError, match="restore it from a copy"):
         load_dataset("mine/random-v0", "mine")
 
 
@@ -202,7 +203,7 @@ def test_a_missing_file_is_a_user_error_that_names_the_folder(make_dataset, data
 def test_metadata_of_another_kind_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, content):
     make_dataset("mine/random-v0")
     (datasets_root / "mine/random-v0/data/metadata.json").write_text(content)
-    with pytest.raises(UserError, match="delete that folder"):
+    with pytest.raises(UserError, match="restore it from a copy"):
         load_dataset("mine/random-v0", "mine")
 
 
@@ -352,7 +353,7 @@ def test_an_evaluation_environment_is_enough(make_dataset, datasets_root):
 
 
 @pytest.mark.parametrize(
-    "change", [{"id": "NotThere-v3", "entry_point": None}, {"entry_point": "not_installed_anywhere:Env"}]
+    "change", [{"id": "NotThere-v3", "entry_point": e} for e in (None, "not_installed_anywhere:Env")]
 )
 def test_an_environment_that_cannot_be_made_names_what_to_install(make_dataset, datasets_root, change):
     make_dataset("mine/random-v0", requirements=["mypackage>=2"])

@@ -115,13 +115,13 @@ def test_other_spaces_are_refused_with_what_can_be_taken(space):
 
 @pytest.mark.parametrize(
     ("space", "choices"),
-    [(Discrete(7), (7,)), (MultiDiscrete([3, 4]), (3, 4)), (Box(-1, 1, (2, 2)), ())],
+    [(Discrete(7), (7,)), (MultiDiscrete([3, 4]), (3, 4)), (Box(-1, 1, (2, 2)), ()), (MultiBinary(3), (2, 2, 2))],
 )
 def test_actions_have_choices_or_are_continuous(space, choices):
     assert action_choices(space) == choices
 
 
-@pytest.mark.parametrize("space", [Dict({"arm": Box(-1, 1, (2,))}), Box(0, 3, (2,), np.int64), MultiBinary(3)])
+@pytest.mark.parametrize("space", [Dict({"arm": Box(-1, 1, (2,))}), Box(0, 3, (2,), np.int64), MultiBinary([2, 2])])
 def test_actions_of_other_spaces_are_refused(space):
     with pytest.raises(UserError, match="where a Box of real numbers"):
         action_choices(space)

@@ -152,7 +152,7 @@ EMPTY = {"observations": np.zeros((1, 3)), "actions": np.zeros((0, 2)), "rewards
         ({"observations": np.zeros((5, 3, 1))}, r"\(3, 1\).*\(3,\)"),
         ({"actions": np.zeros((4, 5))}, r"\(5,\).*\(2,\)"),
         ({"actions": np.zeros(4)}, r"\(\).*\(2,\)"),
-        ({"rewards": np.zeros((4, 1))}, "rewards"),
+        ({"rewards": np.zeros((4, 2))}, "rewards"),
         ({"actions": np.full((4, 2), 1e300)}, "NaN or infinite"),
     ],
 )

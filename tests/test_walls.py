@@ -15,14 +15,37 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
 LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces"}
 SMALL_ROOMS = {"baselines"}  # of one file
-ROOMS = {"adapter", "configs", "data", "envs", "model", "policy", "report", "rollout", "training"} | SMALL_ROOMS
-ENTRY_POINTS = {"collect", "evaluate", "export", "finetune", "merge", "pretrain", "publish", "tasks", "report.__main__"}
+ROOMS = {
+    "adapter",
+    "configs",
+    "convert",
+    "data",
+    "envs",
+    "model",
+    "policy",
+    "report",
+    "rollout",
+    "training",
+} | SMALL_ROOMS
+ENTRY_POINTS = {
+    "collect",
+    "evaluate",
+    "export",
+    "finetune",
+    "merge",
+    "pretrain",
+    "publish",
+    "tasks",
+    "report.__main__",
+    "convert.__main__",
+}
 
 MAY_NOT_IMPORT = {
     # place        places                                                       because
     "adapter":  {"data", "envs", "model", "rollout", "training"},             # any module, any iterable of batches
     "training": {"rollout"},                                                  # it is handed an `evaluate` function
     "rollout":  {"training"},
+    "convert":  {"adapter", "envs", "model", "report", "rollout", "training"},  # files -> a dataset
     "envs":     (ROOMS - {"envs"}) | (LEAVES - {"errors"}),                   # numpy, gymnasium and its simulator
     "baselines": {"adapter", "envs", "report", "rollout", "training"},        # trajectories -> an untrained network
     "policy":   {"baselines", "data"},                                        # acts without datasets
@@ -47,7 +70,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "docs", "domains", "joblib", "onnx", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "arrow", "dev", "docs", "domains", "joblib", "onnx", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:

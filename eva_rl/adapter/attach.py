@@ -18,6 +18,7 @@ from eva_rl.adapter.allocator import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import input_width
 from eva_rl.adapter.restore import restored
+from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite, replacing, write_json
@@ -249,6 +250,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         )
     if not (folder / WEIGHTS).is_file():  # peft would go on to a pickle, and to the Hub
         raise UserError(f"'{folder}' holds no {WEIGHTS}: an adapter is read from safetensors alone.")
+    check_adapter_config(folder)
     try:
         found = load_file(folder / WEIGHTS)
         peft_model = PeftModel.from_pretrained(model, str(folder))

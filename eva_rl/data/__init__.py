@@ -6,6 +6,7 @@ from eva_rl.data.mixture import MixtureSampler, domain_weights
 from eva_rl.data.tasks import TaskSource, datasets, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
 from eva_rl.data.windows import WindowSampler
+from eva_rl.data.write import check_new_id, write_dataset
 
 __all__ = [
     "MixtureSampler",
@@ -13,6 +14,7 @@ __all__ = [
     "TaskSource",
     "Trajectories",
     "WindowSampler",
+    "check_new_id",
     "collect",
     "datasets",
     "domain_weights",
@@ -22,4 +24,5 @@ __all__ = [
     "load_dataset",
     "pack",
     "returns_to_go",
+    "write_dataset",
 ]

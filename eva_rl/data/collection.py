@@ -252,7 +252,7 @@ def _assemble(recipe: Recipe) -> None:
     scores = domain.reference_scores(name)
     with replacing(get_dataset_path(recipe.dataset_id)) as folder:
         folder.mkdir()
-        with _datasets_root_at(folder / "root"), warnings.catch_warnings():
+        with datasets_root_at(folder / "root"), warnings.catch_warnings():
             # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
             warnings.filterwarnings("ignore", message=".*is set to None")
             dataset = minari.create_dataset_from_buffers(
@@ -297,7 +297,7 @@ def datasets_root() -> Path:
 
 
 @contextmanager
-def _datasets_root_at(path: Path) -> Iterator[None]:
+def datasets_root_at(path: Path) -> Iterator[None]:
     """Point Minari at another root folder for the length of a `with` block."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(path)

@@ -9,7 +9,8 @@ from functools import partial
 import gymnasium as gym
 
 from eva_rl.data.collection import Recipe, collect
-from eva_rl.data.load import environment_of, score_scale_of
+from eva_rl.data.environments import DatasetEnvironment
+from eva_rl.data.load import score_scale_of
 from eva_rl.envs import expand_tasks, find_task
 from eva_rl.errors import UserError
 from eva_rl.interface import interface_name
@@ -46,10 +47,11 @@ def datasets(sources: Sequence[TaskSource], demonstrations: int, seed: int) -> l
     return [next(ids) if source.dataset_id is None else source.dataset_id for source in sources]
 
 
-def find_source(task: str, dataset: str | None = None) -> TaskSource:
+def find_source(task: str, dataset: str | None = None, trust_environment: bool = False) -> TaskSource:
     """The source of a task such as `metaworld/hammer-v3` or `minari/<any dataset id>`.
 
-    `dataset` names the trajectories of a domain's task where they are not to be collected.
+    `dataset` names the trajectories of a domain's task where they are not to be collected; `trust_environment` has any environment
+    made that a dataset names.
 
     Raises:
         UserError: if there is no such task or dataset.
@@ -59,7 +61,8 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
         if dataset not in (None, dataset_id):
             raise UserError(f"task={task} names its trajectories itself: leave out dataset={dataset}.")
         scale = score_scale_of(dataset_id)
-        return TaskSource(task, interface_name(dataset_id), dataset_id, partial(environment_of, dataset_id), scale)
+        make_env = DatasetEnvironment(dataset_id, trust_environment)
+        return TaskSource(task, interface_name(dataset_id), dataset_id, make_env, scale)
     domain, name = find_task(task)
     scores = domain.reference_scores(name)
     if dataset is not None:
@@ -73,6 +76,7 @@ def find_source(task: str, dataset: str | None = None) -> TaskSource:
     )
 
 
-def find_sources(task: str) -> list[TaskSource]:
+def find_sources(task: str, trust_environment: bool = False) -> list[TaskSource]:
     """The sources of all tasks that `task` stands for, which may be a split."""
-    return [find_source(member) for member in ((task,) if task.startswith(MINARI) else expand_tasks(task))]
+    members = (task,) if task.startswith(MINARI) else expand_tasks(task)
+    return [find_source(member, trust_environment=trust_environment) for member in members]

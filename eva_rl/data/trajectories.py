@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.spaces import Part, action_choices, flatten, parts_of, spaces_to_text
+from eva_rl.spaces import Part, action_choices, first_choice, flatten, parts_of, spaces_to_text
+
+SMALL_PART = 0.1
+"""The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
+
+
+LARGE = 2.0**20
+"""Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ def checked(
     choices, number = action_choices(action_space), -1
     for number, episode in enumerate(episodes):
         rewards, actions = np.asarray(episode["rewards"], np.float32), np.asarray(episode["actions"])
+        if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
+            rewards = rewards[:, 0]
         length, seen = len(rewards), _lengths(observation_space, episode["observations"])
         if length == 0:
             raise UserError(f"Episode {number} of the dataset of '{task}' is empty: remove it.")
@@ -141,6 +151,8 @@ def checked(
             observations = flatten(observation_space, episode["observations"])[:length]
         except UserError as error:
             raise UserError(f"Episode {number} of the dataset of '{task}': {error}.") from error
+        if number == 0:
+            _warn_of_lost_digits(task, observation_space, episode["observations"])
         actions = _as_kept(actions, action_space)
         if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
             raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
@@ -163,10 +175,40 @@ def checked(
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
 
 
+def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None:
+    """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
+    first, lost = 0, []
+    for _, values in _leaves(space, observations):
+        numbers = np.asarray(values)
+        size = int(np.prod(numbers.shape[1:]))
+        if numbers.dtype in (np.float64, np.int64, np.uint64):
+            numbers = numbers.reshape(len(numbers), -1).astype(np.float64)
+            cast = np.abs(numbers - numbers.astype(np.float32)).max(0)
+            small = (cast > 0.01 * numbers.std(0)) & (numbers.std(0) > 0) & (np.abs(numbers).max(0) > LARGE)
+            lost += [first + int(at) for at in np.flatnonzero(small)]
+        first += size
+    if lost:
+        warnings.warn(
+            f"The observations of '{task}' hold numbers (number {', '.join(map(str, lost[:5]))} of the flat observation) whose "
+            "differences float32 can't hold at their size, so that they tell a model nothing: subtract their first value, or leave them "
+            "out.",
+            stacklevel=2,
+        )
+
+
+def _leaves(space: gym.Space, observations: Any) -> Iterator[tuple[gym.Space, Any]]:
+    """The members of a space that have no members, and what was observed in them, in the order of the flat observation."""
+    if not _nested(space):
+        yield space, observations
+        return
+    for key, member in sorted(_members(space), key=lambda pair: pair[0]):
+        yield from _leaves(member, observations[key])
+
+
 def _as_kept(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """Actions (T, ...) as choices counted from 0, or as flat float32."""
     if action_choices(space):
-        return actions.astype(np.int64) - space.start
+        return actions.astype(np.int64) - first_choice(space)
     return actions.astype(np.float32).reshape(len(actions), -1)
 
 
@@ -203,7 +245,8 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
     zero, and a target task in which it moves would drown every other input: a base for unseen tasks wants a high one
     (pretraining takes 1.5). A single task's own statistics need one only against division by zero.
 
-    Actions of a bounded space are scaled to [-1, 1] by its bounds, others by their mean and standard deviation.
+    Actions of a bounded space are scaled to [-1, 1] by its bounds, others by their mean and standard deviation; so are those that use
+    less than a tenth of their bounds, which is said.
 
     Raises:
         UserError: if the trajectories' spaces differ, or the floor is not above 0.
@@ -264,6 +307,18 @@ def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ..
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     actions = torch.cat([t.actions for t in trajectories]).double()
     bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
+    used = (actions.max(0).values - actions.min(0).values).numpy()
+    with np.errstate(invalid="ignore", over="ignore"):
+        width = high - low
+        small = bounded & (used < SMALL_PART * width) & ((used > 0) | (width > 20))
+    if small.any():
+        at = int(np.argmax(small))
+        warnings.warn(
+            f"The actions of '{trajectories[0].task}' use a small part of their bounds (number {at}: {used[at]:.3g} of {width[at]:.3g}): "
+            "where they do, they are scaled by their mean and standard deviation.",
+            stacklevel=2,
+        )
+    bounded &= ~small
     low, high = np.where(bounded, low, 0), np.where(bounded, high, 0)
     mean = np.where(bounded, (low + high) / 2, actions.mean(0).numpy())
     scale = np.where(bounded, (high - low) / 2, actions.std(0, correction=0).numpy().clip(1e-3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GROUP = 50
 """Episodes that step together: enough for efficient matrix products, few enough for several simulators to be busy."""
 LONGEST = 10_000
-"""Steps after which an episode of an environment without a time limit is given up."""
+"""Steps after which an episode of an environment without a time limit is cut."""
 DEATHS = 3
 """Simulators that may die before a rollout gives up."""
 REFRESH = 0.1
@@ -72,6 +72,7 @@ def rollout(
     device: torch.device | str = "cpu",
     label: str = "roll out",
     finished: dict[int, tuple] | None = None,
+    max_steps: int | None = None,
 ) -> Episodes:
     """Run one episode for each job.
 
@@ -84,6 +85,8 @@ def rollout(
         interface: which the environments' spaces must fit.
         finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
             the rollout breaks off.
+        max_steps: where episodes are cut and scored, which is said; None: where the environment's own time limit ends them, or after
+            `LONGEST` steps where it has none.
 
     Raises:
         UserError: if there are no jobs, an environment's spaces do not fit, it fails or returns NaN, or simulators keep
@@ -93,9 +96,13 @@ def rollout(
 
     if not jobs:
         raise UserError("episodes=0 was given where at least 1 episode was expected.")
-    limit = max(check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values())
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
+    limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
+    limits = {task: min(limit, max_steps or limit) for task, limit in limits.items()}
+    limit = max(limits.values())
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
-    groups = [_Group(range(i, min(i + size, len(jobs))), jobs) for i in range(0, len(jobs), size)]
+    groups = [_Group(range(i, min(i + size, len(jobs))), jobs, limits) for i in range(0, len(jobs), size)]
     rows = {} if finished is None else finished
     idle = simulators.provide(len(groups), size, interface)[:]
     waiting, busy = deque(groups), {}
@@ -141,6 +148,7 @@ def rollout(
                     simulators.kill()  # they may be in the middle of a step, and threads wait for them
                     pool.shutdown()
                     simulators.close()
+    _report_cuts(groups, limits)
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
@@ -169,9 +177,10 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
 class _Group:
     """Episodes that step together, from their first step to the last one's end."""
 
-    def __init__(self, numbers: Sequence[int], jobs: Sequence[Job]):
+    def __init__(self, numbers: Sequence[int], jobs: Sequence[Job], limits: Mapping[str, int]):
         self.numbers = numbers
         self.jobs = [jobs[number] for number in numbers]
+        self.limits = np.array([limits[job.task] for job in self.jobs])
         self._begin()
 
     def _begin(self) -> None:
@@ -179,6 +188,7 @@ class _Group:
         self.alive = np.arange(count)
         self.returns, self.lengths = np.zeros(count), np.zeros(count, np.int64)
         self.solved = np.full((2, count), UNKNOWN, np.int8)  # at any step; at the last
+        self.cut: list[str] = []  # the tasks of episodes that reached the limit and went on
         self.steps = -1  # none, not even reset
 
     def play(
@@ -211,6 +221,9 @@ class _Group:
             rewards = board.rewards[alive]
             self.returns[alive] += rewards
             self.lengths[alive] += 1
+            over = alive[(board.ended[alive] == 0) & (self.lengths[alive] >= self.limits[alive])]
+            self.cut += [self.jobs[row].task for row in over]
+            board.ended[over] = True
             going = np.flatnonzero(board.ended[alive] == 0)
             if not len(going):
                 self.alive = alive[going]
@@ -219,11 +232,6 @@ class _Group:
             if len(going) < len(alive):
                 self.actor.keep(going)
                 alive = self.alive = alive[going]
-        if self.steps >= LONGEST:
-            raise UserError(
-                f"An episode of '{self.jobs[0].task}' did not end within {self.steps} steps: make the environment with "
-                "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
-            )
         board.actions[alive] = self.actor.act(board.observations[alive])
         return True
 
@@ -237,6 +245,16 @@ class _Group:
         columns = zip(self.numbers, self.returns, self.lengths, *self.solved, strict=True)
         alive = set(self.alive.tolist())
         return {number: tuple(row) for i, (number, *row) in enumerate(columns) if i not in alive}
+
+
+def _report_cuts(groups: Sequence[_Group], limits: Mapping[str, int]) -> None:
+    cut = [task for group in groups for task in group.cut]
+    for task in dict.fromkeys(cut):
+        warnings.warn(
+            f"{cut.count(task)} episodes of '{task}' had not ended after {limits[task]} steps: they are cut there and scored as they stand; "
+            "max_episode_steps=... sets another number.",
+            stacklevel=3,
+        )
 
 
 def _report_death(group: _Group, deaths: int) -> None:

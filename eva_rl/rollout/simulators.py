@@ -17,7 +17,7 @@ import numpy as np
 
 from eva_rl.cores import available_cores, one_core_each, refuse_while_imported
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.spaces import action_row, flatten, to_action
+from eva_rl.spaces import action_row, flatten, one_number, solved_in, to_action
 
 if TYPE_CHECKING:  # it needs torch, and simulators' processes start sooner without it
     from eva_rl.interface import Interface
@@ -96,9 +96,11 @@ class Stage:
                 continue
             with _named(job, f"at step {self.steps}"):
                 observation, reward, terminated, truncated, info = env.step(self._action(row, env.action_space))
-                if not np.isfinite(reward):
-                    raise UserError("returned a reward that is NaN or infinite")
-                board.rewards[row] = reward
+                earned = one_number(reward)
+                if earned is None or not np.isfinite(earned):
+                    what = "that is NaN or infinite" if np.size(reward) == 1 else f"of shape {np.shape(reward)}"
+                    raise UserError(f"returned a reward {what}")
+                board.rewards[row] = earned
                 board.ended[row] = terminated or truncated
                 self._show(row, env, observation, info)
 
@@ -116,8 +118,8 @@ class Stage:
             if not np.isfinite(flat).all():
                 raise UserError("returned observations that are NaN or infinite")
             self.board.observations[row] = flat
-        if "success" in info:
-            self.board.solved[row] = float(info["success"]) > 0
+        if (solved := solved_in(info)) is not None:
+            self.board.solved[row] = solved
         elif self.board.solved[row] != UNKNOWN:  # some mention success only where there is one
             self.board.solved[row] = 0
 

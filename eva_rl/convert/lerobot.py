@@ -1,0 +1,123 @@
+"""LeRobot's folders, of versions 2 and 3: `meta/info.json`, and Parquet files below `data/`.
+
+A row is a frame; `episode_index` and `frame_index` say of which episode and which of its frames. Version 2 has a file an episode, version 3
+many episodes in a file. Columns are named `observation.<name>`, `action`, `next.reward`, `next.done`, `next.success`. Pictures that are
+stored in the Parquet files are read, videos are not. A name such as `lerobot/pusht` that is no folder is a dataset of the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eva_rl.convert import parquet
+from eva_rl.convert.episodes import Columns, Episode, Format, matching
+from eva_rl.errors import UserError
+from eva_rl.files import read_json
+
+VERSIONS = ("v2", "v3")
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a dataset of the Hub, without its videos.
+
+    Raises:
+        UserError: if there is none of that name, or the Hub can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*", "meta/**", "data/**"]))
+    except Exception as error:
+        raise UserError(
+            f"source={name} is neither a file nor a folder, and no dataset of the Hugging Face Hub that can be had "
+            f"({type(error).__name__}): check the name, or connect to the internet."
+        ) from error
+
+
+def _recognises(path: Path) -> bool:
+    return (path / "meta" / "info.json").is_file()
+
+
+def _info(path: Path) -> dict[str, Any]:
+    info = read_json(path / "meta" / "info.json")
+    version = info.get("codebase_version") if isinstance(info, dict) else None
+    if not str(version).startswith(VERSIONS):
+        raise UserError(f"'{path}' is a LeRobot folder of version {version} where v2.0, v2.1 or v3.0 was expected.")
+    return info
+
+
+def _read(path: Path, columns: Columns) -> Iterator[Episode]:
+    info, episodes, frames = _info(path), set(), 0
+    files = sorted((path / "data").rglob("*.parquet"))
+    if not files:
+        raise UserError(f"'{path}' holds no Parquet file below data/: get the whole folder.")
+    for file in files:
+        known = dict.fromkeys(parquet.columns_of(file))
+        wanted = {name for names in columns for name in matching(names or (), known)}
+        for needed in ("episode_index", "frame_index"):
+            if needed not in known:
+                raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
+        table = parquet.read(file, sorted(wanted | {"episode_index", "frame_index"}))
+        numbers, order = np.asarray(table["episode_index"]), np.asarray(table["frame_index"])
+        for number in dict.fromkeys(numbers.tolist()):
+            if number in episodes:
+                raise UserError(f"'{file}', episode {number} stands in another file too: get the whole folder again.")
+            rows = np.flatnonzero(numbers == number)
+            rows = rows[np.argsort(order[rows], kind="stable")]
+            if order[rows].tolist() != list(range(len(rows))):
+                raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
+            episodes.add(number)
+            frames += len(rows)
+            yield Episode(
+                str(file), str(number), {name: _frames(table[name], rows, file, name) for name in sorted(wanted)}
+            )
+    for what, found in (("total_episodes", len(episodes)), ("total_frames", frames)):
+        if info.get(what, found) != found:
+            raise UserError(
+                f"'{path}' states {what}={info[what]} in meta/info.json, but its files hold {found}: get the whole folder."
+            )
+
+
+def _frames(values: Any, rows: np.ndarray, file: Path, name: str) -> Any:
+    """A column's rows; pictures, stored as files of their own within it, as arrays (T, height, width, channels)."""
+    if isinstance(values, np.ndarray):
+        return values[rows]
+    chosen = [values[row] for row in rows]
+    if not chosen or not isinstance(chosen[0], dict):
+        return chosen
+    from PIL import Image
+
+    pictures = []
+    for row, cell in zip(rows, chosen, strict=True):
+        try:
+            pictures.append(np.asarray(Image.open(io.BytesIO(cell["bytes"]))))
+        except (OSError, TypeError, KeyError) as error:
+            raise UserError(f"'{file}', column '{name}', row {row} holds no picture that can be read.") from error
+    return pictures
+
+
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
+    features = _info(path).get("features") or {}
+    videos = [name for name, about in features.items() if isinstance(about, dict) and about.get("dtype") == "video"]
+    return [(name, "it is a video; only pictures within the Parquet files are read") for name in videos]
+
+
+FORMAT = Format(
+    "lerobot",
+    _recognises,
+    _read,
+    Columns(
+        observations=("observation.*",),
+        actions=("action|action.*",),
+        rewards=("next.reward|reward",),
+        terminations=("next.done",),
+        truncations=("next.truncated",),
+        success=("next.success",),
+    ),
+    left_out=_left_out,
+)

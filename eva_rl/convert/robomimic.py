@@ -1,0 +1,64 @@
+"""HDF5 of robomimic and robosuite: a group `data`, with a group for each demonstration.
+
+`data/demo_0/` holds `actions` (T, A), and where they were extracted `rewards` and `dones` (T,), `obs/<name>` and `next_obs/<name>`
+(T, ...); robosuite's raw recordings hold `states` alone. (robomimic's documentation, "Dataset Structure")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+
+from eva_rl.convert.episodes import Columns, Episode, Format, matching
+from eva_rl.convert.hdf5 import arrays, is_hdf5, opened, read
+from eva_rl.errors import UserError
+
+
+def _recognises(path: Path) -> bool:
+    if not is_hdf5(path):
+        return False
+    with opened(path) as file:
+        return isinstance(file.get("data"), h5py.Group)
+
+
+def _read(path: Path, columns: Columns) -> Iterator[Episode]:
+    with opened(path) as file:
+        data = file.get("data")
+        demos = [name for name in data if isinstance(data[name], h5py.Group)] if isinstance(data, h5py.Group) else []
+        if not demos:
+            raise UserError(f"'{path}' holds no group data/demo_0: name a file of robomimic's layout.")
+        for demo in sorted(demos, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [0]):
+            found = arrays(data[demo])
+            wanted = {name for names in columns for name in matching(names or (), found)}
+            after = {f"next_{name}" for name in wanted} & found.keys()
+            values = {name: read(found[name], path, f"data/{demo}/{name}") for name in sorted(wanted)}
+            final = {name.removeprefix("next_"): read(found[name], path, name, slice(-1, None)) for name in after}
+            final = {name: rows[0] for name, rows in final.items() if len(rows)}
+            yield Episode(str(path), demo, values, final)
+
+
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
+    with opened(path) as file:
+        found = arrays(next(iter(file["data"].values())))
+    if "states" not in found or "states" in matching(columns.observations or (), found):
+        return []
+    return [("states", "the simulator's own state; columns.observations=[states] takes it")]
+
+
+FORMAT = Format(
+    "robomimic",
+    _recognises,
+    _read,
+    Columns(
+        observations=("obs/*|states",),
+        actions=("actions",),
+        rewards=("rewards",),
+        terminations=("dones",),
+        success=("success",),
+    ),
+    left_out=_left_out,
+    ends_inside=True,
+)

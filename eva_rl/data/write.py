@@ -1,0 +1,79 @@
+"""Episodes -> a Minari dataset that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import gymnasium as gym
+import minari
+from minari.data_collector import EpisodeBuffer
+from minari.storage.datasets_root_dir import get_dataset_path
+
+import eva_rl
+from eva_rl.data.collection import datasets_root, datasets_root_at
+from eva_rl.errors import UserError
+from eva_rl.files import replacing
+
+
+def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
+    """Look whether a dataset can be written under this id.
+
+    Raises:
+        UserError: if it is no id of Minari's, or a dataset of that id is there and is not to be overwritten.
+    """
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
+        raise UserError(
+            f"dataset={dataset_id} was given where an id such as mine/name-v0 was expected: letters, digits, - and _, and a version."
+        )
+    if (datasets_root() / dataset_id).exists() and not overwrite:
+        raise UserError(
+            f"The dataset '{dataset_id}' is there, in {get_dataset_path(dataset_id)}: set overwrite=true, or name another."
+        )
+
+
+def write_dataset(
+    dataset_id: str,
+    episodes: Iterable[Mapping[str, Any]],
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    description: str,
+    environment: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write episodes, the fields of Minari's `EpisodeBuffer` each, one at a time.
+
+    Pictures are kept as they are, not as JPEG.
+
+    Raises:
+        UserError: see `check_new_id`; also if there is no space left.
+    """
+    check_new_id(dataset_id, overwrite)
+    with replacing(get_dataset_path(dataset_id)) as folder:
+        folder.mkdir()
+        with datasets_root_at(folder / "root"), warnings.catch_warnings():
+            # A converted dataset has no author, address or environment that Minari could be told.
+            warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
+            dataset = minari.create_dataset_from_buffers(
+                dataset_id,
+                _buffers(episodes),
+                env=environment,
+                eval_env=environment,
+                observation_space=observation_space,
+                action_space=action_space,
+                algorithm_name="converted",
+                description=description,
+                jpeg_encoding=False,
+            )
+            dataset.storage.update_metadata({"eva_rl_version": eva_rl.__version__})
+        os.replace(folder / "root" / dataset_id / "data", folder / "data")
+        shutil.rmtree(folder / "root")
+
+
+def _buffers(episodes: Iterable[Mapping[str, Any]]) -> Iterator[EpisodeBuffer]:
+    for number, fields in enumerate(episodes):
+        yield EpisodeBuffer(id=number, **fields)
