@@ -146,10 +146,10 @@ def main() -> None:
     table = markdown(["preset", "what", *header, "x gpt2"], rows)
     command = f"python -m benchmarks.latency --presets {' '.join(a.presets)} --steps {a.steps} --repeats {a.repeats}"
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
-    load = f"load before the run {os.getloadavg()[0]:.1f}"
-    write_text(
-        a.output, f"`{command}`\n\n{platform.machine()}, one of {os.cpu_count()} cores, {load}; {used}\n\n{table}\n"
-    )
+    load = os.getloadavg()[0]
+    beside = f"Other work ran beside it (load {load:.1f}): its numbers are too high.\n\n" if load > 0.5 else ""
+    head = f"`{command}`\n\n{platform.machine()}, one of {os.cpu_count()} cores; {used}\n\n{beside}"
+    write_text(a.output, f"{head}{table}\n")
     print(table)
 
 
