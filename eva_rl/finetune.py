@@ -61,6 +61,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import (
         Processes,
+        Recipe,
         TrainingConfig,
         autocast,
         check_run,
@@ -72,7 +73,9 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
 
     # What was asked for. Mistakes show before anything is written.
     method, start = config.adapter, config.adapter.start_function()
-    rate = method.learning_rate if config.training.learning_rate is None else config.training.learning_rate
+    recipe, rate = Recipe(**config.optimizer.recipe()), config.training.learning_rate
+    if rate is None:
+        rate = method.learning_rate * config.optimizer.rate
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
     eva_options = asdict(method.eva) if method.eva else {}
     tokens = eva_options.pop("tokens", "all")
@@ -168,6 +171,9 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 method.start_batches,
                 progress=True,
             )
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in config.optimizer.freezes):
+            parameter.requires_grad_(False)
     facts = {
         "task": config.task,
         "adapter": method.name,
@@ -220,6 +226,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 ratios=method.ratios,
                 companion=adapter and adapter.companion,
                 frozen=adapter and adapter.frozen(),
+                recipe=recipe,
             )
         if config.resume:  # also the seconds before the interruption
             clock.seconds["train"] = trained.seconds

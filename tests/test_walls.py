@@ -45,7 +45,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "dev", "domains", "joblib", "optimizers", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:
