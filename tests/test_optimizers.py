@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import scipy.fft
 import torch
 from hydra import compose, initialize_config_module
 from results import result
@@ -20,6 +21,8 @@ from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.report.labels import labels
 from eva_rl.training import Recipe, TrainingConfig, train
 from eva_rl.training.optimizers import lora_pairs, make_optimizer
+from eva_rl.training.optimizers.dct_adamw import transform
+from eva_rl.training.optimizers.lora_pro import adjusted, equivalent
 from eva_rl.training.optimizers.reflora import refactoring
 
 ALL = [line.split()[0] for line in choices("optimizer", "finetune").splitlines()]
@@ -39,12 +42,12 @@ def settings(name: str, *overrides: str) -> OptimizerSettings:
     return configured(name, *overrides).optimizer
 
 
-def make_model(lora: bool, seed: int = 0) -> nn.Module:
+def make_model(lora: bool, seed: int = 0, alpha: int = 6) -> nn.Module:
     torch.manual_seed(seed)
     model = DecisionTransformer(ModelConfig(layers=1, heads=2, width=32, context=4, dropout=0.1), [ARM])
     if lora:
         fresh = ("embedders.arm", "heads.arm")
-        attach(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(TRUNK_LAYERS)), fresh_modules=fresh)
+        attach(model, peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=list(TRUNK_LAYERS)), fresh_modules=fresh)
     return model
 
 
@@ -59,7 +62,7 @@ def batches(number: int) -> Batch:
 def run(name: str, folder: Path, stop: int | None = None, seed: int = 0, steps: int = STEPS, resume: bool = False):
     """Train a fresh model with this optimiser, on LoRA where it needs that: losses and trained weights."""
     own = settings(name)
-    model = make_model(own.pairs, seed)
+    model = make_model(own.pairs, seed, alpha=4 if name == "allora" else 6)
     for word in own.freezes:
         for parameter_name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and word not in parameter_name)
@@ -90,7 +93,7 @@ def test_with_any_optimiser_an_interrupted_run_resumes_bit_for_bit(name, tmp_pat
 def test_any_optimiser_lowers_the_loss_and_leaves_frozen_weights_alone(name, tmp_path):
     losses, after = run(name, tmp_path, steps=40)
     own = settings(name)
-    before = dict(make_model(own.pairs).named_parameters())
+    before = dict(make_model(own.pairs, alpha=4 if name == "allora" else 6).named_parameters())
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
     frozen = [n for n, p in before.items() if not p.requires_grad or any(word in n for word in own.freezes)]
     assert bool(frozen) == own.pairs
@@ -190,13 +193,13 @@ def test_lora_fa_moves_the_product_by_the_full_gradient_in_as_row_space():
 def test_reflora_balances_the_refactored_pair():
     """A' = S^(1/2) A and B' = B S^(-1/2) have the same product, and Gram matrices that are one."""
     torch.manual_seed(0)
-    a, b = torch.randn(4, 9), torch.randn(7, 4)
+    a, b = torch.randn(4, 9).double(), torch.randn(7, 4).double()
     s = refactoring(a @ a.T, b.T @ b)
-    torch.testing.assert_close(s @ (a @ a.T).double() @ s, (b.T @ b).double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(s @ (a @ a.T) @ s, b.T @ b, rtol=1e-6, atol=1e-6)
     values, vectors = torch.linalg.eigh(s)
     root = (vectors * values.sqrt()) @ vectors.T
-    a2, b2 = root @ a.double(), b.double() @ torch.linalg.inv(root)
-    torch.testing.assert_close(b2 @ a2, (b @ a).double())
+    a2, b2 = root @ a, b @ torch.linalg.inv(root)
+    torch.testing.assert_close(b2 @ a2, b @ a)
     torch.testing.assert_close(a2 @ a2.T, b2.T @ b2)
 
 
@@ -207,3 +210,139 @@ def test_galores_moments_live_in_few_dimensions(tmp_path):
     optimizer.step()
     weight = model.trunk.blocks[0].feed_forward.up.weight  # (128, 32)
     assert optimizer.state[weight]["exp_avg"].shape == (128, 8)
+
+
+def test_lora_pros_equivalent_gradient_is_the_full_one_but_for_what_neither_factor_reaches():
+    """Theorem 2.1: what is missing is (I - P_B) G (I - P_A), with the projections on B's columns and A's rows."""
+    _, model, full = with_gradients("lora_pro")
+    for pair in lora_pairs(model):
+        gradient = full[id(pair.a)]
+        found = equivalent(pair, *adjusted(pair, pair.a.grad, pair.b.grad, 1e-12)).detach()
+        a, b = pair.a.detach(), pair.b.detach()
+        beyond_b = torch.eye(len(b)) - b @ torch.linalg.pinv(b)
+        beyond_a = torch.eye(a.shape[1]) - torch.linalg.pinv(a) @ a
+        torch.testing.assert_close(gradient - found, beyond_b @ gradient @ beyond_a, rtol=1e-3, atol=1e-3)
+
+
+def test_lora_pros_changes_are_the_nearest_to_the_gradients_of_all_with_one_equivalent_gradient():
+    """Theorem 2.3: with any other X the changes lie further from the factors' own gradients."""
+    _, model, _ = with_gradients("lora_pro")
+    pair = lora_pairs(model)[0]
+    a, b = pair.a.detach(), pair.b.detach()
+    changes = [c.detach() for c in adjusted(pair, pair.a.grad, pair.b.grad, 1e-12)]
+    distance = lambda c: (c[0] - pair.a.grad).square().sum() + (c[1] - pair.b.grad).square().sum()  # noqa: E731
+    for seed in range(5):
+        y = 0.1 * torch.randn(len(a), len(a), generator=torch.Generator().manual_seed(seed))
+        other = changes[0] + y @ a, changes[1] - b @ y
+        torch.testing.assert_close(equivalent(pair, *other), equivalent(pair, *changes), rtol=1e-3, atol=1e-3)
+        assert distance(changes) < distance(other)
+
+
+def test_lora_pro_moves_the_product_against_adams_direction_of_the_full_gradient():
+    """Adam's first direction is the gradient's sign, here that of the equivalent one."""
+    optimizer, model, _ = with_gradients("lora_pro")
+    pairs = lora_pairs(model)
+    directions = [equivalent(p, *adjusted(p, p.a.grad, p.b.grad, 1e-12)).detach().sign() for p in pairs]
+    before = [(p.a.detach().clone(), p.b.detach().clone()) for p in pairs]
+    rate = 1e-5  # so small that the product of the changes does not count
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    for pair, direction, (a, b) in zip(pairs, directions, before, strict=True):
+        reached = direction - (torch.eye(len(b)) - b @ torch.linalg.pinv(b)) @ direction @ (
+            torch.eye(a.shape[1]) - torch.linalg.pinv(a) @ a
+        )
+        moved = pair.scale * (pair.b.double() @ pair.a.double() - b.double() @ a.double()) / -rate
+        assert (moved - reached).norm() < 0.05 * reached.norm()
+
+
+def test_allora_moves_rows_of_b_at_eta_times_the_rate_while_they_are_zero_and_slower_when_they_are_long():
+    model = make_model(False)
+    attach(model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(TRUNK_LAYERS)))
+    optimizer = make_optimizer(Recipe(**settings("allora").recipe()), model, 1e-3, 0.0, {})
+    pair = lora_pairs(model)[0]
+    with torch.no_grad():
+        pair.b[0] = torch.tensor([6.0, 0.0, 0.0, 0.0])
+    before = pair.b.detach().clone()
+    pair.b.grad = torch.ones_like(pair.b)
+    optimizer.step()
+    moved = before - pair.b.detach()  # Adam's first step is the rate
+    torch.testing.assert_close(moved[1:], torch.full_like(moved[1:], 2e-3))
+    torch.testing.assert_close(moved[0], torch.full((4,), 1e-3 / 6.25**0.5), rtol=1e-3, atol=0)
+
+
+def test_allora_is_refused_with_a_scaled_lora():
+    with pytest.raises(UserError, match=r"scaled by 1\.5 where 1 was expected"):
+        make_optimizer(Recipe(**settings("allora").recipe()), make_model(True), 1e-3, 0.0, {})
+
+
+def matrix_optimizer(name: str, *overrides: str, shape: tuple[int, int] = (12, 6)):
+    """An optimiser of one matrix (of zeros) at rank 2."""
+    model = nn.Linear(*shape[::-1], bias=False)
+    nn.init.zeros_(model.weight)
+    own = settings(name, "optimizer.matrices.rank=2", *overrides)
+    return make_optimizer(Recipe(**own.recipe()), model, 1.0, 0.0, {}), model.weight
+
+
+def test_the_cosine_transform_is_scipys_and_orthonormal():
+    basis = transform(6)
+    torch.testing.assert_close(basis, torch.from_numpy(scipy.fft.dct(torch.eye(6).double().numpy(), norm="ortho")))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(6).double())
+
+
+def test_dct_adamw_takes_the_columns_with_most_of_the_gradient_and_feeds_back_the_rest():
+    optimizer, weight = matrix_optimizer("dct_adamw")
+    basis = transform(6).float()
+    parts = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 5.0, 0.1, 9.0, 0.2, 0.3]
+    )
+    weight.grad = parts @ basis.T
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert set(state["columns"].tolist()) == {1, 3}
+    assert state["exp_avg"].shape == (12, 2)
+    left_out = parts.clone()
+    left_out[:, [1, 3]] = 0
+    torch.testing.assert_close(state["error"], left_out @ basis.T, rtol=0, atol=1e-5)
+    kept = dict(zip(state["columns"].tolist(), state["exp_avg"].T.clone(), strict=True))
+    weight.grad = 100 * torch.outer(torch.ones(12), basis[:, 4])
+    optimizer.step()  # column 4 comes in, and the stronger of the others stays with its moment
+    assert 4 in state["columns"].tolist()
+    place = state["columns"].tolist().index(4)
+    torch.testing.assert_close(state["exp_avg"][:, place], 0.1 * (100 + left_out[:, 4]), rtol=1e-4, atol=1e-4)
+    for column in set(kept) & set(state["columns"].tolist()):
+        place = state["columns"].tolist().index(column)
+        assert torch.allclose(state["exp_avg"][:, place], 0.9 * kept[column], atol=1e-4)
+
+
+def test_frugal_moves_by_adam_in_its_subspace_and_by_signs_outside():
+    optimizer, weight = matrix_optimizer("frugal", "optimizer.config.interval=3")
+    for step in range(4):
+        gradient = torch.randn(12, 6, generator=torch.Generator().manual_seed(step))
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        basis = optimizer.state[weight]["basis"]
+        moved = before - weight.detach()
+        rest = gradient - gradient @ basis @ basis.T
+        in_subspace = moved - 0.1 * rest.sign()
+        torch.testing.assert_close(in_subspace @ basis @ basis.T, in_subspace, rtol=0, atol=1e-4)
+        if step in (0, 3):  # the moments start anew: Adam's first direction is a sign
+            _, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+            torch.testing.assert_close((vt[:2] @ basis).abs(), torch.eye(2), rtol=0, atol=1e-4)
+            torch.testing.assert_close(in_subspace @ basis, (gradient @ basis).sign(), rtol=0, atol=1e-3)
+
+
+def test_lazy_galore_renews_a_steady_subspace_ever_more_rarely_and_a_changing_one_as_often():
+    for steady in (True, False):
+        optimizer, weight = matrix_optimizer(
+            "lazy_galore", "optimizer.config.interval=2", "optimizer.config.memory=2", "optimizer.config.threshold=0.9"
+        )
+        for step in range(13):
+            # Where it changes, the leading direction is another unit vector each time.
+            place = 0 if steady else step // 2 % 6
+            weight.grad = torch.zeros(12, 6)
+            weight.grad[:, place], weight.grad[:, (place + 1) % 6] = 5.0, torch.arange(12.0) / 12
+            optimizer.step()
+        assert (optimizer.state[weight]["interval"] > 2) == steady
+        assert optimizer.state[weight]["exp_avg"].shape == (12, 2)

@@ -95,7 +95,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """The factors of every LoRA layer of which B is trained, as peft names them."""
     modules = dict(model.named_modules())
     pairs = []
-    for name, layer in modules.items():
+    for _name, layer in modules.items():
         factors = [getattr(layer, kind, None) for kind in ("lora_A", "lora_B")]
         if not all(isinstance(factor, nn.ModuleDict) for factor in factors):
             continue
