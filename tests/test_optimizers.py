@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import scipy.fft
 import torch
 from hydra import compose, initialize_config_module
 from results import result
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eva_rl.adapter import attach
@@ -59,7 +61,7 @@ def batches(number: int) -> Batch:
     return Batch(observations, observations[..., :2].clone(), zeros, zeros, mask, "arm")
 
 
-def run(name: str, folder: Path, stop: int | None = None, seed: int = 0, steps: int = STEPS, resume: bool = False):
+def trained(name: str, folder: Path, stop: int | None = None, seed: int = 0, steps: int = STEPS, resume: bool = False):
     """Train a fresh model with this optimiser, on LoRA where it needs that: losses and trained weights."""
     own = settings(name)
     model = make_model(own.pairs, seed, alpha=4 if name == "allora" else 6)
@@ -81,17 +83,17 @@ def run(name: str, folder: Path, stop: int | None = None, seed: int = 0, steps: 
 
 @pytest.mark.parametrize("name", ALL)
 def test_with_any_optimiser_an_interrupted_run_resumes_bit_for_bit(name, tmp_path):
-    losses, weights = run(name, tmp_path / "whole")
+    losses, weights = trained(name, tmp_path / "whole")
     with pytest.raises(InterruptedError):
-        run(name, tmp_path / "broken", stop=6)
-    resumed, again = run(name, tmp_path / "broken", seed=5, resume=True)
+        trained(name, tmp_path / "broken", stop=6)
+    resumed, again = trained(name, tmp_path / "broken", seed=5, resume=True)
     assert resumed == losses
     assert [n for n in weights if not torch.equal(weights[n], again[n])] == []
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_any_optimiser_lowers_the_loss_and_leaves_frozen_weights_alone(name, tmp_path):
-    losses, after = run(name, tmp_path, steps=40)
+    losses, after = trained(name, tmp_path, steps=40)
     own = settings(name)
     before = dict(make_model(own.pairs, alpha=4 if name == "allora" else 6).named_parameters())
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
@@ -346,3 +348,40 @@ def test_lazy_galore_renews_a_steady_subspace_ever_more_rarely_and_a_changing_on
             optimizer.step()
         assert (optimizer.state[weight]["interval"] > 2) == steady
         assert optimizer.state[weight]["exp_avg"].shape == (12, 2)
+
+
+# --- runs
+
+
+QUICK = ["steps=2", "episodes=0", "workers=0", "training.batch_size=4", "training.warmup=1", "demonstrations=4"]
+
+
+def test_a_run_with_frozen_factors_counts_what_it_trains(run, base):
+    for name in ("adamw", "lora_fa"):
+        arguments = ["task=dummy/Steps-v0", f"base={base}", "adapter=lora", f"optimizer={name}", f"run_dir={name}"]
+        status, _, err = run("finetune", *arguments, *QUICK)
+        assert status == 0, err
+    results = {name: json.loads(Path(name, "result.json").read_text()) for name in ("adamw", "lora_fa")}
+    assert "optimizer" not in results["adamw"]["settings"]
+    assert results["lora_fa"]["settings"]["optimizer"]["name"] == "lora_fa"
+    assert results["lora_fa"]["learning_rate"] == results["adamw"]["learning_rate"]
+    tensors = load_file(next(Path("lora_fa", "checkpoints").glob("*.safetensors")))
+    names = [name for name in tensors if name.startswith("parameter.")]
+    assert sum(tensors[name].numel() for name in names) == results["lora_fa"]["trainable_parameters"]
+    assert not any("lora_A" in name for name in names)
+    assert results["lora_fa"]["trainable_parameters"] < results["adamw"]["trainable_parameters"]
+
+
+def test_a_grid_over_optimisers_has_a_folder_for_each(run, base):
+    arguments = ["task=dummy/Steps-v0", f"base={base}", "adapter=head", "optimizer=adamw,lion", "hydra.sweep.dir=grid"]
+    status, _, err = run("finetune", "-m", *arguments, *QUICK)
+    assert status == 0, err
+    assert {path.name for path in Path("grid").iterdir()} == {"head", "head-lion"}
+
+
+def test_an_optimiser_for_lora_with_another_adapter_ends_in_a_sentence(run, base):
+    arguments = ["task=dummy/Steps-v0", f"base={base}", "adapter=head", "optimizer=lora_pro", "run_dir=there"]
+    status, _, err = run("finetune", *arguments, *QUICK)
+    assert status == 1
+    assert "optimizer=lora_pro works on LoRA's two factors" in err
+    assert "Traceback" not in err
