@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FILES = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
-FOLDERS = {"benchmarks", "checkpoints", "configs", "envs", "eva_rl", "tests"}
+FOLDERS = {"benchmarks", "checkpoints", "configs", "docs", "envs", "eva_rl", "tests"}
 COMES_WITH_ITS_FIRST_FILE = {"benchmarks"}
 
 PICKLE_MODULES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
