@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -78,6 +79,52 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class OptimizerSettings:
+    """One optimiser of `configs/optimizer/`."""
+
+    name: str
+    rate: float
+    """Times the adapter's own learning rate, where the run names none."""
+    constant: bool
+    pairs: bool
+    freezes: tuple[str, ...]
+    matrices: dict[str, Any]
+    others: dict[str, Any]
+    extra: str | None
+    config: dict[str, Any]
+    """What makes the optimiser and its `_target_`, but for its parameters and their rate."""
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields of `eva_rl.training.Recipe`.
+
+        Raises:
+            UserError: if the package it comes from is not installed, or its settings make no sense.
+        """
+        package = str(self.config.get("_target_")).partition(".")[0]
+        if self.extra and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"optimizer={self.name} needs the package {package}: install it with `pip install 'eva_rl[{self.extra}]'`."
+            )
+        make = instantiate(self.config | {"_partial_": True})
+        own = {name: getattr(self, name) for name in ("name", "pairs", "constant", "matrices", "others")}
+        return {"make": make, **own}
+
+
+ADAMW = OptimizerSettings(
+    name="adamw",
+    rate=1.0,
+    constant=False,
+    pairs=False,
+    freezes=(),
+    matrices={},
+    others={},
+    extra=None,
+    config={"_target_": "torch.optim.AdamW", "fused": True},
+)
+"""configs/optimizer/adamw.yaml, the optimiser of runs whose settings name none."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     task: tuple[str, ...]
     weights: dict[str, float] | None
@@ -94,6 +141,7 @@ class PretrainConfig:
     run_dir: str | None
     resume: bool
     output: str | None
+    optimizer: OptimizerSettings = ADAMW
 
 
 @dataclass(frozen=True)
@@ -214,6 +262,7 @@ class FinetuneConfig:
     device: str
     run_dir: str | None
     resume: bool | None
+    optimizer: OptimizerSettings = ADAMW
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh_learning_rate < math.inf:
@@ -289,8 +338,8 @@ class ConvertConfig:
     overwrite: bool
 
 
-HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `model=?` and `study=?` list what
-there is to choose from, where a command has these.
+HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `optimizer=?`, `model=?` and `study=?` list
+what there is to choose from, where a command has these.
 
 Settings and their defaults:
 
@@ -395,7 +444,7 @@ def entry_point(
     return decorate
 
 
-SECTIONS = {"pretrain": ("model",), "finetune": ("adapter", "study")}
+SECTIONS = {"pretrain": ("model", "optimizer"), "finetune": ("adapter", "optimizer", "study")}
 """What a command has several files of settings to choose from for."""
 
 
@@ -407,7 +456,7 @@ def choices(group: str, command: str) -> str:
     """
     sections = SECTIONS.get(command, ())
     if group not in sections:
-        hint = f"It has {' and '.join(sections)}." if sections else "It has none."
+        hint = f"It has {', '.join(sections)}." if sections else "It has none."
         sys.exit(f"error: {command} has no section '{group}' to choose from. {hint}")
     files = sorted(
         (f for f in (resources.files("eva_rl.configs") / group).iterdir() if f.name.endswith(".yaml")), key=str
@@ -584,7 +633,15 @@ def explain(error: Exception, schema: type) -> str:
     return message.removesuffix(".") + "."
 
 
-OPEN = ("adapter.config", "adapter.ratios", "adapter.size", "weights")
+OPEN = (
+    "adapter.config",
+    "adapter.ratios",
+    "adapter.size",
+    "optimizer.config",
+    "optimizer.matrices",
+    "optimizer.others",
+    "weights",
+)
 """Sections that take any name."""
 
 
@@ -599,9 +656,13 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
 
 
 def _folder_in_grid(config: FinetuneConfig) -> Path:
-    """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result."""
+    """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result.
+
+    An optimiser other than AdamW follows the adapter's name: `<adapter>-<optimizer>`.
+    """
     digest = hashlib.sha256(json.dumps(protocol(config), sort_keys=True, allow_nan=False).encode()).hexdigest()
-    return Path(HydraConfig.get().sweep.dir, config.adapter.name, f"{config.task}-{config.seed}-{digest[:8]}")
+    name = "-".join([config.adapter.name, *([] if config.optimizer == ADAMW else [config.optimizer.name])])
+    return Path(HydraConfig.get().sweep.dir, name, f"{config.task}-{config.seed}-{digest[:8]}")
 
 
 def run_folder(run_dir: str | None) -> Path:
@@ -642,6 +703,8 @@ FREE = frozenset(
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
     settings = {name: value for name, value in _finite(_plain(config)).items() if name not in FREE}
+    if config.optimizer == ADAMW:  # as in the runs of former versions
+        del settings["optimizer"]
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 

@@ -62,6 +62,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import (
         Processes,
+        Recipe,
         TrainingConfig,
         autocast,
         check_run,
@@ -73,7 +74,9 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
 
     # What was asked for. Mistakes show before anything is written.
     method, start = config.adapter, config.adapter.start_function()
-    rate = method.learning_rate if config.training.learning_rate is None else config.training.learning_rate
+    recipe, rate = Recipe(**config.optimizer.recipe()), config.training.learning_rate
+    if rate is None:
+        rate = method.learning_rate * config.optimizer.rate
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
     eva_options = asdict(method.eva) if method.eva else {}
     tokens = eva_options.pop("tokens", "all")
@@ -175,6 +178,9 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 progress=True,
                 forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in config.optimizer.freezes):
+            parameter.requires_grad_(False)
     facts = {
         "task": config.task,
         "adapter": method.name,
@@ -228,6 +234,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
                 rates=dict.fromkeys(fresh_modules, config.fresh_learning_rate),
                 companion=adapter and adapter.companion,
                 frozen=adapter and adapter.frozen(),
+                recipe=recipe,
             )
         if config.resume:  # also the seconds before the interruption
             clock.seconds["train"] = trained.seconds

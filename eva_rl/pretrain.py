@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
     from eva_rl.report import TensorBoard, versions
-    from eva_rl.training import TrainingConfig, by_domain, check_run, check_shares, choose_device, train
+    from eva_rl.training import Recipe, TrainingConfig, by_domain, check_run, check_shares, choose_device, train
 
     # What was asked for. Mistakes show before anything is written.
     sources = list({source.task: source for task in config.task for source in find_sources(task)}.values())
@@ -50,6 +50,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     domain_weights(dict.fromkeys(map(domain_of, sources), 1), config.weights, config.temperature)
     model_config = ModelConfig(**asdict(config.model))
     training_config = TrainingConfig(**asdict(config.training))
+    recipe = Recipe(**config.optimizer.recipe())
     check_shares(training_config, group)
     if config.labels not in ("actions", "expert"):
         raise UserError(f"labels={config.labels} was given where actions or expert was expected.")
@@ -126,6 +127,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
             if tensorboard and len(shares) > 1
             else None,
             processes=group,
+            recipe=recipe,
         )
     if not group.first:
         return

@@ -70,7 +70,7 @@ ONLY_IMPORTED_BY = {
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
 PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
-EXTRAS_WITHOUT_SIMULATOR = {"all", "arrow", "dev", "docs", "domains", "joblib", "onnx", "ray", "slurm"}
+EXTRAS_WITHOUT_SIMULATOR = {"all", "arrow", "dev", "docs", "domains", "joblib", "onnx", "optimizers", "ray", "slurm"}
 
 
 def modules() -> dict[str, Path]:

@@ -127,6 +127,50 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
     return peft_model, {}
 
 
+def _gradients(
+    model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str
+) -> list[Tensor]:
+    """The loss's gradients in the base's weights, summed over the first few batches; `what` needs them."""
+    weights = [layer.get_base_layer().weight for layer in layers]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        for batch in data.first(what):
+            for total, gradient in zip(gradients, torch.autograd.grad(data.loss(batch), weights), strict=True):
+                total += gradient
+        for weight in weights:
+            weight.requires_grad_(False)
+    return gradients
+
+
+def lora_one(
+    model: nn.Module, config: LoraConfig, data: TaskData, gamma: float = 128.0
+) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """A and B from the loss's mean gradient, -G = U S V^T (Zhang et al. 2025, arXiv 2502.01235): B = U_r (S_r / S_1 / gamma)^(1/2)
+    and A = (S_r / S_1 / gamma)^(1/2) V_r^T.
+
+    W stays as it is, so that the model starts a step of full fine-tuning away from the base: s B A is the best
+    approximation of rank r to that step, of spectral norm s / gamma, s being LoRA's scale. The paper's text leaves the
+    roots and S_1 out; this is the authors' code.
+    """
+    if data.loss is None:
+        raise UserError("LoRA-One needs the loss of a batch: give `loss`.")
+    config.init_lora_weights = True
+    peft_model, _ = plain(model, config, data)
+    layers = [layer for _, layer in lora_layers(model)]
+    gradients = _gradients(model, peft_model, layers, data, "LoRA-One")
+    with torch.no_grad():
+        for layer, gradient in zip(layers, gradients, strict=True):
+            rank = layer.r["default"]
+            u, s, vt = torch.linalg.svd(-_oriented(layer, gradient).float(), full_matrices=False)
+            root = (s[:rank] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
+            pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            for parameter, value in zip(pair, (root[:, None] * vt[:rank], u[:, :rank] * root), strict=True):
+                parameter.data = value.to(parameter.dtype).contiguous()
+    return peft_model, {}
+
+
 def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
     """A and B from the singular vectors of the loss's mean gradient G = U S V^T (Wang et al. 2024, arXiv 2407.05000,
     algorithm 1): A = c V_[1..r]^T and B = c U_[r+1..2r] with c = d_out^(1/4) / sqrt(gamma), and W loses s B A.
@@ -139,16 +183,7 @@ def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftM
     config.init_lora_weights, config.lora_ga_config = True, None
     peft_model, _ = plain(model, config, data)
     layers = [layer for _, layer in lora_layers(model)]
-    weights = [layer.get_base_layer().weight for layer in layers]
-    gradients = [torch.zeros_like(weight) for weight in weights]
-    with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
-        for weight in weights:
-            weight.requires_grad_(True)
-        for batch in data.first("LoRA-GA"):
-            for total, gradient in zip(gradients, torch.autograd.grad(data.loss(batch), weights), strict=True):
-                total += gradient
-        for weight in weights:
-            weight.requires_grad_(False)
+    gradients = _gradients(model, peft_model, layers, data, "LoRA-GA")
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             rank = layer.r["default"]

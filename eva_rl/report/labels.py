@@ -32,26 +32,35 @@ def _of_method(name: str) -> bool:
     """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
     if name.endswith(SEEDS):  # some methods draw numbers of their own, from the run's seed
         return False
-    return name == "training.learning_rate" or (name.startswith("adapter.") and name not in PROTOCOL)
+    if name == "training.learning_rate" or name.startswith("optimizer."):
+        return True
+    return name.startswith("adapter.") and name not in PROTOCOL
 
 
 def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
 
-    A setting is named where its value is not the commonest among the runs.
+    The optimiser's name follows the adapter's where it is not the default. A setting is named where its value is not the
+    commonest among the runs.
     """
     variants: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for run in runs:
         own = {name: value for name, value in flat(run["settings"]).items() if _of_method(name)}
-        variants.setdefault(run["adapter"], []).append((in_words(protocol_of(run)), own))
+        variants.setdefault(_named(run), []).append((in_words(protocol_of(run)), own))
     named = {name: _telling(own) for name, own in variants.items()}
     places = {name: iter(own) for name, own in variants.items()}
     found = []
-    for adapter in (run["adapter"] for run in runs):
+    for adapter in map(_named, runs):
         _, own = next(places[adapter])
         told = [k for k, commonest in named[adapter].items() if _value(own, k) != commonest]
         found.append(", ".join([adapter, *(f"{k.removeprefix('adapter.')}={own.get(k, MISSING)}" for k in told)]))
     return found
+
+
+def _named(run: Mapping[str, Any]) -> str:
+    """The adapter's name, and that of the optimiser where the run's settings name one."""
+    optimizer = run["settings"].get("optimizer")
+    return f"{run['adapter']}, optimizer={optimizer['name']}" if isinstance(optimizer, Mapping) else run["adapter"]
 
 
 def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | None]:

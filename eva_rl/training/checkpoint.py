@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import from_json, replacing
+from eva_rl.training.optimizers.state import pack, unpack
 
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
@@ -90,8 +91,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "
 def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> Path:
     """Write `folder/step-N.safetensors`, N being the number of losses; drop all but the newest checkpoints."""
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
-    for name, p in state.parameters.items():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.optimizer.state[p].items()}
+    own, rest = pack(state.optimizer, state.parameters)
+    tensors |= {f"optimizer.{name}": value for name, value in own.items()}
     tensors |= {f"frozen.{name}": value for name, value in state.frozen.items()}
     if state.companion is not None:
         tensors |= {f"companion.{key}": value for key, value in state.companion.state_dict().items()}
@@ -103,7 +104,11 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary,
-            metadata={"identity": json.dumps(state.identity, allow_nan=False), "seconds": str(seconds)},
+            metadata={
+                "identity": json.dumps(state.identity, allow_nan=False),
+                "optimizer": json.dumps(rest, allow_nan=False),
+                "seconds": str(seconds),
+            },
         )
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
@@ -121,11 +126,12 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 losses, seconds = tensors["losses"], float(file.metadata()["seconds"])
+                rest = json.loads(file.metadata().get("optimizer", "null"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
         try:
-            restore(tensors, state, path)
+            restore(tensors, rest, state, path)
         except (KeyError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"The checkpoint '{path}' is of another version or damaged ({in_one_line(error)}): remove it, or set another run_dir."
@@ -134,18 +140,26 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
     return torch.zeros(0), 0.0
 
 
-def restore(tensors: Mapping[str, Tensor], state: TrainingState, path: Path) -> None:
-    """Copy weights, optimiser state and random states from a checkpoint's tensors."""
+def restore(tensors: Mapping[str, Tensor], rest: Any, state: TrainingState, path: Path) -> None:
+    """Copy weights, optimiser state and random states from a checkpoint's tensors.
+
+    `rest`: what else the optimiser's state holds, see `pack`; None: nothing, as in AdamW's of former versions.
+    """
     saved = {name.removeprefix("parameter."): t for name, t in tensors.items() if name.startswith("parameter.")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in state.parameters.items()}:
         raise UserError(f"The checkpoint '{path}' holds the weights of another model: set another run_dir.")
+    own = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    if rest is None:
+        for name, p in state.parameters.items():
+            prefix = f"{name}."
+            state.optimizer.state[p] = {
+                key.removeprefix(prefix): value.to(p.device) for key, value in own.items() if key.startswith(prefix)
+            }
+    else:
+        unpack(state.optimizer, state.parameters, own, rest)
     with torch.no_grad():
         for name, p in state.parameters.items():
             p.copy_(saved[name])
-            prefix = f"optimizer.{name}."
-            state.optimizer.state[p] = {
-                key.removeprefix(prefix): value.to(p.device) for key, value in tensors.items() if key.startswith(prefix)
-            }
     for name, value in state.frozen.items():
         value.copy_(tensors[f"frozen.{name}"])
     if state.companion is not None:

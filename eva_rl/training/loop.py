@@ -17,6 +17,7 @@ from tqdm import tqdm
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Mixture
 from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
+from eva_rl.training.optimizers import ADAMW, Recipe, make_optimizer
 from eva_rl.training.precision import autocast, check_precision
 from eva_rl.training.processes import Processes
 
@@ -26,7 +27,7 @@ INSPECT = 5
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimiser's settings: AdamW, linear warm-up, cosine decay, clipping by the global norm."""
+    """The settings of training: linear warm-up, cosine decay, clipping by the global norm."""
 
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -80,13 +81,22 @@ class TrainingResult:
         return [sum(part) / len(part) for part in parts]
 
 
-def learning_rate_at(step: int, steps: int, config: TrainingConfig) -> float:
-    """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`."""
+def learning_rate_at(step: int, steps: int, config: TrainingConfig, constant: bool = False) -> float:
+    """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`; or no fall, if `constant`."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
+    if constant:
+        return config.learning_rate
     progress = (step - config.warmup) / max(1, steps - config.warmup)
     span = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _set_mode(model: nn.Module, optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Ready for steps or for use: a schedule-free optimiser takes its gradients elsewhere than where it has got to."""
+    model.train(training)
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        optimizer.train() if training else optimizer.eval()
 
 
 def check_shares(config: TrainingConfig, processes: Processes) -> int:
@@ -102,28 +112,6 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
             f"of {config.accumulate} parts in {processes.count} processes."
         )
     return shares
-
-
-def _groups(
-    trainable: Mapping[str, nn.Parameter],
-    config: TrainingConfig,
-    ratios: Mapping[str, float],
-    rates: Mapping[str, float],
-) -> list[dict[str, Any]]:
-    """The optimiser's groups: parameters of one learning rate (`rate`) and one weight decay each.
-
-    Raises:
-        UserError: if a ratio is for parameters that there are not.
-    """
-    for word in ratios:
-        if not any(word in name for name in trainable):
-            raise UserError(f"adapter.ratios names '{word}', which is part of no trainable parameter's name.")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in trainable.items():
-        ratio = math.prod(value for word, value in ratios.items() if word in name)
-        own = next((rate for module, rate in rates.items() if f"{module}." in name), config.learning_rate * ratio)
-        groups.setdefault((own, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
-    return [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
 def train(
@@ -143,6 +131,7 @@ def train(
     frozen: Mapping[str, Tensor] | None = None,
     inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
+    recipe: Recipe = ADAMW,
 ) -> TrainingResult:
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
@@ -164,6 +153,7 @@ def train(
         inspect: what else is worth logging of a batch, every `INSPECT` logs.
         processes: those that share the work; `batches` gives each the whole batch, of which it takes its part. The losses
             are those of one process with the same batches, up to rounding and dropout.
+        recipe: how the optimiser is made.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
@@ -177,9 +167,7 @@ def train(
         model.eval()
         return TrainingResult([], 0.0)
     device = next(iter(trainable.values())).device
-    optimizer = torch.optim.AdamW(
-        _groups(trainable, config, ratios or {}, rates or {}), lr=config.learning_rate, fused=True
-    )
+    optimizer = make_optimizer(recipe, model, config.learning_rate, config.weight_decay, ratios or {}, rates or {})
     state = TrainingState(trainable, optimizer, companion, frozen or {}, {"steps": steps, **identity})
     losses: list[float] = []
     started = time.perf_counter()
@@ -188,7 +176,7 @@ def train(
         losses, started = saved.tolist(), started - seconds
         if processes.count > 1:  # the saved generator is the first process's
             torch.manual_seed(len(losses) * processes.count + processes.index)
-    model.train()
+    _set_mode(model, optimizer, training=True)
     first, parameters, waited, since = len(losses), list(trainable.values()), 0.0, time.perf_counter()
     with (
         ThreadPoolExecutor(1, "batches") as pool,
@@ -196,9 +184,11 @@ def train(
     ):
         following = pool.submit(batches, first) if first < steps else None
         for step in range(first, steps):
-            rate = learning_rate_at(step, steps, config)
+            rate = learning_rate_at(step, steps, config, recipe.constant)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, replace(config, learning_rate=group["rate"]))
+                group["lr"] = learning_rate_at(
+                    step, steps, replace(config, learning_rate=group["rate"]), recipe.constant
+                )
             asked = time.perf_counter()
             batch = following.result()
             waited += time.perf_counter() - asked
@@ -238,12 +228,12 @@ def train(
                     with autocast(config.precision, device):
                         log(done, inspect(batch.share(0, config.accumulate)))
             if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
-                model.eval()
+                _set_mode(model, optimizer, training=False)
                 paused = time.perf_counter()
                 log(done, evaluate(done))
                 started += time.perf_counter() - paused  # evaluations are no training
-                model.train()
+                _set_mode(model, optimizer, training=True)
             if processes.first and (done % config.checkpoint_every == 0 or done == steps):
                 save(checkpoints, state, torch.tensor(losses, dtype=torch.float64), time.perf_counter() - started)
-    model.eval()
+    _set_mode(model, optimizer, training=False)
     return TrainingResult(losses, time.perf_counter() - started)
