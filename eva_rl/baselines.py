@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from eva_rl.data import Trajectories
     from eva_rl.model import ModelConfig
 
-STD_FLOOR = 0.05
-"""Least standard deviation of an observation, in medians over the dimensions: what hardly moves in a few demonstrations may move
-in a rollout."""
+STD_FLOOR = 1.5
+"""Least standard deviation of an observation, in medians over the dimensions, as in pretraining: what rests in a few demonstrations,
+such as the goal of a single one, moves in a rollout (benchmarks/results/recipe.md)."""
 DROPOUT = 0.1
 
 

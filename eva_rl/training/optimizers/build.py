@@ -49,7 +49,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     ratios: Mapping[str, float],
-    rates: Mapping[str, float],
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser of the parameters of `model` that require gradients.
 
@@ -72,7 +72,7 @@ def make_optimizer(
                 f"optimizer={recipe.name} works on LoRA's two factors, and there is no layer with both: take adapter=lora "
                 "or another one of that form."
             )
-    rate_of = partial(_rate, learning_rate=learning_rate, ratios=ratios, rates=rates)
+    rate_of = partial(_rate, learning_rate=learning_rate, ratios=ratios, rates=rates or {})
     groups = _groups(recipe, trainable, weight_decay, ratios, rate_of)
     try:
         return recipe.make(groups, lr=learning_rate, **extra)
