@@ -752,8 +752,10 @@ def instantiate(config: dict[str, Any]) -> Any:
         ) from error
 
 
-TARGET = re.compile(r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config")
-"""What `_target_` may name."""
+TARGET = re.compile(
+    r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config|(torch\.optim|pytorch_optimizer)\.[A-Z]\w+|eva_rl\.training\.optimizers\.(\w+)\.\3"
+)
+"""What `_target_` may name: configs of peft, and optimisers."""
 OF_HYDRA = re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+|hydra_plugins\.[\w.]+")
 """What `_target_` may name besides in a folder of settings: Hydra's launchers and sweepers."""
 
@@ -766,7 +768,7 @@ def _check_targets(settings: Any, where: str = "", also: re.Pattern[str] | None 
                 isinstance(value, str) and (TARGET.fullmatch(value) or (also and also.fullmatch(value)))
             ):
                 raise UserError(
-                    f"_target_={value} was given{where} where a config class of peft, such as peft.LoraConfig, was expected."
+                    f"_target_={value} was given{where} where a config class of peft, such as peft.LoraConfig, or an optimiser, such as torch.optim.AdamW, was expected."
                 )
             _check_targets(value, where, also)
     elif isinstance(settings, list | tuple):

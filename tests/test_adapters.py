@@ -37,9 +37,10 @@ WITHOUT_ADAPTER = ["none", "full", "head", "bc", "scratch"]
 METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
 BUDGETED = [name for name in METHODS if name not in ("c3a", "ia3", "road", "tinylora", "vblora", "vera")]
 START_AWAY_FROM_THE_BASE = [
-    "lora_one",
-    "unilora",
-]  # a step away; and one vector makes A and B, so that it can't be zero
+    "lora_one",  # a step away
+    "unilora",  # one vector makes A and B, so that it can't be zero
+    "vblora",  # A and B are mixtures of one bank of vectors, likewise
+]
 CHANGE_THE_BASE = ["pissa", "olora", "milora", "lora_ga", "corda"]
 STEPS = 20
 WIDTH = 64
