@@ -425,10 +425,10 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(run, 
 def _interrupting(at: int):
     from eva_rl.training import learning_rate_at
 
-    def rate(step, steps, config):
+    def rate(step, steps, config, *rest):
         if step == at:
             raise KeyboardInterrupt
-        return learning_rate_at(step, steps, config)
+        return learning_rate_at(step, steps, config, *rest)
 
     return rate
 

@@ -98,4 +98,4 @@ def test_what_cannot_be_published_is_said_in_one_sentence(run, base, hub, monkey
     (base / "model.safetensors").write_bytes(b"half")
     status, _, err = run("publish", f"run={base}", "repo=me/base")
     assert status == 1
-    assert "is missing or damaged" in err
+    assert "'model.safetensors' can't hold" in err
