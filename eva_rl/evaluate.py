@@ -1,15 +1,24 @@
 """A checkpoint, with or without an adapter, in a task or a split: `python -m eva_rl.evaluate checkpoint=... task=...`."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
+from eva_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eva_rl.interface import TaskStatistics
+    from eva_rl.rollout import TargetReturn
 
 
 @entry_point(EvaluateConfig, "evaluate", "eva_rl.configs.evaluate")
 def main(config: EvaluateConfig) -> None:
     from eva_rl.adapter import load_adapter
     from eva_rl.data import find_sources
-    from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_of
     from eva_rl.report import (
@@ -59,16 +68,11 @@ def main(config: EvaluateConfig) -> None:
         if source.interface not in model.interfaces:
             raise UserError(f"The checkpoint '{name}' knows no interface '{source.interface}': fine-tune it first.")
         check_spaces(source.make_env, model.interfaces[source.interface])
-        if not asked.known and source.task not in known:
-            raise UserError(
-                f"The checkpoint '{name}' has not seen '{source.task}' and can't know what return to ask for: "
-                "set target_return=..., or name an adapter of that task."
-            )
 
     jobs = [
         Job(source.task, source.make_env, seed, target)
         for source in sources
-        for target in asked.returns(source.task, known.get(source.task))
+        for target in targets(asked, source.task, known, model.embedders[source.interface].tokens, name)
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
@@ -147,6 +151,24 @@ def _result(
         "status": "complete" if complete else "partial",
         "versions": versions,
     }
+
+
+def targets(
+    asked: TargetReturn, task: str, known: Mapping[str, TaskStatistics], tokens: Sequence[str], checkpoint: str
+) -> list[float]:
+    """What returns to ask a model for that reads these tokens; where it reads none and knows nothing of the task, 0, which it ignores.
+
+    Raises:
+        UserError: if it reads returns, and nothing is known of the task's.
+    """
+    if asked.known or task in known:
+        return asked.returns(task, known.get(task))
+    if "return" in tokens:
+        raise UserError(
+            f"The checkpoint '{checkpoint}' has not seen '{task}' and can't know what return to ask for: set target_return=..., or "
+            "name an adapter of that task."
+        )
+    return [0.0]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import torch
 from test_mixture import ARM, GAME, make_batch
 
 from eva_rl.errors import UserError
+from eva_rl.evaluate import targets
 from eva_rl.interface import Mixture
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig, load_base, save_base
+from eva_rl.rollout import TargetReturn
 
 BLIND = replace(ARM, name="blind", tokens=("return", "state"))
 
@@ -89,3 +91,10 @@ def test_a_checkpoint_keeps_what_each_interface_reads(tmp_path):
     again = load_base(str(tmp_path / "model")).model
     assert again.interfaces == model.interfaces
     assert torch.equal(again(batch), model(batch))
+
+
+def test_a_task_nobody_has_seen_needs_a_return_only_where_returns_are_read():
+    assert targets(TargetReturn("auto"), "arm", {}, ("state",), "base") == [0.0]
+    assert targets(TargetReturn("5"), "arm", {}, ("return", "state"), "base") == [5.0]
+    with pytest.raises(UserError, match="can't know what return to ask for"):
+        targets(TargetReturn("auto"), "arm", {}, ("return", "state"), "base")
