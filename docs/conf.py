@@ -17,6 +17,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_show_copyright = False
 html_title = "eva_rl"
 
 myst_heading_anchors = 3
