@@ -665,14 +665,15 @@ def _folder_in_grid(config: FinetuneConfig) -> Path:
     return Path(HydraConfig.get().sweep.dir, name, f"{config.task}-{config.seed}-{digest[:8]}")
 
 
-def run_folder(run_dir: str | None) -> Path:
-    """Where a run writes: `run_dir`, or a dated folder under `runs/` (in a multirun one for each job)."""
+def run_folder(run_dir: str | None, what: str = "run", how: str | None = None) -> Path:
+    """Where a run writes: `run_dir`, or `runs/<what>/<how>-<date>`, as TensorBoard then names it (in a multirun a folder for each job)."""
     if run_dir is not None:
         folder = Path(run_dir)
     elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         folder = Path(HydraConfig.get().sweep.dir) / str(HydraConfig.get().job.num)
     else:
-        folder = Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        name = "-".join([*([] if how is None else [how]), datetime.now().strftime("%Y-%m-%d-%H-%M-%S")])
+        folder = Path("runs", what.replace("/", "-"), name.replace("/", "-"))
     here = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd()
     return folder if here == os.getcwd() else Path(here, folder)  # Ray's processes start elsewhere
 

@@ -45,7 +45,7 @@ def main(config: EvaluateConfig) -> None:
 
     check_precision(config.precision)
     asked = TargetReturn(config.target_return)
-    run_dir = run_folder(config.run_dir)
+    run_dir = run_folder(config.run_dir, "evaluate", config.task)
     check_run_folder(run_dir)
 
     with clock("load"):

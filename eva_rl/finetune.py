@@ -26,7 +26,7 @@ def main(config: FinetuneConfig) -> None:
     from eva_rl.files import InUseError, alone_in
     from eva_rl.rollout import Simulators
 
-    run_dir = run_folder(config.run_dir)
+    run_dir = run_folder(config.run_dir, config.task, f"{config.adapter.name}-{config.seed}")
     try:
         with alone_in(run_dir), Simulators(config.workers) as simulators:
             finetune(config, run_dir, simulators)
@@ -247,8 +247,14 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         policy = adapter.merged() if adapter else model
         tuned = play(policy) if facts["trainable_parameters"] else zero_shot
         tensorboard.log(config.steps, to_scalars(tuned))
-        write_json(run_dir / "result.json", run_result(facts, clock, zero_shot, tuned, trained.tenths(), curve))
-        print("\n" + summary(facts, clock, zero_shot, tuned))
+        result, told = (
+            run_result(facts, clock, zero_shot, tuned, trained.tenths(), curve),
+            summary(facts, clock, zero_shot, tuned),
+        )
+        write_json(run_dir / "result.json", result)
+        tensorboard.text("run", f"{told}\n\n```yaml\n{to_yaml(config)}```")
+        tensorboard.hparams(result)
+        print("\n" + told)
         if config.video and seeds:
             job = Job(config.task, source.make_env, seeds[0], target_return)
             with autocast(training.precision, device):

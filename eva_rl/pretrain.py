@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
         if name not in (known := {source.interface for source in sources}):
             raise UserError(f"tokens names the interface '{name}', which these tasks lack. {did_you_mean(name, known)}")
     device = choose_device(config.device) if group.state is None else group.state.device
-    run_dir = run_folder(config.run_dir)
+    run_dir = run_folder(config.run_dir, "pretrain")
     check_run(config.steps, run_dir / "checkpoints", config.resume, identity(config))
     output = Path(config.output) if config.output else run_dir / "model"
     if training_config.evaluate_every:

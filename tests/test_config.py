@@ -237,7 +237,8 @@ def test_a_config_written_as_yaml_reads_back_the_same():
 def test_a_run_goes_where_it_is_told_or_into_a_dated_folder():
     assert run_folder("some/where") == Path("some/where")
     assert run_folder(None).parts[0] == "runs"
-    assert len(run_folder(None).parts) == 3
+    assert run_folder(None, "metaworld/hammer-v3", "eva-0").parts[1] == "metaworld-hammer-v3"
+    assert run_folder(None, "metaworld/hammer-v3", "eva-0").name.startswith("eva-0-20")
 
 
 # --- the command line

@@ -323,7 +323,13 @@ def test_what_eva_found_is_written_down_and_drawn(run, base):
     assert layers["trunk.blocks.0.attention.q"]["rows"] <= states * layers["trunk.blocks.0.attention.q"]["batches"]
     events = EventAccumulator("run", size_guidance={"images": 0}).Reload()
     pictures = events.Tags()["images"]
-    assert set(pictures) == {"eva/spectrum", "eva/cumulative", "eva/rank", "eva/batches", "eva/angle"}
+    assert set(pictures) == {f"what_eva_found/{name}" for name in ("spectrum", "rank", "batches")}
+    assert min(events.Tags()["scalars"]) < min(pictures)  # TensorBoard sorts cards by their names
+    [told] = events.Tensors("run/text_summary")
+    text = told.tensor_proto.string_val[0].decode()
+    assert f"{TASK}: eva on" in text
+    assert "adapter:" in text  # the settings
+    assert set(events.PluginTagToContent("hparams")) >= {"_hparams_/session_start_info", "_hparams_/session_end_info"}
     for name in pictures:
         assert events.Images(name)[0].encoded_image_string.startswith(b"\x89PNG")
 

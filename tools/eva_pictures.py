@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from eva_rl.report import eva_figures
+from eva_rl.report.eva import GROUP, eva_figures
 
-PICTURES = {"eva": ("cumulative", "batches"), "eva_rho2": ("rank",)}
+PICTURES = {"eva": ("spectrum", "batches"), "eva_rho2": ("rank",)}
 """Of each run, in the order of the command line."""
 
 
@@ -16,7 +16,9 @@ def main() -> None:
     for run, (method, pictures) in zip(runs, PICTURES.items(), strict=True):
         figures = eva_figures(json.loads((run / "eva.json").read_text())["layers"])
         for picture in pictures:
-            figures[f"eva/{picture}"].savefig(folder / f"{method}-{picture}.png", dpi=80, metadata={"Software": None})
+            figures[f"{GROUP}/{picture}"].savefig(
+                folder / f"{method}-{picture}.png", dpi=80, metadata={"Software": None}
+            )
 
 
 if __name__ == "__main__":

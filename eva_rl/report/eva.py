@@ -1,69 +1,98 @@
-"""What EVA found, drawn: spectra, ranks, and how far each layer had come when the stream ended."""
+"""What EVA found, drawn: spectra, ranks, and how many batches each layer took, a picture each that can be read on a card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing matplotlib takes seconds
-    from matplotlib.figure import Figure
+import numpy as np
 
+if TYPE_CHECKING:  # importing matplotlib takes seconds
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 EVA_CLAIM = (
     "Shares of variance, convergence and `captured` are those of the rows that were seen (`rows`, in `batches`): a direction that only "
     "data beyond these have is in none of them."
 )
+GROUP = "what_eva_found"
+"""TensorBoard sorts cards by their names: the loss and the scores of `train` and `evaluation` come first."""
+CARD = (6.4, 4.4)
+"""Inches, the shape of a card."""
+ANNOTATED = 200
+"""Cells up to which a heat map has a number in each."""
 
 
 def eva_figures(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
     """Pictures by name of the layers' facts, as `eva.json` holds them."""
-    names = list(layers)
-    inputs = {layer["reads_the_input_of"]: layer for layer in layers.values()}
+    batches = {name: own["converged_after"] or own["batches"] for name, own in layers.items()}
+    open_ = sum(own["converged_after"] is None for own in layers.values())
+    late = f"; {open_} had not converged by then" if open_ else ""
     return {
-        "eva/spectrum": _curves(inputs, "spectrum", "share of variance of the rows seen", log=True),
-        "eva/cumulative": _curves(inputs, "cumulative", "cumulative share of variance of the rows seen"),
-        "eva/rank": _bars(names, [layers[name]["rank"] for name in names], "rank"),
-        "eva/batches": _bars(
-            list(inputs),
-            [layer["converged_after"] or layer["batches"] for layer in inputs.values()],
-            "batches to convergence (all batches, where it did not converge)",
-        ),
-        "eva/angle": _bars(
-            list(inputs),
-            [layer["angle_degrees"] for layer in inputs.values()],
-            "largest principal angle to the subspace a batch before (degrees)",
-        ),
+        f"{GROUP}/spectrum": _spectra({own["reads_the_input_of"]: own for own in layers.values()}),
+        f"{GROUP}/rank": _heat_map({name: own["rank"] for name, own in layers.items()}, "rank of each layer"),
+        f"{GROUP}/batches": _heat_map(batches, f"batches to convergence{late}"),
     }
 
 
-def _curves(inputs: Mapping[str, Mapping[str, Any]], key: str, label: str, log: bool = False) -> Figure:
-    """One line for each input; the dot is the rank of the layer that reads it."""
-    from matplotlib import colormaps
+def place(name: str) -> tuple[str, str]:
+    """A layer's block and what it is called in there: `trunk.blocks.3.attention.q` is `q` of block `3`."""
+    numbers = re.findall(r"\.(\d+)\.", name)
+    return (numbers[0] if numbers else ""), name.rpartition(".")[2]
+
+
+def _heat_map(values: Mapping[str, float], title: str) -> Figure:
+    """A number for each layer: blocks from top to bottom, layers of a block from left to right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    places = {name: place(name) for name in values}
+    if len(set(places.values())) < len(places):  # blocks within blocks: a row for each layer
+        places = {name: (name, "") for name in values}
+    blocks, kinds = (list(dict.fromkeys(own)) for own in zip(*places.values(), strict=True))
+    table = np.full((len(blocks), len(kinds)), np.nan)
+    for name, (block, kind) in places.items():
+        table[blocks.index(block), kinds.index(kind)] = values[name]
+    figure = Figure(figsize=CARD, layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["viridis"]
-    for number, (name, layer) in enumerate(inputs.items()):
-        values, rank = layer[key], layer["rank"]
-        colour = colours(number / max(len(inputs) - 1, 1))
-        axes.plot(range(1, len(values) + 1), values, color=colour, label=name)
-        if rank:
-            axes.plot(rank, values[rank - 1], "o", color=colour)
-    if log:
-        axes.set_yscale("log")
-    axes.set(xlabel="component (dot: rank given)", ylabel=label)
-    axes.legend(fontsize=6, ncols=1 + len(inputs) // 24, loc="center left", bbox_to_anchor=(1, 0.5))
+    _colour(axes, table)
+    axes.set_xticks(range(len(kinds)), kinds, fontsize=13)
+    axes.set_yticks(range(len(blocks)), [f"block {b}" if b.isdecimal() else b for b in blocks], fontsize=13)
+    axes.set_title(title, fontsize=14)
     return figure
 
 
-def _bars(names: Sequence[str], values: Sequence[float], label: str) -> Figure:
+def _colour(axes: Axes, table: np.ndarray) -> None:
+    """The table as colours, with its numbers where they find room."""
+    image = axes.imshow(table, aspect="auto", cmap="viridis")
+    if table.size > ANNOTATED:
+        axes.figure.colorbar(image, ax=axes)
+        return
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            dark = image.norm(value) < 0.6
+            axes.text(
+                column, row, f"{value:g}", ha="center", va="center", fontsize=13, color="white" if dark else "black"
+            )
+
+
+def _spectra(inputs: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """A line of cumulative variance for each input, a colour for each kind of layer; the dot is the rank of the layer that reads it."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1 + 0.22 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(range(len(names)), values)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
+    kinds = list(dict.fromkeys(place(name)[1] for name in inputs))
+    figure = Figure(figsize=CARD, layout="constrained")
+    axes, colours, named = figure.subplots(), colormaps["tab10"], set()
+    for name, own in inputs.items():
+        kind, values, rank = place(name)[1], own["cumulative"], own["rank"]
+        colour = colours(kinds.index(kind) % 10)
+        axes.plot(range(1, len(values) + 1), values, color=colour, label=None if kind in named else kind)
+        named.add(kind)
+        if rank:
+            axes.plot(rank, values[rank - 1], "o", color=colour)
+    axes.set_xlabel("components (dot: rank given)", fontsize=13)
+    axes.set_ylabel("share of variance of the rows seen", fontsize=13)
+    axes.tick_params(labelsize=12)
+    axes.legend(title="input of", fontsize=12, title_fontsize=12)
     return figure

@@ -36,6 +36,20 @@ class TensorBoard:
         image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
+    def text(self, name: str, markdown: str) -> None:
+        self.writer.add_text(name, markdown)
+
+    def hparams(self, result: Mapping[str, Any]) -> None:
+        """What the run was made with and what came of it, for the HParams tab."""
+        from torch.utils.tensorboard.summary import hparams
+
+        made = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat(result["settings"]).items()
+        }
+        for summary in hparams(made, _outcome(result)):
+            self.writer.file_writer.add_summary(summary)
+
     def __enter__(self) -> TensorBoard:
         return self
 
