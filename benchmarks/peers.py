@@ -142,7 +142,13 @@ def cell(name: str, task: str, a: argparse.Namespace, demonstrations: int) -> di
     with Simulators(0) as simulators:
         episodes = rollout(policy(name, algorithm, target), interface_of("own", [trajectories]), jobs, simulators)
     success = float(episodes.successes.mean())
-    return {"algorithm": name, "task": task, "demonstrations": demonstrations, "updates": updates, "success": success}
+    what = {"algorithm": name, "task": task, "demonstrations": demonstrations}
+    return what | settings(a) | {"updates": updates, "success": success}
+
+
+def settings(a: argparse.Namespace) -> dict[str, Any]:
+    """What else decides a row."""
+    return {"seed": a.seed, "seconds": a.seconds, "episodes": a.episodes, "dataset": a.dataset}
 
 
 def document(rows: Sequence[dict[str, Any]], a: argparse.Namespace) -> str:
@@ -185,6 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "peers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if settings(a).items() <= row.items()]  # of other settings: made anew
     done = {(row["algorithm"], row["task"], row["demonstrations"]) for row in rows}
     for count in a.demonstrations:
         for task in [own for name in a.tasks for own in expand_tasks(name)]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import gymnasium as gym
+import numpy as np
+
 from eva_rl.data import interface_of
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer
 
 if TYPE_CHECKING:
     from eva_rl.data import Trajectories
+    from eva_rl.interface import Interface
     from eva_rl.model import ModelConfig
 
 STD_FLOOR = 1.5
@@ -31,6 +35,15 @@ def untrained(
     interface = interface_of(name, [trajectories], STD_FLOOR)
     if network == "fresh":
         return DecisionTransformer(replace(like, dropout=DROPOUT), [interface])
-    space = trajectories.action_space
-    bounded = not hasattr(space, "is_bounded") or space.is_bounded()
-    return CloningMLP(CloningConfig(bounded=bounded), interface)
+    return CloningMLP(CloningConfig(bounded=_scaled_by_bounds(trajectories.action_space, interface)), interface)
+
+
+def _scaled_by_bounds(space: gym.Space, interface: Interface) -> bool:
+    """Whether what a tanh reaches is all that the environment takes, as where no action was scaled by the data instead.
+
+    Discrete actions have no bounds to leave.
+    """
+    if not isinstance(space, gym.spaces.Box):
+        return True
+    reach = np.asarray(interface.action_mean) + np.outer((-1, 1), interface.action_scale)  # (2, act)
+    return bool(np.allclose(reach, (space.low.ravel(), space.high.ravel())))

@@ -222,6 +222,11 @@ class AdapterSettings:
                 "grow with it, such as {r: 1}: set one, or adapter.budget=null."
             )
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is made of LoRA's two factors."""
+        return self.config is not None and str(self.config.get("_target_")).rpartition(".")[2] == "LoraConfig"
+
     def peft_config(self, size: int | None = None) -> Any:
         """The peft config, of this size or as it stands.
 
@@ -715,6 +720,8 @@ def protocol(config: FinetuneConfig) -> dict[str, Any]:
     settings = identity(config) | {"episodes": config.episodes, "target_return": config.target_return}
     if config.max_episode_steps is not None:  # runs of before it could be set have none
         settings["max_episode_steps"] = config.max_episode_steps
+    if config.trust_environment:  # the dataset's own wrappers
+        settings["trust_environment"] = True
     return json.loads(json.dumps(settings | {"evaluate_every": config.training.evaluate_every}, allow_nan=False))
 
 

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
 from eva_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from eva_rl.interface import TaskStatistics
-    from eva_rl.rollout import TargetReturn
 
 
 @entry_point(EvaluateConfig, "evaluate", "eva_rl.configs.evaluate")
@@ -72,7 +65,7 @@ def main(config: EvaluateConfig) -> None:
     jobs = [
         Job(source.task, source.make_env, seed, target)
         for source in sources
-        for target in targets(asked, source.task, known, model.embedders[source.interface].tokens, name)
+        for target in asked.wanted(source.task, known.get(source.task), model.embedders[source.interface].tokens)
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]
     write_text(make_folder(run_dir) / "config.yaml", to_yaml(config))
@@ -121,7 +114,9 @@ def main(config: EvaluateConfig) -> None:
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
             interface = interface_of[job.task]
             with autocast(config.precision, device):
-                frames = film(policy_of(model, interface), model.interfaces[interface], job, device)
+                frames = film(
+                    policy_of(model, interface), model.interfaces[interface], job, device, config.max_episode_steps
+                )
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if stopped is not None:
         kept = f"The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'."
@@ -151,24 +146,6 @@ def _result(
         "status": "complete" if complete else "partial",
         "versions": versions,
     }
-
-
-def targets(
-    asked: TargetReturn, task: str, known: Mapping[str, TaskStatistics], tokens: Sequence[str], checkpoint: str
-) -> list[float]:
-    """What returns to ask a model for that reads these tokens; where it reads none and knows nothing of the task, 0, which it ignores.
-
-    Raises:
-        UserError: if it reads returns, and nothing is known of the task's.
-    """
-    if asked.known or task in known:
-        return asked.returns(task, known.get(task))
-    if "return" in tokens:
-        raise UserError(
-            f"The checkpoint '{checkpoint}' has not seen '{task}' and can't know what return to ask for: set target_return=..., or "
-            "name an adapter of that task."
-        )
-    return [0.0]
 
 
 if __name__ == "__main__":

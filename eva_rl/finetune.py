@@ -77,6 +77,11 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     recipe, rate = Recipe(**config.optimizer.recipe()), config.training.learning_rate
     if rate is None:
         rate = method.learning_rate * config.optimizer.rate
+    if recipe.pairs and not method.is_lora:
+        raise UserError(
+            f"optimizer={recipe.name} works on LoRA's two factors, and adapter={method.name} has none: take adapter=lora or another "
+            "one of that form."
+        )
     training = TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
     eva_options = asdict(method.eva) if method.eva else {}
     tokens = eva_options.pop("tokens", "all")
@@ -258,7 +263,13 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         if config.video and seeds:
             job = Job(config.task, source.make_env, seeds[0], target_return)
             with autocast(training.precision, device):
-                frames = film(policy_of(policy, interface.name), policy.interfaces[interface.name], job, device)
+                frames = film(
+                    policy_of(policy, interface.name),
+                    policy.interfaces[interface.name],
+                    job,
+                    device,
+                    config.max_episode_steps,
+                )
             save_film(run_dir, tensorboard, config.steps, config.task, job.seed, frames)
     print(f"tensorboard --logdir {run_dir}")
 

@@ -1,6 +1,7 @@
 """What starts from nothing: cloning by a perceptron, and the base's transformer with fresh weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -47,6 +48,15 @@ def test_actions_without_bounds_are_not_squashed(make_dataset):
     assert not untrained("mlp", ModelConfig(), "dummy", trajectories).config.bounded
     make_dataset("dummy/bounded-v0")
     assert untrained("mlp", ModelConfig(), "dummy", load_dataset("dummy/bounded-v0", "dummy")).config.bounded
+
+
+def test_actions_that_use_little_of_their_bounds_can_all_be_predicted(make_dataset):
+    make_dataset(action_space=gym.spaces.Box(-1000.0, 1000.0, (2,)))
+    trajectories = load_dataset("dummy/random-v0", "dummy")
+    trajectories = replace(trajectories, actions=trajectories.actions / 1000)
+    with pytest.warns(UserWarning, match="bounds"):
+        model = untrained("mlp", ModelConfig(), "dummy", trajectories)
+    assert not model.config.bounded
 
 
 def test_a_fresh_network_owes_nothing_to_the_base_but_its_shape(make_dataset):

@@ -188,6 +188,10 @@ def test_a_film_is_made_of_an_episode(run, base, monkeypatch):
     arguments = ["adapter=run", f"task={TASK}", "episodes=2", "workers=0", "video=true", "run_dir=again"]
     assert run("evaluate", *arguments)[0] == 0
     assert len(list(Path("again/videos").iterdir())) == 2
+    arguments[-1] = "run_dir=cut"
+    assert run("evaluate", *arguments, "max_episode_steps=2")[0] == 0
+    [film] = Path("cut/videos").glob("*.gif")
+    assert Image.open(film).n_frames == 1  # at the start; the cut comes before step 4
 
 
 def test_an_environment_that_cannot_be_seen_is_named_and_the_scores_are_kept(run, base):

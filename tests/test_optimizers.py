@@ -385,3 +385,4 @@ def test_an_optimiser_for_lora_with_another_adapter_ends_in_a_sentence(run, base
     assert status == 1
     assert "optimizer=lora_pro works on LoRA's two factors" in err
     assert "Traceback" not in err
+    assert not Path("there").exists()

@@ -218,11 +218,19 @@ def test_calls_out_of_turn_are_refused(tmp_path):
             policy.observe(reward)
     with pytest.raises(UserError, match=r"The action \[1.0\] was given where 2 of Box"):
         policy.observe(1.0, action=[1.0])
+    with pytest.raises(UserError, match="was given where 2 of Box"):
+        policy.observe(1.0, action=np.full((2, 2), np.nan))
     with pytest.raises(UserError, match="1 observations were given where 2 episodes are running"):
         policy.act(np.ones(3))
-    for kept in ([2], [-1], []):
+    for kept in ([2], [-1], [], [True, False], [1, 1], [0.5]):
         with pytest.raises(UserError, match="there are 2, numbered from 0"):
             policy.keep(kept)
+    choices = eva_rl.load_policy(make_checkpoint(tmp_path / "other", Diary(OBSERVATIONS["vector"], ACTIONS["one"])))
+    choices.act(np.ones(3))
+    for action in (99, -1, 3.7, np.nan):
+        with pytest.raises(UserError, match="was given where 1 of Discrete"):
+            choices.observe(1.0, action=action)
+    choices.observe(1.0, action=4)
 
 
 def test_a_run_with_an_adapter_and_its_merged_checkpoint_act_alike(run, base, tmp_path):
@@ -284,6 +292,9 @@ def test_the_package_alone_is_imported_at_once_and_without_torch():
 
 
 def test_the_shipped_bases_act_in_their_tasks():
+    assert eva_rl.load_policy("mt40-small", "metaworld/hammer-v3").act(np.zeros(39)).shape == (
+        4,
+    )  # it reads no returns
     policy = eva_rl.load_policy("mt40-small", "metaworld/reach-v3")
     assert policy.action_space.contains(policy.act(np.zeros(39)))
     policy = eva_rl.load_policy("multi-small", "babyai/GoToRedBallGrey-v0")

@@ -7,7 +7,6 @@ import torch
 from test_mixture import ARM, GAME, make_batch
 
 from eva_rl.errors import UserError
-from eva_rl.evaluate import targets
 from eva_rl.interface import Mixture
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig, load_base, save_base
 from eva_rl.rollout import TargetReturn
@@ -94,7 +93,7 @@ def test_a_checkpoint_keeps_what_each_interface_reads(tmp_path):
 
 
 def test_a_task_nobody_has_seen_needs_a_return_only_where_returns_are_read():
-    assert targets(TargetReturn("auto"), "arm", {}, ("state",), "base") == [0.0]
-    assert targets(TargetReturn("5"), "arm", {}, ("return", "state"), "base") == [5.0]
-    with pytest.raises(UserError, match="can't know what return to ask for"):
-        targets(TargetReturn("auto"), "arm", {}, ("return", "state"), "base")
+    assert TargetReturn("auto").wanted("arm", None, ("state",)) == [0.0]
+    assert TargetReturn("5").wanted("arm", None, ("return", "state")) == [5.0]
+    with pytest.raises(UserError, match="not what return to ask for"):
+        TargetReturn("auto").wanted("arm", None, ("return", "state"))

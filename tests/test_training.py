@@ -510,7 +510,7 @@ def test_an_unknown_precision_is_refused(name):
 def test_a_module_with_a_rate_of_its_own_learns_at_that_and_at_no_multiple_of_the_others(tmp_path):
     model = nn.ModuleDict({"fresh": nn.Linear(1, 1, bias=False), "lora_B": nn.Linear(1, 1, bias=False)})
     positions = {name: [] for name in model}  # Adam's step is the learning rate under a constant gradient
-    config = replace(CONFIG, learning_rate=0.5, warmup=2, weight_decay=0.0, gradient_clip=1e9)
+    config = replace(CONFIG, learning_rate=0.5, final_learning_rate=0.25, warmup=2, weight_decay=0.0, gradient_clip=1e9)
 
     def loss(batch: Batch) -> Tensor:
         for name, module in model.items():
@@ -520,7 +520,8 @@ def test_a_module_with_a_rate_of_its_own_learns_at_that_and_at_no_multiple_of_th
     train(model, batches, loss, 6, config, tmp_path, ratios={"lora_B": 4.0, "fresh": 4.0}, rates={"fresh": 0.125})
     for name, rate in (("fresh", 0.125), ("lora_B", 2.0)):
         moved = [a - b for a, b in zip(positions[name], positions[name][1:], strict=False)]
-        expected = [learning_rate_at(step, 6, replace(config, learning_rate=rate)) for step in range(5)]
+        own = replace(config, learning_rate=rate, final_learning_rate=rate / 2)
+        expected = [learning_rate_at(step, 6, own) for step in range(5)]
         assert moved == pytest.approx(expected, abs=1e-5)
 
 

@@ -53,8 +53,7 @@ class ActingPolicy:
         Raises:
             UserError: if nothing is known of the task's returns.
         """
-        [found] = TargetReturn().returns(self.task, self.statistics)
-        return found
+        return self._returns(TargetReturn())
 
     def reset(self, target_return: float | str | Sequence[float] | None = None) -> None:
         """Begin an episode, or as many as observations come next.
@@ -72,7 +71,7 @@ class ActingPolicy:
             asked = TargetReturn(str(target_return))
             if asked.sweeps:
                 raise UserError("target_return=sweep was given where one return was expected.")
-            [target_return] = asked.returns(self.task, self.statistics)
+            target_return = self._returns(asked)
         try:
             self._target = np.asarray(target_return, np.float64)
         except (TypeError, ValueError):
@@ -80,6 +79,10 @@ class ActingPolicy:
         if not self._target.size or not np.isfinite(self._target).all():
             raise UserError(f"target_return={target_return} was given where finite numbers were expected.")
         self._begin(self._target.size)
+
+    def _returns(self, asked: TargetReturn) -> float:
+        [found] = asked.wanted(self.task, self.statistics, self.model.embedders[self.interface.name].tokens)
+        return found
 
     def act(self, observation: Any) -> Any:
         """The action for the environment's observation, in the environment's units, shape and type.
@@ -127,8 +130,11 @@ class ActingPolicy:
             UserError: if they are not some of those running.
         """
         running = 0 if self._actor is None else len(self._actor.wanted)
-        chosen = np.asarray(episodes, np.int64)
-        if not len(chosen) or chosen.min() < 0 or chosen.max() >= running:
+        chosen = np.asarray(episodes)
+        numbers = (
+            chosen.ndim == 1 and np.issubdtype(chosen.dtype, np.integer) and len(set(chosen.tolist())) == len(chosen)
+        )
+        if not numbers or not len(chosen) or chosen.min() < 0 or chosen.max() >= running:
             raise UserError(f"Episodes {list(episodes)} were to be kept, but there are {running}, numbered from 0.")
         self._settle()
         self._actor.keep(chosen)
@@ -160,10 +166,12 @@ class ActingPolicy:
         expected = len(self._done), *self.action_space.shape
         try:
             actions = np.asarray(action, np.float64).reshape(expected)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"The action {action} was given where {len(self._done)} of {self.action_space} was expected."
-            ) from error
+        except (TypeError, ValueError):
+            actions = np.array([np.nan])
+        space = self.action_space
+        fits = (space.contains(one.astype(space.dtype)[()]) and (one % 1 == 0).all() for one in actions)
+        if not np.isfinite(actions.astype(np.float32)).all() or not (isinstance(space, gym.spaces.Box) or all(fits)):
+            raise UserError(f"The action {action} was given where {len(self._done)} of {space} was expected.")
         return np.stack([action_row(self.action_space, one) for one in actions])
 
     def _settle(self) -> None:

@@ -205,7 +205,8 @@ def _place(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides the scores of the base as it is."""
     settings = result["settings"]
     decides = ("base", "task", "seed", "dataset", "demonstrations", "target_return")
-    return (*(result[name] for name in decides), settings.get("episodes"), settings["training"].get("precision"))
+    asked = (settings.get(name) for name in ("episodes", "max_episode_steps", "trust_environment"))
+    return (*(result[name] for name in decides), *asked, settings["training"].get("precision"))
 
 
 def estimate(found: Mapping[str, Any] | None) -> Estimate | None:

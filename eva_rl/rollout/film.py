@@ -23,9 +23,15 @@ EVERY = 4
 
 
 def film(
-    make_policy: Callable[[int], Policy], interface: Interface, job: Job, device: torch.device | str = "cpu"
+    make_policy: Callable[[int], Policy],
+    interface: Interface,
+    job: Job,
+    device: torch.device | str = "cpu",
+    max_steps: int | None = None,
 ) -> np.ndarray:
     """(T, height, width, 3) uint8: the job's episode, every fourth step of it. `job.make_env` takes a `render_mode`.
+
+    max_steps: where it is cut, as in `rollout`.
 
     Raises:
         UserError: if the environment can't be rendered here.
@@ -39,7 +45,8 @@ def film(
             raise Unseen(job.task, in_one_line(error)) from error
 
     with Simulators(0) as simulators:
-        rollout(make_policy, interface, [replace(job, make_env=make_env)], simulators, device, f"film {job.task}")
+        jobs = [replace(job, make_env=make_env)]
+        rollout(make_policy, interface, jobs, simulators, device, f"film {job.task}", max_steps=max_steps)
     return np.stack(frames)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eva_rl.interface import TaskStatistics
 
 SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -54,6 +56,15 @@ class TargetReturn:
         """Whether it is a number, for which no trajectories need to be known."""
         return self.asked is not None and _number(self.asked) is not None
 
+    def wanted(self, task: str, statistics: TaskStatistics | None, tokens: Sequence[str]) -> list[float]:
+        """`returns` for a model that reads these tokens; where it reads no returns and nothing is known of them, 0, which it ignores.
+
+        Raises:
+            UserError: if it reads returns, and nothing is known of the task's.
+        """
+        ignored = "return" not in tokens and statistics is None and not self.known
+        return [0.0] if ignored else self.returns(task, statistics)
+
     def returns(self, task: str, statistics: TaskStatistics | None) -> list[float]:
         """What to ask for in a task whose trajectories have these statistics; one return unless this is a sweep.
 
@@ -63,7 +74,10 @@ class TargetReturn:
         if self.known:
             return [_number(self.asked)]
         if statistics is None:
-            raise UserError(f"Nothing is known of trajectories of '{task}': set target_return to a number.")
+            raise UserError(
+                f"Nothing is known of trajectories of '{task}', and so not what return to ask for: set target_return to a number, or "
+                "name an adapter of that task."
+            )
         if self.sweeps:
             mean, span = statistics.return_mean, statistics.return_max - statistics.return_mean
             return list(dict.fromkeys(mean + where * span for where in SWEEP))  # one, if all returns are equal

@@ -92,6 +92,12 @@ def learning_rate_at(step: int, steps: int, config: TrainingConfig, constant: bo
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def with_rate(config: TrainingConfig, rate: float) -> TrainingConfig:
+    """The schedule at another learning rate, of which the final one is the same share."""
+    share = config.final_learning_rate / config.learning_rate if config.learning_rate else 0.0
+    return replace(config, learning_rate=rate, final_learning_rate=share * rate)
+
+
 def _set_mode(model: nn.Module, optimizer: torch.optim.Optimizer, training: bool) -> None:
     """Ready for steps or for use: a schedule-free optimiser takes its gradients elsewhere than where it has got to."""
     model.train(training)
@@ -186,9 +192,7 @@ def train(
         for step in range(first, steps):
             rate = learning_rate_at(step, steps, config, recipe.constant)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    step, steps, replace(config, learning_rate=group["rate"]), recipe.constant
-                )
+                group["lr"] = learning_rate_at(step, steps, with_rate(config, group["rate"]), recipe.constant)
             asked = time.perf_counter()
             batch = following.result()
             waited += time.perf_counter() - asked
