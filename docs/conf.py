@@ -41,7 +41,7 @@ def escape_stars(app, what, name, obj, options, lines):
 
 def link_files(app, page, source):
     """Offer Markdown files outside docs/, such as a table of results, as files, since they are no pages of the site."""
-    source[0] = re.sub(r"\]\((\.\./(?:\.\./)?[a-z_]+/[^)]*\.md)\)", r"](path:\1)", source[0])
+    source[0] = re.sub(r"\]\((\.\./(?:\.\./)?(?:[a-z_]+/[^)]*|[A-Z]+)\.md)\)", r"](path:\1)", source[0])
 
 
 def setup(app):
