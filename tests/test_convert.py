@@ -359,6 +359,21 @@ def test_an_id_that_minari_would_not_find_again_is_refused(tmp_path, dataset_id)
         convert(str(tmp_path / "npz"), dataset_id)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_datasets_is_never_written_over(make_dataset, datasets_root, tmp_path, overwrite):
+    SOURCES["npz"](tmp_path / "npz")
+    make_dataset("mine/hammer-v3/expert-v0")
+    (datasets_root / "mine/notes-v0").mkdir()
+    for dataset_id, why in (
+        ("mine/hammer-v3", "holds other datasets, such as mine/hammer-v3/expert-v0"),
+        ("mine/notes-v0", "is no dataset"),
+    ):
+        with pytest.raises(UserError, match=why) as raised:
+            convert(str(tmp_path / "npz"), dataset_id, overwrite=overwrite)
+        assert "overwrite" not in str(raised.value)
+    assert len(load_dataset("mine/hammer-v3/expert-v0", "mine").lengths) == 4
+
+
 def test_the_command_shows_what_it_found_and_refuses_to_write_twice(run, tmp_path, base):
     in_files(tmp_path / "logs", ".csv")
     columns = ["columns.observations=[obs_*]", "columns.actions=[act_0,act_1]"]
