@@ -157,6 +157,17 @@ def test_a_runs_settings_make_nothing_but_configs_of_peft(tmp_path, target, nest
 
 
 CALL = {"_target_": "os.mkdir", "path": "ran"}
+MADE = "${oc.create:{_target_: os.mkdir, path: ran}}"
+"""A text that becomes a call when it is resolved."""
+
+
+@pytest.mark.parametrize("target", ["torch.optim.AdamW", "peft.LoraConfig"])
+@pytest.mark.parametrize("nested", [lambda text: text, lambda text: [{"a": text}]])
+def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, target, nested):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="where a value was expected"):
+        instantiate({"_target_": target, "_partial_": True, "betas": nested(MADE), "r": nested(MADE)})
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +175,23 @@ CALL = {"_target_": "os.mkdir", "path": "ran"}
     [
         ({"hydra": {"callbacks": {"c": CALL}}}, "_target_=os.mkdir was given in"),
         ({"hydra": {"launcher": {"_target_": "hydra.utils.get_method", "path": "os"}}}, "_target_=hydra.utils"),
+        ({"hydra": {"callbacks": MADE}}, "${oc.create:"),
+        ({"hydra": {"callbacks": "${x}"}}, "is set in"),
+        ({"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"}, "is set in"),
+        (
+            {
+                "hydra": {
+                    "callbacks": {
+                        "c": {"_target_": "hydra_plugins.hydra_joblib_launcher._core.logging.os.mkdir", "path": "ran"}
+                    }
+                }
+            },
+            "_target_=hydra_plugins",
+        ),
+        ({"optimizer": {"config": {"betas": f"\\{MADE}"}}}, "${oc.create:"),
+        ({"adapter": {"config": {"r": f"${{share:1,{MADE}}}"}}}, "${share:1"),
+        ({"adapter": {"start": "eva_rl.adapter.starts.${x}"}}, "for start"),
+        ({"hydra": {"sweeper": {"params": {"adapter.start": "os.system"}}}}, "adapter.start=os.system is set in"),
         ({"hydra": {"searchpath": ["file://elsewhere"]}}, "hydra.searchpath"),
         ({"adapter": {"config": CALL}}, "_target_=os.mkdir was given in"),
         ({"adapter": {"start": "os.system"}}, "adapter.start=os.system is set in"),
@@ -178,6 +206,19 @@ def test_a_folder_of_settings_has_nothing_called(run, tmp_path, settings, senten
     assert sentence in err
     assert "Traceback" not in err
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
+    from eva_rl.config import _check_config_folders
+
+    settings = {
+        "run_dir": "mine/${adapter.name}-${seed}",
+        "steps": "${share:0.5,${adapter.steps}}",
+        "episodes": "${.steps}",
+    }
+    launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings | {"hydra": {"launcher": launcher}}))
+    _check_config_folders(["--config-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
