@@ -276,6 +276,44 @@ def test_an_environment_gives_the_spaces_and_is_named_in_the_dataset(tmp_path):
         convert(str(tmp_path / "a.npz"), "mine/b-v0", environment="CartPole-v1")
 
 
+@pytest.mark.parametrize(
+    ("environment", "size", "actions", "sentence"),
+    [
+        ("CartPole-v1", 4, [0, 0.2, 1], "such as 0.2 where Discrete"),
+        ("CartPole-v1", 4, [0, 1e30, 1], "takes whole numbers"),
+        ("CartPole-v1", 4, [0, 2, 1], "outside Discrete"),
+        ("Pendulum-v1", 3, [[0.0], [3.0], [-9.0]], r"such as 3 outside Box\(-2.0, 2.0"),
+    ],
+)
+def test_actions_that_the_environment_does_not_take_are_refused(tmp_path, environment, size, actions, sentence):
+    np.savez(tmp_path / "a.npz", observations=np.zeros((3, size)), actions=np.array(actions))
+    with pytest.raises(UserError, match=rf"a.npz' has actions \(actions\).* {sentence}"):
+        convert(str(tmp_path / "a.npz"), "mine/a-v0", environment=environment)
+
+
+def test_actions_that_rounding_put_beyond_the_bounds_are_on_them(tmp_path):
+    np.savez(tmp_path / "a.npz", observations=np.zeros((3, 3)), actions=np.array([[2.0000004], [0.5], [-2]]))
+    convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="Pendulum-v1")
+    assert load_dataset("mine/a-v0", "mine").actions.tolist() == [[2.0], [0.5], [-2.0]]
+
+
+class Pictures(gym.Env):
+    observation_space = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+
+def test_pictures_in_other_units_than_the_environments_are_refused(tmp_path):
+    gym.register("Pictures-v0", f"{__name__}:Pictures")
+    try:
+        for scale, dtype in ((1, np.float32), (400, np.int64)):
+            shown = (np.random.default_rng(0).random((3, 40, 40, 3)) * scale).astype(dtype)
+            np.savez(tmp_path / "a.npz", observations=shown, actions=np.array([0, 1, 1]))
+            with pytest.raises(UserError, match=r"has observations .* takes whole numbers of uint8"):
+                convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="Pictures-v0")
+    finally:
+        del gym.registry["Pictures-v0"]
+
+
 BAD = {
     "a length of its own": ({"rewards": np.ones(4)}, "column 'rewards' has 4 rows where 5 were expected"),
     "more observations": ({"observations": np.ones((7, 3))}, "column 'observations' has 7 rows where 5 or 6"),

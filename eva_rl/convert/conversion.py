@@ -202,9 +202,29 @@ def _in_space(taken: Taken, role: str, columns: Mapping[str, np.ndarray], space:
             f"{taken.where} has {role} of {joined.shape[1]} numbers ({', '.join(columns)}) where {space} was expected: name other columns "
             f"with columns.{role}=[...]."
         )
-    kept = joined.reshape(len(joined), *space.shape).astype(space.dtype)
+    joined = joined.reshape(len(joined), *space.shape)
+    with np.errstate(invalid="ignore"):  # numbers that no whole one of this type stands for: they are refused below
+        kept = joined.astype(space.dtype)
+    if np.issubdtype(space.dtype, np.integer) and (other := kept != joined).any():
+        raise UserError(
+            f"{taken.where} has {role} ({', '.join(columns)}) such as {joined[other][0]:g} where {space} takes whole numbers of {space.dtype}: "
+            "bring them to its units."
+        )
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not all(
         map(space.contains, np.unique(kept, axis=0))
     ):
         raise UserError(f"{taken.where} has {role} ({', '.join(columns)}) outside {space}.")
+    if role == "actions" and isinstance(space, gym.spaces.Box):
+        return _within(kept, space, f"{taken.where} has {role} ({', '.join(columns)})")
     return kept
+
+
+def _within(actions: np.ndarray, space: gym.spaces.Box, what: str) -> np.ndarray:
+    """The actions (T, ...) on or between their bounds; those that rounding alone put beyond are on them."""
+    clipped = np.clip(actions, space.low, space.high)
+    beyond = ~np.isclose(actions, clipped, rtol=1e-5, atol=1e-6)
+    if beyond.any():
+        raise UserError(
+            f"{what} such as {actions[beyond][0]:g} outside {space}: bring them to its units, clip them, or leave environment= out."
+        )
+    return clipped
