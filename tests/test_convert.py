@@ -222,6 +222,23 @@ def test_a_raw_robosuite_recording_gives_its_states(tmp_path):
     assert load_dataset("mine/logs-v0", "mine").returns_to_go.abs().max() == 0
 
 
+def test_an_array_beside_the_demonstrations_of_robomimic_does_not_matter(tmp_path):
+    in_robomimic(tmp_path / "demo.hdf5")
+    with h5py.File(tmp_path / "demo.hdf5", "a") as file:
+        file["data/a_mean"] = np.zeros(3)  # before demo_0
+    found = convert(str(tmp_path / "demo.hdf5"), "mine/logs-v0")
+    assert found.summary.lengths == list(LENGTHS)
+    assert found.left_out[0][0] == "states"
+
+
+def test_columns_that_would_be_called_the_same_are_refused(tmp_path):
+    in_robomimic(
+        tmp_path / "d.hdf5", **{"obs/a/b": np.zeros((5, 2)), "obs/a.b": np.ones((5, 2))}, episodes=EPISODES[:1]
+    )
+    with pytest.raises(UserError, match=r"Columns 'obs/a.b' and 'obs/a/b' would both be called 'a.b'"):
+        convert(str(tmp_path / "d.hdf5"), "mine/logs-v0")
+
+
 def test_steps_after_the_last_end_are_left_out_and_said(tmp_path):
     in_d4rl(tmp_path / "d4rl.hdf5", rest=2)
     found = convert(str(tmp_path / "d4rl.hdf5"), "mine/logs-v0")

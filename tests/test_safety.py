@@ -1,5 +1,6 @@
 """Files of strangers: what a dataset, a run, an adapter or a checkpoint names is never called for being named."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from minari.data_collector import EpisodeBuffer
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.config import instantiate
 from eva_rl.data import load_dataset
-from eva_rl.data.environments import environment_of
+from eva_rl.data.environments import approved, environment_of
 from eva_rl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*env_spec is None", "ignore:`eval_env` is set to None")
@@ -74,6 +75,36 @@ def test_a_module_is_not_imported_because_a_dataset_names_it(make_dataset, datas
         with pytest.raises(UserError, match="is not registered in gymnasium"):
             environment_of("dummy/random-v0")
     assert "stranger" not in sys.modules
+
+
+def test_an_environment_of_a_script_is_refused_in_a_sentence(make_dataset, datasets_root, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as in a script
+    make_dataset()
+    rewrite(datasets_root, id="Mine-v0", entry_point="__main__:MyEnv")
+    with pytest.raises(UserError, match="is not registered in gymnasium"):
+        environment_of("dummy/random-v0")
+
+
+class Own(gym.Env):
+    observation_space = action_space = gym.spaces.Box(-1, 1, (2,))
+
+
+class OwnWrapper(gym.Wrapper):
+    pass
+
+
+def test_an_environment_registered_as_a_class_keeps_the_wrappers_of_its_package(
+    make_dataset, datasets_root, monkeypatch
+):
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", Own))
+    make_dataset()
+    for module, kept in ((__name__, True), ("conftest", False)):
+        monkeypatch.setattr(sys.modules["conftest"], "OwnWrapper", OwnWrapper, raising=False)
+        wrapper = {"name": "OwnWrapper", "entry_point": f"{module}:OwnWrapper", "kwargs": {}}
+        spec = gym.envs.registration.EnvSpec("Own-v0")
+        spec.additional_wrappers = (gym.envs.registration.WrapperSpec(**wrapper),)
+        with contextlib.nullcontext() if kept else pytest.warns(UserWarning, match="is made without OwnWrapper"):
+            assert bool(approved(spec, "dummy/random-v0").additional_wrappers) == kept
 
 
 def test_an_installed_package_of_environments_registers_its_own(make_dataset, datasets_root, monkeypatch):

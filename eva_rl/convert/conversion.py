@@ -153,13 +153,25 @@ def _in_one(columns: Mapping[str, Any]) -> bool:
 
 
 def _keys(columns: Mapping[str, Any]) -> dict[str, str]:
-    """The columns' keys in a Dict: without what all of them begin with, and without slashes, which HDF5 would split at."""
+    """The columns' keys in a Dict: without what all of them begin with, and without slashes, which HDF5 would split at.
+
+    Raises:
+        UserError: if two columns would have one key.
+    """
     names = list(columns)
     head = 0
     while all(head < len(name) and name[head] == names[0][head] for name in names):
         head += 1
     head = max(names[0].rfind(mark, 0, head) + 1 for mark in "./")
-    return {name: name[head:].replace("/", ".") for name in names}
+    keys = {name: name[head:].replace("/", ".") for name in names}
+    known: dict[str, str] = {}
+    for name, key in keys.items():
+        if known.setdefault(key, name) != name:
+            raise UserError(
+                f"Columns '{known[key]}' and '{name}' would both be called '{key}' in the dataset: rename one, or name columns that differ "
+                "with columns.observations=[...]."
+            )
+    return keys
 
 
 def _box(columns: Mapping[str, Column]) -> gym.spaces.Box:
