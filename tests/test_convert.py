@@ -362,6 +362,24 @@ def test_a_bad_episode_is_named_by_file_and_column_and_nothing_is_written(tmp_pa
     assert sentence.partition("(")[0] in found.left_out[0][1]
 
 
+def test_where_every_episode_is_bad_the_reason_is_said_and_to_leave_all_out_is_not_advised(tmp_path):
+    SOURCES["npz"](tmp_path / "npz")
+    meant = Columns(observations=("pos_*",))
+    with pytest.raises(UserError, match=r"has no column 'pos_\*'.*it has 'observations'") as raised:
+        convert(str(tmp_path / "npz"), "mine/logs-v0", columns=meant)
+    assert "skip_bad" not in str(raised.value)
+    with pytest.raises(UserError, match=r"no episode that can be used; the first, '.*npz': has no column 'pos_\*'"):
+        convert(str(tmp_path / "npz"), "mine/logs-v0", columns=meant, skip_bad=True)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_to_leave_an_episode_out_is_advised_where_others_can_be_used(tmp_path, bad):
+    for number in (0, 1):
+        np.savez(tmp_path / f"{number}.npz", **EPISODES[0] | ({"rewards": np.ones(4)} if number == bad else {}))
+    with pytest.raises(UserError, match=rf"{bad}.npz', column 'rewards' has 4 rows .*skip_bad=true leaves such"):
+        convert(str(tmp_path), "mine/logs-v0")
+
+
 def test_a_bad_episode_within_a_file_is_named(tmp_path):
     in_robomimic(tmp_path / "d.hdf5", [EPISODES[0], EPISODES[1] | {"rewards": np.full(7, np.nan)}])
     with pytest.raises(UserError, match=r"d.hdf5', episode demo_1, column 'rewards' holds NaN"):

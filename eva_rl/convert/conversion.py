@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Format
+from eva_rl.convert.episodes import Columns, Episode, Format
 from eva_rl.convert.formats import find_format
 from eva_rl.convert.lerobot import from_hub
 from eva_rl.convert.taken import Column, Summary, Taken, take
@@ -69,7 +70,8 @@ def convert(
     for _ in _episodes(path, format, given, summary, bad):
         pass
     if not summary.lengths:
-        raise UserError(f"source={source} holds no episode" + (" that can be used." if left_out else "."))
+        why = f" that can be used; the first, {left_out[0][0]}: {left_out[0][1]}" if left_out else "."
+        raise UserError(f"source={source} holds no episode{why}")
     left_out[:0] = format.left_out(path, given.over(format.columns))
     spaces = _spaces(summary, actions, environment)
     episodes = _as_kept(_episodes(path, format, given, Summary(), [] if skip_bad else None), *spaces)
@@ -93,11 +95,13 @@ def _episodes(
     """The episodes that can be used; the others are noted in `bad` or, if it is None, refused."""
     columns = given.over(format.columns)
     try:
-        for episode in format.read(path, columns):
+        for episode in (reading := format.read(path, columns)):
             try:
                 taken = take(episode, columns, given, format)
                 summary.add(taken)
             except UserError as error:
+                if bad is None and not (summary.lengths or _any_usable(reading, columns, given, format)):
+                    raise  # to leave all of them out would hide why
                 if bad is None:
                     raise UserError(f"{error} (skip_bad=true leaves such episodes out.)") from error
                 bad.append((episode.where, str(error).removeprefix(episode.where).lstrip(", ")))
@@ -105,6 +109,16 @@ def _episodes(
             yield taken
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"'{path}' can't be read ({in_one_line(error)[:200]}): get it again.") from error
+
+
+def _any_usable(episodes: Iterator[Episode], columns: Columns, given: Columns, format: Format) -> bool:
+    """Whether any of these episodes could be taken."""
+    with suppress(UserError, OSError, ValueError, MemoryError):  # no more of them can be read
+        for episode in episodes:
+            with suppress(UserError):
+                take(episode, columns, given, format)
+                return True
+    return False
 
 
 def _spaces(summary: Summary, actions: str | None, environment: str | None) -> tuple[gym.Space, gym.Space]:
