@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from importlib import resources
@@ -743,14 +743,19 @@ def _finite(value: Any) -> Any:
 
 
 def instantiate(config: dict[str, Any]) -> Any:
-    """The peft config that `_target_` and its settings describe; nested ones, such as EVA's, too.
+    """The peft config or optimiser that `_target_` and its settings describe; nested ones, such as EVA's, too.
 
-    A run's settings may be a stranger's, so that a name in them is never imported: it is looked up among peft's config classes.
+    A run's settings may be a stranger's, so that no other name in them is imported. Hydra would resolve interpolations once more, and
+    what `oc.create` makes of one is called unchecked: these settings may hold none.
 
     Raises:
-        UserError: if `_target_` names anything else, or the config can't be made of these settings.
+        UserError: if `_target_` names anything else, an interpolation is left, or nothing can be made of these settings.
     """
     _check_targets(config)
+    if left := next((text for text in _texts(config) if "${" in text), None):
+        raise UserError(
+            f"{left[:200]} was given for {config.get('_target_')} where a value was expected: write it out, without ${{."
+        )
     try:
         return hydra.utils.instantiate(config, _convert_="all")  # plain lists: peft writes its config as JSON
     except HydraException as error:
@@ -764,12 +769,12 @@ TARGET = re.compile(
     r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config|(torch\.optim|pytorch_optimizer)\.[A-Z]\w+|eva_rl\.training\.optimizers\.(\w+)\.\3"
 )
 """What `_target_` may name: configs of peft, and optimisers."""
-OF_HYDRA = re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+|hydra_plugins\.[\w.]+")
+OF_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins\.\w+)\.\w+\.\w+(Launcher|Sweeper)")
 """What `_target_` may name besides in a folder of settings: Hydra's launchers and sweepers."""
 
 
 def _check_targets(settings: Any, where: str = "", also: re.Pattern[str] | None = None) -> None:
-    """Raise a `UserError` if these settings, however nested, name anything to be called but peft's config classes."""
+    """Raise a `UserError` if these settings, however nested, name anything to be called but peft's config classes and optimisers."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             if key == "_target_" and not (
@@ -782,6 +787,28 @@ def _check_targets(settings: Any, where: str = "", also: re.Pattern[str] | None 
     elif isinstance(settings, list | tuple):
         for value in settings:
             _check_targets(value, where, also)
+
+
+def _texts(settings: Any) -> Iterator[str]:
+    """All texts among these settings, however nested."""
+    if isinstance(settings, dict):
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _texts(value)
+    elif isinstance(settings, str):
+        yield settings
+
+
+REFERENCE = re.compile(r"\$\{(share:)?[\w.,\[\] -]*\}")
+"""An interpolation that calls nothing: another setting's name, or our own resolver."""
+
+
+def _calls(text: str) -> bool:
+    """Whether a text holds interpolations that do more than refer to other settings; those within others count, too."""
+    while text != (shorter := REFERENCE.sub("0", text)):
+        text = shorter
+    return "${" in text
 
 
 STARTS = "eva_rl.adapter.starts."
@@ -803,18 +830,24 @@ def _check_config_folders(words: Sequence[str]) -> None:
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"The settings in '{path}' can't be read ({in_one_line(error)}): mend them.") from error
             _check_targets(settings, f" in '{path}'", OF_HYDRA)
+            if called := next((text for text in _texts(settings) if _calls(text)), None):
+                raise UserError(
+                    f"{called[:200]} is set in '{path}' where a value was expected: write it out, or name another setting as in ${{seed}}."
+                )
             _check_foreign(settings, path, words)
 
 
 def _check_foreign(settings: Any, path: Path, words: Sequence[str]) -> None:
-    """As `_check_targets`, for a start function and for more folders of settings."""
+    """As `_check_targets`, for a start function, for what Hydra itself makes, and for more folders of settings."""
     if not isinstance(settings, dict):
         return
     for key, value in settings.items():
+        if key in ("hydra", "callbacks", "start") and (text := next((t for t in _texts(value) if "${" in t), None)):
+            raise UserError(f"{text[:200]} is set in '{path}' for {key} where a value was expected: write it out.")
         if key == "searchpath" and value:
             raise UserError(f"hydra.searchpath={value} is set in '{path}': name that folder with --config-dir instead.")
         ours = value is None or (isinstance(value, str) and value.startswith(STARTS))
-        if key == "start" and not ours and f"adapter.start={value}" not in words:
+        if str(key).rpartition(".")[2] == "start" and not ours and f"adapter.start={value}" not in words:
             raise UserError(
                 f"adapter.start={value} is set in '{path}' where a function of {STARTS[:-1]} was expected: add "
                 f"adapter.start={value} to the command line if you trust it."

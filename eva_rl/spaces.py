@@ -21,6 +21,8 @@ SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
 SMALLEST_IMAGE = 32
 """Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
+LARGEST = 2**26
+"""Numbers in an observation or action that a text may describe; a damaged one could ask for more than memory holds."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,11 @@ def spaces_from_text(text: str) -> tuple[gym.Space, gym.Space]:
     """
     try:
         fields = json.loads(text)
-        return _from_json(fields["observation"]), _from_json(fields["action"])
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        members = fields["observation"], fields["action"]
+        if sum(map(_numbers, members)) > LARGEST:
+            raise ValueError(f"a description of spaces of more than {LARGEST} numbers")
+        return _from_json(members[0]), _from_json(members[1])
+    except (KeyError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"no description of spaces: {error!r}") from error
 
 
@@ -253,6 +258,16 @@ def _bounds(values: np.ndarray) -> Any:
     flat = values.ravel()
     kept = flat[:1] if flat.size and (flat == flat[0]).all() else flat
     return [str(value) if np.isinf(value) else value.item() for value in kept]
+
+
+def _numbers(fields: Mapping[str, Any]) -> int:
+    """How many numbers a space holds, by its description; before anything of that size is made."""
+    members = fields.get("members", ())
+    members = members.values() if isinstance(members, dict) else members
+    own = fields.get("shape", ())
+    if not all(type(size) is int and size >= 0 for size in own):
+        raise ValueError(f"no space has the shape {own}")
+    return math.prod(own) + sum(map(_numbers, members))
 
 
 def _from_json(fields: Mapping[str, Any]) -> gym.Space:

@@ -222,6 +222,23 @@ def test_a_raw_robosuite_recording_gives_its_states(tmp_path):
     assert load_dataset("mine/logs-v0", "mine").returns_to_go.abs().max() == 0
 
 
+def test_an_array_beside_the_demonstrations_of_robomimic_does_not_matter(tmp_path):
+    in_robomimic(tmp_path / "demo.hdf5")
+    with h5py.File(tmp_path / "demo.hdf5", "a") as file:
+        file["data/a_mean"] = np.zeros(3)  # before demo_0
+    found = convert(str(tmp_path / "demo.hdf5"), "mine/logs-v0")
+    assert found.summary.lengths == list(LENGTHS)
+    assert found.left_out[0][0] == "states"
+
+
+def test_columns_that_would_be_called_the_same_are_refused(tmp_path):
+    in_robomimic(
+        tmp_path / "d.hdf5", **{"obs/a/b": np.zeros((5, 2)), "obs/a.b": np.ones((5, 2))}, episodes=EPISODES[:1]
+    )
+    with pytest.raises(UserError, match=r"Columns 'obs/a.b' and 'obs/a/b' would both be called 'a.b'"):
+        convert(str(tmp_path / "d.hdf5"), "mine/logs-v0")
+
+
 def test_steps_after_the_last_end_are_left_out_and_said(tmp_path):
     in_d4rl(tmp_path / "d4rl.hdf5", rest=2)
     found = convert(str(tmp_path / "d4rl.hdf5"), "mine/logs-v0")
@@ -276,6 +293,44 @@ def test_an_environment_gives_the_spaces_and_is_named_in_the_dataset(tmp_path):
         convert(str(tmp_path / "a.npz"), "mine/b-v0", environment="CartPole-v1")
 
 
+@pytest.mark.parametrize(
+    ("environment", "size", "actions", "sentence"),
+    [
+        ("CartPole-v1", 4, [0, 0.2, 1], "such as 0.2 where Discrete"),
+        ("CartPole-v1", 4, [0, 1e30, 1], "takes whole numbers"),
+        ("CartPole-v1", 4, [0, 2, 1], "outside Discrete"),
+        ("Pendulum-v1", 3, [[0.0], [3.0], [-9.0]], r"such as 3 outside Box\(-2.0, 2.0"),
+    ],
+)
+def test_actions_that_the_environment_does_not_take_are_refused(tmp_path, environment, size, actions, sentence):
+    np.savez(tmp_path / "a.npz", observations=np.zeros((3, size)), actions=np.array(actions))
+    with pytest.raises(UserError, match=rf"a.npz' has actions \(actions\).* {sentence}"):
+        convert(str(tmp_path / "a.npz"), "mine/a-v0", environment=environment)
+
+
+def test_actions_that_rounding_put_beyond_the_bounds_are_on_them(tmp_path):
+    np.savez(tmp_path / "a.npz", observations=np.zeros((3, 3)), actions=np.array([[2.0000004], [0.5], [-2]]))
+    convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="Pendulum-v1")
+    assert load_dataset("mine/a-v0", "mine").actions.tolist() == [[2.0], [0.5], [-2.0]]
+
+
+class Pictures(gym.Env):
+    observation_space = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+
+def test_pictures_in_other_units_than_the_environments_are_refused(tmp_path):
+    gym.register("Pictures-v0", f"{__name__}:Pictures")
+    try:
+        for scale, dtype in ((1, np.float32), (400, np.int64)):
+            shown = (np.random.default_rng(0).random((3, 40, 40, 3)) * scale).astype(dtype)
+            np.savez(tmp_path / "a.npz", observations=shown, actions=np.array([0, 1, 1]))
+            with pytest.raises(UserError, match=r"has observations .* takes whole numbers of uint8"):
+                convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="Pictures-v0")
+    finally:
+        del gym.registry["Pictures-v0"]
+
+
 BAD = {
     "a length of its own": ({"rewards": np.ones(4)}, "column 'rewards' has 4 rows where 5 were expected"),
     "more observations": ({"observations": np.ones((7, 3))}, "column 'observations' has 7 rows where 5 or 6"),
@@ -305,6 +360,24 @@ def test_a_bad_episode_is_named_by_file_and_column_and_nothing_is_written(tmp_pa
     found = convert(str(tmp_path / "logs"), "mine/logs-v0", skip_bad=True)
     assert found.summary.lengths == [5]
     assert sentence.partition("(")[0] in found.left_out[0][1]
+
+
+def test_where_every_episode_is_bad_the_reason_is_said_and_to_leave_all_out_is_not_advised(tmp_path):
+    SOURCES["npz"](tmp_path / "npz")
+    meant = Columns(observations=("pos_*",))
+    with pytest.raises(UserError, match=r"has no column 'pos_\*'.*it has 'observations'") as raised:
+        convert(str(tmp_path / "npz"), "mine/logs-v0", columns=meant)
+    assert "skip_bad" not in str(raised.value)
+    with pytest.raises(UserError, match=r"no episode that can be used; the first, '.*npz': has no column 'pos_\*'"):
+        convert(str(tmp_path / "npz"), "mine/logs-v0", columns=meant, skip_bad=True)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_to_leave_an_episode_out_is_advised_where_others_can_be_used(tmp_path, bad):
+    for number in (0, 1):
+        np.savez(tmp_path / f"{number}.npz", **EPISODES[0] | ({"rewards": np.ones(4)} if number == bad else {}))
+    with pytest.raises(UserError, match=rf"{bad}.npz', column 'rewards' has 4 rows .*skip_bad=true leaves such"):
+        convert(str(tmp_path), "mine/logs-v0")
 
 
 def test_a_bad_episode_within_a_file_is_named(tmp_path):
@@ -357,6 +430,21 @@ def test_an_id_that_minari_would_not_find_again_is_refused(tmp_path, dataset_id)
     SOURCES["npz"](tmp_path / "npz")
     with pytest.raises(UserError, match="where an id such as mine/name-v0 was expected"):
         convert(str(tmp_path / "npz"), dataset_id)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_datasets_is_never_written_over(make_dataset, datasets_root, tmp_path, overwrite):
+    SOURCES["npz"](tmp_path / "npz")
+    make_dataset("mine/hammer-v3/expert-v0")
+    (datasets_root / "mine/notes-v0").mkdir()
+    for dataset_id, why in (
+        ("mine/hammer-v3", "holds other datasets, such as mine/hammer-v3/expert-v0"),
+        ("mine/notes-v0", "is no dataset"),
+    ):
+        with pytest.raises(UserError, match=why) as raised:
+            convert(str(tmp_path / "npz"), dataset_id, overwrite=overwrite)
+        assert "overwrite" not in str(raised.value)
+    assert len(load_dataset("mine/hammer-v3/expert-v0", "mine").lengths) == 4
 
 
 def test_the_command_shows_what_it_found_and_refuses_to_write_twice(run, tmp_path, base):

@@ -157,6 +157,38 @@ def test_a_missing_dataset_is_downloaded(make_dataset, monkeypatch):
     assert len(load_dataset("mine/random-v0", "mine").lengths) == 4
 
 
+@pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
+def test_a_folder_of_datasets_is_no_dataset_and_is_kept(make_dataset, datasets_root, monkeypatch, error):
+    def fail(dataset_id: str) -> None:
+        raise error(dataset_id)
+
+    monkeypatch.setattr(minari, "download_dataset", fail)
+    make_dataset("mine/hammer-v3/expert-v0")
+    with pytest.raises(
+        UserError, match=r"'mine/hammer-v3' is a folder of datasets.*name one.*mine/hammer-v3/expert-v0"
+    ):
+        load_dataset("mine/hammer-v3", "mine")
+    assert len(load_dataset("mine/hammer-v3/expert-v0", "mine").lengths) == 4
+
+
+@pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_broken_download_removes_what_it_left_and_nothing_that_was_there(datasets_root, monkeypatch, error, there):
+    def fail(dataset_id: str) -> None:
+        (datasets_root / dataset_id / "data").mkdir(parents=True)
+        raise error(dataset_id)
+
+    monkeypatch.setattr(minari, "download_dataset", fail)
+    notes = datasets_root / "mine/random-v0/notes.txt"
+    if there:
+        notes.parent.mkdir(parents=True)
+        notes.write_text("mine")
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError):
+        load_dataset("mine/random-v0", "mine")
+    assert notes.exists() == notes.parent.exists() == there
+    assert not (notes.parent / "data").exists()
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9])
 def test_a_truncated_hdf5_file_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, keep):
     make_dataset("mine/random-v0")

@@ -321,6 +321,11 @@ def test_spaces_that_a_checkpoint_does_not_know_have_to_be_given(tmp_path):
         eva_rl.load_policy(folder, **given | {"action_space": spaces.Discrete(5)})
 
 
+def test_where_there_is_nothing_all_that_may_be_named_is_said(tmp_path):
+    with pytest.raises(UserError, match=f"There is no run, checkpoint or base '{tmp_path}/nope': name a folder"):
+        eva_rl.load_policy(tmp_path / "nope")
+
+
 def test_a_damaged_description_of_spaces_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path / "model", Diary(OBSERVATIONS["vector"], ACTIONS["one"]))
     config = read_json(folder / "config.json")
@@ -328,6 +333,8 @@ def test_a_damaged_description_of_spaces_is_refused(tmp_path):
         '{"observation": {"space": "os.system"}}',
         "{",
         '{"observation": {"space": "Discrete", "n": 0, "start": 0}}',
+        '{"observation": {"space": "Box", "dtype": "float32", "low": [0], "high": [1], "shape": [1000000, 1000000]}, "action": {}}',
+        '{"observation": ' + '{"space": "Tuple", "members": [' * 10**4,
     ):
         config["interfaces"][0]["spaces"] = text
         write_json(folder / "config.json", config)

@@ -1,5 +1,6 @@
 """Files of strangers: what a dataset, a run, an adapter or a checkpoint names is never called for being named."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from minari.data_collector import EpisodeBuffer
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.config import instantiate
 from eva_rl.data import load_dataset
-from eva_rl.data.environments import environment_of
+from eva_rl.data.environments import approved, environment_of
 from eva_rl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*env_spec is None", "ignore:`eval_env` is set to None")
@@ -74,6 +75,36 @@ def test_a_module_is_not_imported_because_a_dataset_names_it(make_dataset, datas
         with pytest.raises(UserError, match="is not registered in gymnasium"):
             environment_of("dummy/random-v0")
     assert "stranger" not in sys.modules
+
+
+def test_an_environment_of_a_script_is_refused_in_a_sentence(make_dataset, datasets_root, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as in a script
+    make_dataset()
+    rewrite(datasets_root, id="Mine-v0", entry_point="__main__:MyEnv")
+    with pytest.raises(UserError, match="is not registered in gymnasium"):
+        environment_of("dummy/random-v0")
+
+
+class Own(gym.Env):
+    observation_space = action_space = gym.spaces.Box(-1, 1, (2,))
+
+
+class OwnWrapper(gym.Wrapper):
+    pass
+
+
+def test_an_environment_registered_as_a_class_keeps_the_wrappers_of_its_package(
+    make_dataset, datasets_root, monkeypatch
+):
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", Own))
+    make_dataset()
+    for module, kept in ((__name__, True), ("conftest", False)):
+        monkeypatch.setattr(sys.modules["conftest"], "OwnWrapper", OwnWrapper, raising=False)
+        wrapper = {"name": "OwnWrapper", "entry_point": f"{module}:OwnWrapper", "kwargs": {}}
+        spec = gym.envs.registration.EnvSpec("Own-v0")
+        spec.additional_wrappers = (gym.envs.registration.WrapperSpec(**wrapper),)
+        with contextlib.nullcontext() if kept else pytest.warns(UserWarning, match="is made without OwnWrapper"):
+            assert bool(approved(spec, "dummy/random-v0").additional_wrappers) == kept
 
 
 def test_an_installed_package_of_environments_registers_its_own(make_dataset, datasets_root, monkeypatch):
@@ -157,6 +188,17 @@ def test_a_runs_settings_make_nothing_but_configs_of_peft(tmp_path, target, nest
 
 
 CALL = {"_target_": "os.mkdir", "path": "ran"}
+MADE = "${oc.create:{_target_: os.mkdir, path: ran}}"
+"""A text that becomes a call when it is resolved."""
+
+
+@pytest.mark.parametrize("target", ["torch.optim.AdamW", "peft.LoraConfig"])
+@pytest.mark.parametrize("nested", [lambda text: text, lambda text: [{"a": text}]])
+def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, target, nested):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="where a value was expected"):
+        instantiate({"_target_": target, "_partial_": True, "betas": nested(MADE), "r": nested(MADE)})
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +206,23 @@ CALL = {"_target_": "os.mkdir", "path": "ran"}
     [
         ({"hydra": {"callbacks": {"c": CALL}}}, "_target_=os.mkdir was given in"),
         ({"hydra": {"launcher": {"_target_": "hydra.utils.get_method", "path": "os"}}}, "_target_=hydra.utils"),
+        ({"hydra": {"callbacks": MADE}}, "${oc.create:"),
+        ({"hydra": {"callbacks": "${x}"}}, "is set in"),
+        ({"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"}, "is set in"),
+        (
+            {
+                "hydra": {
+                    "callbacks": {
+                        "c": {"_target_": "hydra_plugins.hydra_joblib_launcher._core.logging.os.mkdir", "path": "ran"}
+                    }
+                }
+            },
+            "_target_=hydra_plugins",
+        ),
+        ({"optimizer": {"config": {"betas": f"\\{MADE}"}}}, "${oc.create:"),
+        ({"adapter": {"config": {"r": f"${{share:1,{MADE}}}"}}}, "${share:1"),
+        ({"adapter": {"start": "eva_rl.adapter.starts.${x}"}}, "for start"),
+        ({"hydra": {"sweeper": {"params": {"adapter.start": "os.system"}}}}, "adapter.start=os.system is set in"),
         ({"hydra": {"searchpath": ["file://elsewhere"]}}, "hydra.searchpath"),
         ({"adapter": {"config": CALL}}, "_target_=os.mkdir was given in"),
         ({"adapter": {"start": "os.system"}}, "adapter.start=os.system is set in"),
@@ -178,6 +237,19 @@ def test_a_folder_of_settings_has_nothing_called(run, tmp_path, settings, senten
     assert sentence in err
     assert "Traceback" not in err
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
+    from eva_rl.config import _check_config_folders
+
+    settings = {
+        "run_dir": "mine/${adapter.name}-${seed}",
+        "steps": "${share:0.5,${adapter.steps}}",
+        "episodes": "${.steps}",
+    }
+    launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings | {"hydra": {"launcher": launcher}}))
+    _check_config_folders(["--config-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Spaces as parts, and observations as rows of numbers."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -170,12 +172,28 @@ def test_spaces_come_back_from_their_text(space):
     assert "Infinity" not in text
 
 
+BOX = {"space": "Box", "dtype": "float32", "low": [0], "high": [1]}
+
+
+def described(space: dict) -> str:
+    return json.dumps({"observation": space, "action": {"space": "Discrete", "n": 2, "start": 0}})
+
+
 def test_a_text_that_describes_no_space_is_refused():
     for text in (
         "",
         "[]",
         '{"observation": {"space": "Graph"}}',
         '{"observation": {"space": "Discrete", "n": -1, "start": 0}}',
+        described(BOX | {"shape": [10**6, 10**6]}),
+        described(BOX | {"shape": [2**63, 2**63]}),
+        described(BOX | {"shape": [-1, 10**12]}),
+        described(BOX | {"shape": ["a"]}),
+        described({"space": "Tuple", "members": [BOX | {"shape": [2**14, 2**8]}] * 20}),
+        described({"space": "Discrete", "n": 10**30, "start": 0}),
+        described({"space": "MultiDiscrete", "nvec": [10**30], "start": [0], "dtype": "int64"}),
+        '{"observation": ' + '{"space": "Tuple", "members": [' * 10**5,
+        '{"observation": ' + '{"space": "Tuple", "members": [' * 900 + "]}" * 900 + ', "action": {}}',
     ):
         with pytest.raises(ValueError, match=r"."):
             spaces_from_text(text)

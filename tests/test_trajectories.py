@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from eva_rl.data import Recipe, Trajectories, WindowSampler, collect, interface_of, load_dataset, pack, returns_to_go
+from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
@@ -371,3 +372,13 @@ def test_labels_that_do_not_fit_the_actions_are_refused():
             pack("toy", [episode | {"labels": labels}], space, space)
     with pytest.raises(UserError, match="say what the expert meant and others don't"):
         pack("toy", [episode | {"labels": np.zeros((3, 2))}, episode], space, space)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_labels_of_some_episodes_alone_are_refused_on_disk_too(tmp_path, first):
+    space = gym.spaces.Box(-1, 1, (2,))
+    plain = {"observations": np.zeros((3, 2)), "actions": np.zeros((3, 2)), "rewards": np.zeros(3)}
+    episodes = [plain, plain | {"labels": np.zeros((3, 2))}]
+    with pytest.raises(UserError, match="say what the expert meant and others don't"):
+        pack_on_disk(tmp_path / "packed", {}, "toy", [episodes[first], episodes[1 - first]], space, space)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Format
+from eva_rl.convert.episodes import Columns, Episode, Format
 from eva_rl.convert.formats import find_format
 from eva_rl.convert.lerobot import from_hub
 from eva_rl.convert.taken import Column, Summary, Taken, take
@@ -69,7 +70,8 @@ def convert(
     for _ in _episodes(path, format, given, summary, bad):
         pass
     if not summary.lengths:
-        raise UserError(f"source={source} holds no episode" + (" that can be used." if left_out else "."))
+        why = f" that can be used; the first, {left_out[0][0]}: {left_out[0][1]}" if left_out else "."
+        raise UserError(f"source={source} holds no episode{why}")
     left_out[:0] = format.left_out(path, given.over(format.columns))
     spaces = _spaces(summary, actions, environment)
     episodes = _as_kept(_episodes(path, format, given, Summary(), [] if skip_bad else None), *spaces)
@@ -93,11 +95,13 @@ def _episodes(
     """The episodes that can be used; the others are noted in `bad` or, if it is None, refused."""
     columns = given.over(format.columns)
     try:
-        for episode in format.read(path, columns):
+        for episode in (reading := format.read(path, columns)):
             try:
                 taken = take(episode, columns, given, format)
                 summary.add(taken)
             except UserError as error:
+                if bad is None and not (summary.lengths or _any_usable(reading, columns, given, format)):
+                    raise  # to leave all of them out would hide why
                 if bad is None:
                     raise UserError(f"{error} (skip_bad=true leaves such episodes out.)") from error
                 bad.append((episode.where, str(error).removeprefix(episode.where).lstrip(", ")))
@@ -105,6 +109,16 @@ def _episodes(
             yield taken
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"'{path}' can't be read ({in_one_line(error)[:200]}): get it again.") from error
+
+
+def _any_usable(episodes: Iterator[Episode], columns: Columns, given: Columns, format: Format) -> bool:
+    """Whether any of these episodes could be taken."""
+    with suppress(UserError, OSError, ValueError, MemoryError):  # no more of them can be read
+        for episode in episodes:
+            with suppress(UserError):
+                take(episode, columns, given, format)
+                return True
+    return False
 
 
 def _spaces(summary: Summary, actions: str | None, environment: str | None) -> tuple[gym.Space, gym.Space]:
@@ -153,13 +167,25 @@ def _in_one(columns: Mapping[str, Any]) -> bool:
 
 
 def _keys(columns: Mapping[str, Any]) -> dict[str, str]:
-    """The columns' keys in a Dict: without what all of them begin with, and without slashes, which HDF5 would split at."""
+    """The columns' keys in a Dict: without what all of them begin with, and without slashes, which HDF5 would split at.
+
+    Raises:
+        UserError: if two columns would have one key.
+    """
     names = list(columns)
     head = 0
     while all(head < len(name) and name[head] == names[0][head] for name in names):
         head += 1
     head = max(names[0].rfind(mark, 0, head) + 1 for mark in "./")
-    return {name: name[head:].replace("/", ".") for name in names}
+    keys = {name: name[head:].replace("/", ".") for name in names}
+    known: dict[str, str] = {}
+    for name, key in keys.items():
+        if known.setdefault(key, name) != name:
+            raise UserError(
+                f"Columns '{known[key]}' and '{name}' would both be called '{key}' in the dataset: rename one, or name columns that differ "
+                "with columns.observations=[...]."
+            )
+    return keys
 
 
 def _box(columns: Mapping[str, Column]) -> gym.spaces.Box:
@@ -202,9 +228,29 @@ def _in_space(taken: Taken, role: str, columns: Mapping[str, np.ndarray], space:
             f"{taken.where} has {role} of {joined.shape[1]} numbers ({', '.join(columns)}) where {space} was expected: name other columns "
             f"with columns.{role}=[...]."
         )
-    kept = joined.reshape(len(joined), *space.shape).astype(space.dtype)
+    joined = joined.reshape(len(joined), *space.shape)
+    with np.errstate(invalid="ignore"):  # numbers that no whole one of this type stands for: they are refused below
+        kept = joined.astype(space.dtype)
+    if np.issubdtype(space.dtype, np.integer) and (other := kept != joined).any():
+        raise UserError(
+            f"{taken.where} has {role} ({', '.join(columns)}) such as {joined[other][0]:g} where {space} takes whole numbers of {space.dtype}: "
+            "bring them to its units."
+        )
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not all(
         map(space.contains, np.unique(kept, axis=0))
     ):
         raise UserError(f"{taken.where} has {role} ({', '.join(columns)}) outside {space}.")
+    if role == "actions" and isinstance(space, gym.spaces.Box):
+        return _within(kept, space, f"{taken.where} has {role} ({', '.join(columns)})")
     return kept
+
+
+def _within(actions: np.ndarray, space: gym.spaces.Box, what: str) -> np.ndarray:
+    """The actions (T, ...) on or between their bounds; those that rounding alone put beyond are on them."""
+    clipped = np.clip(actions, space.low, space.high)
+    beyond = ~np.isclose(actions, clipped, rtol=1e-5, atol=1e-6)
+    if beyond.any():
+        raise UserError(
+            f"{what} such as {actions[beyond][0]:g} outside {space}: bring them to its units, clip them, or leave environment= out."
+        )
+    return clipped

@@ -42,7 +42,7 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
     with opened(path) as file:
-        found = arrays(next(iter(file["data"].values())))
+        found = arrays(next(member for member in file["data"].values() if isinstance(member, h5py.Group)))
     if "states" not in found or "states" in matching(columns.observations or (), found):
         return []
     return [("states", "the simulator's own state; columns.observations=[states] takes it")]

@@ -216,7 +216,12 @@ def _registered(spec: EnvSpec) -> EnvSpec | None:
 
 def _is_here(entry_point: str | None) -> bool:
     """Whether there is a module to take the entry point from; it is not imported."""
-    return entry_point is not None and find_spec(entry_point.partition(":")[0].partition(".")[0] or "?") is not None
+    if entry_point is None:
+        return False
+    try:
+        return find_spec(entry_point.partition(":")[0].partition(".")[0] or "?") is not None
+    except ValueError:  # a module that was not imported from a file, such as __main__
+        return True
 
 
 def _needed(dataset_id: str) -> str:
@@ -237,4 +242,5 @@ def _harmless(wrapper: WrapperSpec, spec: EnvSpec) -> bool:
         return False
     if module.startswith("gymnasium.wrappers"):
         return name in WRAPPERS
-    return module.partition(".")[0] == spec.entry_point.partition(".")[0] != "gymnasium"
+    own = spec.entry_point if isinstance(spec.entry_point, str) else getattr(spec.entry_point, "__module__", "")
+    return module.partition(".")[0] == own.partition(":")[0].partition(".")[0] != "gymnasium"

@@ -84,10 +84,23 @@ def _collected(dataset_id: str) -> bool:
         return False
 
 
+def datasets_below(dataset_id: str) -> Sequence[str]:
+    """The ids of the datasets in folders below the one of this id, as `metaworld/hammer-v3` has those of all its collections."""
+    return [found for found in _local_datasets() if found.startswith(f"{dataset_id.rstrip('/')}/")]
+
+
 def _download(dataset_id: str) -> None:
     local = _local_datasets()
     hint = did_you_mean(dataset_id, local) if local else "There are no local datasets."
+    if below := datasets_below(dataset_id):
+        raise UserError(
+            f"'{dataset_id}' is a folder of datasets in {get_dataset_path()} where the id of one was expected: name one of those in it, "
+            f"{', '.join(below[:5])}{' and others' if len(below) > 5 else ''}."
+        )
     path = get_dataset_path(dataset_id)
+    path = (
+        path / "data" if path.exists() else path
+    )  # what a broken download leaves, and nothing that was there before it
     try:
         if re.search(r"-v\d+$", dataset_id) is None:
             raise ValueError("an id ends in its version, such as -v0")

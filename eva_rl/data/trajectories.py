@@ -84,10 +84,6 @@ def pack(
     for episode in checked(task, episodes, observation_space, action_space):
         for name, values in episode.items():
             columns.setdefault(name, []).append(values)
-    if len(columns.get("labels", ())) not in (0, len(columns["rewards"])):
-        raise UserError(
-            f"Some episodes of the dataset of '{task}' say what the expert meant and others don't: collect it again."
-        )
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if name != "success"}
     return joined_up(task, joined, columns, observation_space, action_space)
 
@@ -125,7 +121,7 @@ def checked(
     Raises:
         UserError: see `pack`.
     """
-    choices, number = action_choices(action_space), -1
+    choices, number, labelled = action_choices(action_space), -1, None
     for number, episode in enumerate(episodes):
         rewards, actions = np.asarray(episode["rewards"], np.float32), np.asarray(episode["actions"])
         if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
@@ -153,6 +149,11 @@ def checked(
             raise UserError(f"Episode {number} of the dataset of '{task}': {error}.") from error
         if number == 0:
             _warn_of_lost_digits(task, observation_space, episode["observations"])
+            labelled = episode.get("labels") is not None
+        if labelled != (episode.get("labels") is not None):
+            raise UserError(
+                f"Some episodes of the dataset of '{task}' say what the expert meant and others don't: collect it again."
+            )
         actions = _as_kept(actions, action_space)
         if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
             raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")

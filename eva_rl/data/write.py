@@ -16,6 +16,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 import eva_rl
 from eva_rl.data.collection import datasets_root, datasets_root_at
+from eva_rl.data.metadata import datasets_below
 from eva_rl.errors import UserError
 from eva_rl.files import replacing
 
@@ -24,13 +25,22 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
     """Look whether a dataset can be written under this id.
 
     Raises:
-        UserError: if it is no id of Minari's, or a dataset of that id is there and is not to be overwritten.
+        UserError: if it is no id of Minari's, a dataset of that id is there and is not to be overwritten, or its folder holds anything
+            but one dataset.
     """
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
         raise UserError(
             f"dataset={dataset_id} was given where an id such as mine/name-v0 was expected: letters, digits, - and _, and a version."
         )
-    if (datasets_root() / dataset_id).exists() and not overwrite:
+    path = datasets_root() / dataset_id
+    if below := datasets_below(dataset_id):
+        raise UserError(
+            f"dataset={dataset_id} was given, but {path} holds other datasets, such as {below[0]}: name another, such as "
+            f"{dataset_id.rpartition('/')[0] or 'mine'}/name-v0."
+        )
+    if path.exists() and not (path / "data").is_dir():
+        raise UserError(f"dataset={dataset_id} was given, but {path} is there and is no dataset: name another.")
+    if path.exists() and not overwrite:
         raise UserError(
             f"The dataset '{dataset_id}' is there, in {get_dataset_path(dataset_id)}: set overwrite=true, or name another."
         )

@@ -91,7 +91,10 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         UserError: if there is none.
     """
-    folder = find_base(str(path))
+    try:
+        folder = find_base(str(path))
+    except UserError as error:  # a base is not all that this may name
+        raise UserError(str(error).replace("There is no base ", "There is no run, checkpoint or base ", 1)) from error
     if (folder / "adapter" / NOTES).is_file():
         return folder / "adapter"
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
