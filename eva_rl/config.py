@@ -824,7 +824,7 @@ def _check_config_folders(words: Sequence[str]) -> None:
         name, _, given = flag.partition("=")
         if name not in ("--config-dir", "-cd", "--config-path", "-cp"):
             continue
-        for path in sorted(Path(given or value).rglob("*.y*ml")):
+        for path in sorted(_settings_below(Path(given or value))):
             try:
                 settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -835,6 +835,17 @@ def _check_config_folders(words: Sequence[str]) -> None:
                     f"{called[:200]} is set in '{path}' where a value was expected: write it out, or name another setting as in ${{seed}}."
                 )
             _check_foreign(settings, path, words)
+
+
+def _settings_below(folder: Path) -> Iterator[Path]:
+    """The files of settings that Hydra would find there, those in linked folders too, each once."""
+    seen = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        yield from (Path(here, name) for name in names if name.endswith((".yaml", ".yml")))
 
 
 def _check_foreign(settings: Any, path: Path, words: Sequence[str]) -> None:

@@ -239,6 +239,18 @@ def test_a_folder_of_settings_has_nothing_called(run, tmp_path, settings, senten
     assert not (tmp_path / "ran").exists()
 
 
+def test_linked_folders_of_settings_are_looked_through(tmp_path):
+    from eva_rl.config import _check_config_folders
+
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/adapter").symlink_to("../other")
+    (tmp_path / "other/back").symlink_to("../run")  # a circle
+    (tmp_path / "other/mine.yaml").write_text(json.dumps({"config": CALL}))
+    with pytest.raises(UserError, match=r"_target_=os.mkdir was given in"):
+        _check_config_folders(["--config-dir", str(tmp_path / "run")])
+
+
 def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
     from eva_rl.config import _check_config_folders
 
