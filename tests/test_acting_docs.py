@@ -35,6 +35,7 @@ def write_dataset() -> None:
         minari.create_dataset_from_buffers("mine/pendulum-v0", episodes, env="Pendulum-v1")
 
 
+@pytest.mark.slow
 def test_the_page_on_acting_works_as_it_stands(run, hub, tmp_path):  # noqa: F811
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

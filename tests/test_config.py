@@ -234,7 +234,8 @@ def test_a_config_written_as_yaml_reads_back_the_same():
         assert parse(written, schema) == config
 
 
-def test_a_run_goes_where_it_is_told_or_into_a_dated_folder():
+def test_a_run_goes_where_it_is_told_or_into_a_dated_folder(monkeypatch):
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # another test's command may have left its own
     assert run_folder("some/where") == Path("some/where")
     assert run_folder(None).parts[0] == "runs"
     assert run_folder(None, "metaworld/hammer-v3", "eva-0").parts[1] == "metaworld-hammer-v3"

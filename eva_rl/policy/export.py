@@ -145,6 +145,8 @@ def export_policy(policy: ActingPolicy, format: str, output: Path) -> None:
 
 def _as_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> Any:
     try:
+        import onnxscript  # noqa: F401  torch asks for it deep inside, and once
+
         found = torch.onnx.export(
             program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False, optimize=True
         )
