@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -162,25 +161,14 @@ def use_run(folder: Path) -> None:
         raise UserError(left_out[0])
 
 
-@contextmanager
-def _root(folder: Path) -> Iterator[None]:
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
-
-
 def make_dataset(folder: Path) -> None:
     import warnings
 
     import gymnasium as gym
     import minari
     from minari.data_collector import EpisodeBuffer
+
+    from eva_rl.data.collection import datasets_root_at
 
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -193,7 +181,7 @@ def make_dataset(folder: Path) -> None:
         "observation_space": gym.spaces.Box(-10, 10, (3,), np.float64),
         "action_space": gym.spaces.Box(-1, 1, (2,), np.float64),
     }
-    with _root(folder), warnings.catch_warnings():
+    with datasets_root_at(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers("mine/random-v0", episodes, **spaces)
 
@@ -202,12 +190,13 @@ def use_dataset(folder: Path) -> None:
     import minari
 
     from eva_rl.data import WindowSampler, load_dataset
+    from eva_rl.data.collection import datasets_root_at
 
     def no_network(*_: object, **__: object) -> None:
         raise ConnectionError("the fuzzer runs without a network")
 
     minari.download_dataset = no_network
-    with _root(folder):
+    with datasets_root_at(folder):
         trajectories = load_dataset("mine/random-v0", "mine")
         WindowSampler([trajectories], "mine", 4, 2, 0).batch(0)
 

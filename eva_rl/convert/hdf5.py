@@ -33,7 +33,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
-def arrays(group: h5py.Group, prefix: str = "", where: str = "") -> dict[str, h5py.Dataset]:
+def arrays(group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
     """The datasets of a group and of the groups in it, by their paths within it."""
     found = {}
     for name, member in group.items():
