@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from eva_rl.errors import UserError
-from eva_rl.spaces import Part, dtype_of
+from eva_rl.spaces import Part, dtype_of, spaces_from_text
+from eva_rl.words import Words, members_of
 
 OBSERVATION_CLIP = 10.0
 """Normalised observations are clipped to this range: a target task may move what the statistics never saw move."""
@@ -71,8 +72,20 @@ class Interface:
         """Whether tensors of the other interface have this one's shapes and kinds."""
         return self.sizes == other.sizes
 
+    @property
+    def vocabularies(self) -> list[tuple[str, ...]]:
+        """The numbered words of each text in its observations."""
+        if '"Words"' not in self.spaces:
+            return []
+        return [member.words for member in members_of(spaces_from_text(self.spaces)[0]) if isinstance(member, Words)]
+
     def require(self, other: Interface, what: str) -> None:
         """Raise a `UserError` that names `what` unless the other interface fits this one."""
+        if self.fits(other) and self.vocabularies != other.vocabularies:
+            raise UserError(
+                f"{what} numbers the words of its text otherwise than the interface '{self.name}': take as many demonstrations as it was "
+                "trained on, or a base that does not know this dataset."
+            )
         if not self.fits(other):
             raise UserError(f"{what} has {other.in_words}, but the interface '{self.name}' expects {self.in_words}.")
 

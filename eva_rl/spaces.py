@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
+from eva_rl.words import LONGEST, Words
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -53,7 +54,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
     - vector: boxes of real numbers, bytes in one dimension, MultiBinary;
     - image: bytes in two or three dimensions, at least 32 pixels a side; grid: smaller ones, each number of a cell one of
       so many values;
-    - tokens: whole numbers from 0 in one dimension, MultiDiscrete; choice: Discrete.
+    - tokens: whole numbers from 0 in one dimension, MultiDiscrete, and the words of a text that have numbers; choice: Discrete.
 
     Raises:
         UserError: if the space has parts of other kinds.
@@ -68,10 +69,12 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
         return (Part("tokens", (space.nvec.size,), int(space.nvec.max())),)
     if isinstance(space, gym.spaces.MultiBinary):
         return (Part("vector", (math.prod(space.shape),)),)
+    if isinstance(space, Words):
+        return (Part("tokens", (space.length,), space.values),)
     if not isinstance(space, gym.spaces.Box):
         raise UserError(
-            f"Observations of {space} can't be embedded: Box, Discrete, MultiDiscrete, MultiBinary and Dict or Tuple of "
-            "those can; turn text into token ids with an observation wrapper."
+            f"Observations of {space} can't be embedded: Box, Discrete, MultiDiscrete, MultiBinary, a dataset's Text, and Dict or "
+            "Tuple of those can."
         )
     if space.dtype == np.uint8 and len(space.shape) in (2, 3):
         return (_picture(space),)
@@ -138,6 +141,8 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
         return [column for key in sorted(space) for column in _columns(space[key], observation[key])]
     if isinstance(space, gym.spaces.Tuple):
         return [column for i, member in enumerate(space) for column in _columns(member, observation[i])]
+    if isinstance(space, Words):
+        return [space.numbers(observation)]
     numbers = np.asarray(observation)
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         numbers = numbers - space.start
@@ -245,8 +250,9 @@ def _to_json(space: gym.Space) -> dict[str, Any]:
     if isinstance(space, gym.spaces.MultiBinary):
         return fields | {"shape": list(space.shape)}
     if isinstance(space, gym.spaces.Text):
-        characters = "".join(sorted(space.character_set))
-        return fields | {"lengths": [space.min_length, space.max_length], "characters": characters}
+        fields["characters"] = "".join(sorted(space.character_set))
+        fields["lengths"] = [space.min_length, space.max_length]
+        return fields | ({"words": list(space.words), "at_once": space.length} if isinstance(space, Words) else {})
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"The space {space} can't be kept in a checkpoint.")
     bounds = {"low": _bounds(space.low), "high": _bounds(space.high)}
@@ -270,6 +276,14 @@ def _numbers(fields: Mapping[str, Any]) -> int:
     return math.prod(own) + sum(map(_numbers, members))
 
 
+def _length(fields: Mapping[str, Any]) -> int:
+    """How many words of a text are read."""
+    length, words = fields["at_once"], fields["words"]
+    if type(length) is not int or not 1 <= length <= LONGEST or not all(isinstance(word, str) for word in words):
+        raise ValueError("the words of a text are no list of words, or not as many are read as there can be")
+    return length
+
+
 def _from_json(fields: Mapping[str, Any]) -> gym.Space:
     kind = fields["space"]
     if kind == "Dict":
@@ -283,9 +297,10 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
     if kind == "MultiBinary":
         shape = fields["shape"]
         return gym.spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
-    if kind == "Text":
+    if kind in ("Text", "Words"):
         low, high = fields["lengths"]
-        return gym.spaces.Text(high, min_length=low, charset=fields["characters"])
+        text = gym.spaces.Text(high, min_length=low, charset=fields["characters"])
+        return Words(text, fields["words"], _length(fields)) if kind == "Words" else text
     if kind != "Box":
         raise ValueError(f"no space is called {kind!r}")
     shape, dtype = tuple(fields["shape"]), np.dtype(fields["dtype"])

@@ -271,14 +271,6 @@ def test_several_choices_are_numbered_from_zero():
     assert interface_of("mine", [trajectories]).choices == (3, 3)
 
 
-def test_observations_of_spaces_that_no_model_can_take_are_refused_with_what_to_do():
-    text = gym.spaces.Dict({"mission": gym.spaces.Text(9), "position": FLAT})
-    observations = {"mission": ["go left"] * 3, "position": np.zeros((3, 2), np.float32)}
-    write_dataset("mine/odd-v0", observations, np.zeros((2, 2), np.float32), text, FLAT)
-    with pytest.raises(UserError, match=r"'mine/odd-v0' can't be used: Observations of Text.*token ids"):
-        load_dataset("mine/odd-v0", "mine")
-
-
 def test_actions_of_other_spaces_are_refused():
     actions = {"position": np.zeros((2, 2), np.float32)}
     space = gym.spaces.Dict({"position": FLAT})

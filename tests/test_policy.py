@@ -18,6 +18,7 @@ from eva_rl.files import read_json, write_json
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, policy_of, save_base
 from eva_rl.policy import ActingPolicy
 from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.words import with_words
 
 OBSERVATIONS = {
     "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
@@ -35,6 +36,8 @@ OBSERVATIONS = {
             "b": spaces.Discrete(3),
         }
     ),
+    "text": spaces.Text(12, charset="ab c"),
+    "mission": spaces.Dict({"mission": spaces.Text(12, charset="ab c"), "at": spaces.Box(-1, 1, (2,), np.float32)}),
     "tuple": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float64)})]),
 }
 ACTIONS = {
@@ -81,7 +84,9 @@ def random_episode(env: Diary) -> dict:
 
 def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
     torch.manual_seed(0)
-    trajectories = pack("toy/Diary", [random_episode(env)], env.observation_space, env.action_space)
+    episode = random_episode(env)
+    observation_space = with_words(env.observation_space, [episode["observations"]])
+    trajectories = pack("toy/Diary", [episode], observation_space, env.action_space)
     interface = interface_of("toy", [trajectories])
     model = DecisionTransformer(ModelConfig(2, 2, 16, 8, 0.0, ("return", "state", "action", "reward")), [interface])
     if cloning:
@@ -124,7 +129,7 @@ def test_a_cloned_network_acts_as_its_rollout_does(tmp_path):
         np.testing.assert_allclose(policy.act(observation), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("observations", ["vector", "dict", "tuple"])
+@pytest.mark.parametrize("observations", ["vector", "dict", "mission", "tuple"])
 def test_several_episodes_at_once_act_as_each_would_alone(observations, tmp_path):
     env = Diary(OBSERVATIONS[observations], ACTIONS["numbers"])
     together, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))

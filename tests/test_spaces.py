@@ -21,6 +21,7 @@ from eva_rl.spaces import (
     spaces_to_text,
     to_action,
 )
+from eva_rl.words import Words
 
 
 def pixels(*shape: int) -> Box:
@@ -159,6 +160,7 @@ def test_channels_are_the_axis_beside_a_square_or_else_the_shorter_end(shape, ki
         MultiBinary(4),
         MultiBinary([2, 3]),
         Text(20, min_length=2, charset="abä "),
+        Words(Text(20, charset="abä "), ["ab", "ä"], 4),
         Dict({"b": Discrete(2), "a": Tuple([Discrete(3), MultiBinary(2)])}),
     ],
     ids=str,

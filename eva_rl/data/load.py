@@ -17,6 +17,7 @@ from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError
 from eva_rl.spaces import action_choices, dtype_of, parts_of, successes_in
+from eva_rl.words import has_text, with_words
 
 IN_MEMORY = 256 * 2**20
 """Bytes of a task's observations that are read into memory."""
@@ -28,7 +29,7 @@ def load_dataset(
     """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
 
     Only the first `demonstrations` of them, where that is given. Those whose observations take more than `IN_MEMORY` bytes
-    are packed on disk, once, and mapped into memory.
+    are packed on disk, once, and mapped into memory. The words of text are numbered as these episodes have them.
 
     expert_labels: what is to be predicted is what the expert would have done without the noise, where the dataset says.
 
@@ -42,6 +43,9 @@ def load_dataset(
         raise UserError(
             f"demonstrations={count} was given, but the dataset '{dataset_id}' holds {dataset.total_episodes} episodes."
         )
+    if has_text(spaces[0]):
+        read = _episodes(dataset, dataset_id, count, expert_labels=False)
+        spaces = with_words(spaces[0], (episode["observations"] for episode in read)), spaces[1]
     try:
         parts = parts_of(spaces[0])
         action_choices(spaces[1])

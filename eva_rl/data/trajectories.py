@@ -179,9 +179,9 @@ def checked(
 def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None:
     """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
     first, lost = 0, []
-    for _, values in _leaves(space, observations):
+    for member, values in _leaves(space, observations):
         numbers = np.asarray(values)
-        size = int(np.prod(numbers.shape[1:]))
+        size = sum(part.size for part in parts_of(member))
         if numbers.dtype in (np.float64, np.int64, np.uint64):
             numbers = numbers.reshape(len(numbers), -1).astype(np.float64)
             cast = np.abs(numbers - numbers.astype(np.float32)).max(0)
@@ -235,7 +235,9 @@ def _shapes(space: gym.Space, observations: Any) -> Any:
 
 
 def _expected(space: gym.Space) -> Any:
-    return {key: _expected(member) for key, member in _members(space)} if _nested(space) else tuple(space.shape)
+    if _nested(space):
+        return {key: _expected(member) for key, member in _members(space)}
+    return tuple(space.shape or ())  # a text has none
 
 
 def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: float = 0.01) -> Interface:

@@ -17,6 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import replacing
 from eva_rl.interface import Batch
 from eva_rl.policy.acting import ActingPolicy
+from eva_rl.words import Words
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 NOTES = "eva_rl.json"
@@ -28,7 +29,7 @@ class Window(nn.Module):
 
     Inputs are arrays over `context` steps, of which those behind `step` are not looked at: one for each array of an observation,
     `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions`, `rewards` and `returns_to_go` that the
-    model reads. All are as the environment has them.
+    model reads. All are as the environment has them, but for text: its words come as their numbers, see `eva_rl.words`.
     """
 
     def __init__(self, policy: ActingPolicy):
@@ -44,7 +45,7 @@ class Window(nn.Module):
     def examples(self) -> tuple[Tensor, ...]:
         """Inputs of the right shapes and types."""
         spaces = (*self.leaves.values(), *self.past.values())
-        return *(torch.zeros(self.context, *s.shape, dtype=_type(s)) for s in spaces), torch.tensor(0)
+        return *(torch.zeros(self.context, *_shape(s), dtype=_type(s)) for s in spaces), torch.tensor(0)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *windows, step = inputs
@@ -101,8 +102,12 @@ def leaves(space: gym.Space, name: str) -> Iterator[tuple[str, gym.Space]]:
         yield name, space
 
 
+def _shape(space: gym.Space) -> tuple[int, ...]:
+    return (space.length,) if isinstance(space, Words) else space.shape
+
+
 def _type(space: gym.Space) -> torch.dtype:
-    if np.issubdtype(space.dtype, np.floating):
+    if not isinstance(space, Words) and np.issubdtype(space.dtype, np.floating):
         return torch.float32
     return torch.uint8 if space.dtype == np.uint8 else torch.int64
 

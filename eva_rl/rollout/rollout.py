@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import gymnasium as gym
@@ -22,7 +22,8 @@ from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
 from eva_rl.rollout.actor import Actor, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
-from eva_rl.spaces import action_choices, parts_of
+from eva_rl.spaces import action_choices, parts_of, spaces_from_text
+from eva_rl.words import Numbered
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,7 @@ def rollout(
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
     limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
+    jobs = [replace(job, make_env=with_words_of(interface, job.make_env)) for job in jobs]
     limits = {task: min(limit, max_steps or limit) for task, limit in limits.items()}
     limit = max(limits.values())
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
@@ -152,13 +154,20 @@ def rollout(
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
+def with_words_of(interface: Interface, make_env: Callable[..., gym.Env]) -> Callable[..., gym.Env]:
+    """Makes the environment with its text's words numbered as in the model's training data, where there is text."""
+    if '"Words"' not in interface.spaces:
+        return make_env
+    return Numbered(make_env, spaces_from_text(interface.spaces)[0])
+
+
 def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
     """The environment's time limit in steps, or `LONGEST`.
 
     Raises:
         UserError: unless the environment's observations and actions are those of `interface`.
     """
-    env = make_env()
+    env = with_words_of(interface, make_env)()
     env.close()
     name = f"The environment '{env.spec.id if env.spec else env}'"
     try:
