@@ -61,6 +61,13 @@ class Domain(ABC):
         """The name of the interface that task `name` goes through; tasks of one interface share their spaces."""
         return self.name
 
+    def mirror(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the mirror image of task `name` shows and does: the signs (obs,) and (act,) by which observations and actions are multiplied.
+
+        None where the task's world has no plane of symmetry, or none that single signs describe.
+        """
+        return None
+
     def reference_scores(self, name: str) -> ReferenceScores | None:
         """The score scale of task `name`, from `<domain>_scores.json` beside the domain's file; None if not measured."""
         path = Path(__file__).with_name(f"{self.name}_scores.json")

@@ -44,6 +44,15 @@ among the thirty-five, as CW10's tasks have among MT40.
 """
 
 
+SCALAR_LAST = {
+    "coffee-pull-v3", "coffee-push-v3", "door-close-v3", "door-open-v3", "lever-pull-v3", "peg-insert-side-v3", "pick-place-v3",
+    "pick-place-wall-v3", "plate-slide-back-side-v3", "plate-slide-back-v3", "plate-slide-side-v3", "plate-slide-v3", "push-back-v3",
+    "push-v3", "push-wall-v3", "reach-v3", "reach-wall-v3", "shelf-place-v3", "soccer-v3", "stick-pull-v3", "stick-push-v3",
+    "sweep-into-v3",
+}  # fmt: skip
+"""Tasks whose quaternions are (x, y, z, w), as SciPy has them; those of the others are (w, x, y, z), as MuJoCo has them."""
+
+
 class MetaWorld(Domain):
     name = "metaworld"
     extra = "metaworld"
@@ -66,6 +75,17 @@ class MetaWorld(Domain):
             kwargs={"name": name},
         )
         return gym.make(spec, render_mode=render_mode)
+
+    def mirror(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """At the plane x = 0, in which the robot stands: a quaternion (w, x, y, z) becomes (w, x, -y, -z)."""
+        y, z = (1, 2) if name in SCALAR_LAST else (2, 3)
+        signs = np.ones(39, np.float32)
+        for first in (0, 18):  # now, and one step ago
+            signs[[first, first + 4, first + 11]] = -1  # x of the hand and of both objects
+            for quaternion in (first + 7, first + 14):
+                signs[[quaternion + y, quaternion + z]] = -1
+        signs[36] = -1  # x of the goal
+        return signs, np.array([-1, 1, 1, 1], np.float32)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         policy = self.require("metaworld.policies").ENV_POLICY_MAP[name]()

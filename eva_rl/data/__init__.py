@@ -2,6 +2,7 @@
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.load import load_dataset
+from eva_rl.data.mirror import MirroredSampler
 from eva_rl.data.mixture import MixtureSampler, domain_weights
 from eva_rl.data.tasks import TaskSource, datasets, find_source, find_sources
 from eva_rl.data.trajectories import Trajectories, interface_of, pack, returns_to_go
@@ -9,6 +10,7 @@ from eva_rl.data.windows import WindowSampler
 from eva_rl.data.write import check_new_id, write_dataset
 
 __all__ = [
+    "MirroredSampler",
     "MixtureSampler",
     "Recipe",
     "TaskSource",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import gymnasium as gym
+import numpy as np
 
 from eva_rl.data.collection import Recipe, collect
 from eva_rl.data.environments import DatasetEnvironment
@@ -32,6 +33,9 @@ class TaskSource:
     """Takes a `render_mode`."""
     score_scale: tuple[float, float] | None
     """Episode returns of a random policy and of the expert, the 0 and the 1 of normalised scores."""
+
+    mirror: tuple[np.ndarray, np.ndarray] | None = None
+    """The signs of observations and actions in the task's mirror image, where it has one."""
 
     def dataset(self, demonstrations: int | None, seed: int) -> str:
         """The Minari id of this task's trajectories; a domain's task collects them first if they are not there."""
@@ -73,6 +77,7 @@ def find_source(task: str, dataset: str | None = None, trust_environment: bool =
         dataset_id=dataset,
         make_env=partial(domain.make, name),
         score_scale=(scores.random, scores.expert) if scores else None,
+        mirror=domain.mirror(name),
     )
 
 
