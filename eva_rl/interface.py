@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eva_rl.errors import UserError
+from eva_rl.prepared import Words, members_of
 from eva_rl.spaces import Part, dtype_of, spaces_from_text
-from eva_rl.words import Words, members_of
 
 OBSERVATION_CLIP = 10.0
 """Normalised observations are clipped to this range: a target task may move what the statistics never saw move."""

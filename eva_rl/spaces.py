@@ -16,12 +16,10 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.words import LONGEST, Words
+from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Prepared, Smaller, Words
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
-SMALLEST_IMAGE = 32
-"""Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
 LARGEST = 2**26
 """Numbers in an observation or action that a text may describe; a damaged one could ask for more than memory holds."""
 
@@ -52,7 +50,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
     """The parts of the space's observations, in the order of their flat form; a Dict's in the order of its sorted keys (Minari keeps no other).
 
     - vector: boxes of real numbers, bytes in one dimension, MultiBinary;
-    - image: bytes in two or three dimensions, at least 32 pixels a side; grid: smaller ones, each number of a cell one of
+    - image: bytes in two or three dimensions, at least 32 pixels a side, reduced where the space says so; grid: smaller ones, each number of a cell one of
       so many values;
     - tokens: whole numbers from 0 in one dimension, MultiDiscrete, and the words of a text that have numbers; choice: Discrete.
 
@@ -77,18 +75,18 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
             "Tuple of those can."
         )
     if space.dtype == np.uint8 and len(space.shape) in (2, 3):
-        return (_picture(space),)
+        return (_picture(space, space.seen if isinstance(space, Smaller) else space.shape),)
     whole = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
     if whole and len(space.shape) == 1 and (space.low == 0).all() and space.high.max() < 2**16:
         return (Part("tokens", space.shape, int(space.high.max()) + 1),)
     return (Part("vector", (math.prod(space.shape),)),)
 
 
-def _picture(space: gym.spaces.Box) -> Part:
-    height, width, *channels = space.shape
+def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
+    height, width, *channels = shown
     channels_last = True
-    if channels and _channels_first(space.shape):
-        channels, height, width, channels_last = [space.shape[0]], *space.shape[1:], False
+    if channels and not isinstance(space, Smaller) and _channels_first(shown):
+        channels, height, width, channels_last = [shown[0]], *shown[1:], False
     shape = (channels[0] if channels else 1, height, width)
     if min(height, width) >= SMALLEST_IMAGE:
         return Part("image", shape, channels_last=channels_last)
@@ -141,8 +139,9 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
         return [column for key in sorted(space) for column in _columns(space[key], observation[key])]
     if isinstance(space, gym.spaces.Tuple):
         return [column for i, member in enumerate(space) for column in _columns(member, observation[i])]
-    if isinstance(space, Words):
-        return [space.numbers(observation)]
+    if isinstance(space, Prepared):
+        numbers = space.numbers(observation)
+        return [numbers.reshape(*numbers.shape[: numbers.ndim - len(space.seen)], math.prod(space.seen))]
     numbers = np.asarray(observation)
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         numbers = numbers - space.start
@@ -256,7 +255,8 @@ def _to_json(space: gym.Space) -> dict[str, Any]:
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"The space {space} can't be kept in a checkpoint.")
     bounds = {"low": _bounds(space.low), "high": _bounds(space.high)}
-    return fields | {"shape": list(space.shape), "dtype": str(space.dtype)} | bounds
+    block = {"block": space.block} if isinstance(space, Smaller) else {}
+    return fields | {"shape": list(space.shape), "dtype": str(space.dtype)} | bounds | block
 
 
 def _bounds(values: np.ndarray) -> Any:
@@ -274,6 +274,14 @@ def _numbers(fields: Mapping[str, Any]) -> int:
     if not all(type(size) is int and size >= 0 for size in own):
         raise ValueError(f"no space has the shape {own}")
     return math.prod(own) + sum(map(_numbers, members))
+
+
+def _block(fields: Mapping[str, Any]) -> int:
+    """The side of the blocks that a picture is reduced by."""
+    block, shape = fields["block"], fields["shape"]
+    if type(block) is not int or fields["dtype"] != "uint8" or not 1 <= block <= min(shape[:2]):
+        raise ValueError("a picture of bytes is reduced by blocks of one pixel to its side")
+    return block
 
 
 def _length(fields: Mapping[str, Any]) -> int:
@@ -301,11 +309,12 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
         low, high = fields["lengths"]
         text = gym.spaces.Text(high, min_length=low, charset=fields["characters"])
         return Words(text, fields["words"], _length(fields)) if kind == "Words" else text
-    if kind != "Box":
+    if kind not in ("Box", "Smaller"):
         raise ValueError(f"no space is called {kind!r}")
     shape, dtype = tuple(fields["shape"]), np.dtype(fields["dtype"])
     low, high = (
         np.array([float(v) if isinstance(v, str) else v for v in fields[side]], dtype) for side in ("low", "high")
     )
     low, high = (np.resize(side, shape) if side.size == 1 else side.reshape(shape) for side in (low, high))
-    return gym.spaces.Box(low, high, shape, dtype.type)
+    box = gym.spaces.Box(low, high, shape, dtype.type)
+    return Smaller(box, _block(fields)) if kind == "Smaller" else box

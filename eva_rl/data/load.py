@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import minari
@@ -16,8 +17,8 @@ from eva_rl.data.metadata import UNREADABLE, metadata_of, open_dataset, unreadab
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError
-from eva_rl.spaces import action_choices, dtype_of, parts_of, successes_in
-from eva_rl.words import has_text, with_words
+from eva_rl.prepared import prepared
+from eva_rl.spaces import action_choices, dtype_of, parts_of, spaces_to_text, successes_in
 
 IN_MEMORY = 256 * 2**20
 """Bytes of a task's observations that are read into memory."""
@@ -29,7 +30,8 @@ def load_dataset(
     """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
 
     Only the first `demonstrations` of them, where that is given. Those whose observations take more than `IN_MEMORY` bytes
-    are packed on disk, once, and mapped into memory. The words of text are numbered as these episodes have them.
+    are packed on disk, once, and mapped into memory. The words of text are numbered as these episodes have them, and large
+    pictures reduced, see `eva_rl.prepared`.
 
     expert_labels: what is to be predicted is what the expert would have done without the noise, where the dataset says.
 
@@ -43,9 +45,8 @@ def load_dataset(
         raise UserError(
             f"demonstrations={count} was given, but the dataset '{dataset_id}' holds {dataset.total_episodes} episodes."
         )
-    if has_text(spaces[0]):
-        read = _episodes(dataset, dataset_id, count, expert_labels=False)
-        spaces = with_words(spaces[0], (episode["observations"] for episode in read)), spaces[1]
+    shown = partial(_episodes, dataset, dataset_id, count, False)
+    spaces = prepared(spaces[0], lambda: (episode["observations"] for episode in shown())), spaces[1]
     try:
         parts = parts_of(spaces[0])
         action_choices(spaces[1])
@@ -57,7 +58,11 @@ def load_dataset(
         return pack(task, episodes, *spaces)
     data = datasets_root() / dataset_id / "data"
     kind = "-expert" if expert_labels else ""
-    stamp = {"episodes": count, **{f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(data.iterdir())}}
+    stamp = {
+        "episodes": count,
+        "spaces": spaces_to_text(*spaces),
+        **{f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(data.iterdir())},
+    }
     return pack_on_disk(datasets_root() / ".packed" / f"{dataset_id}-{count}{kind}", stamp, task, episodes, *spaces)
 
 

@@ -17,7 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import replacing
 from eva_rl.interface import Batch
 from eva_rl.policy.acting import ActingPolicy
-from eva_rl.words import Words
+from eva_rl.prepared import Prepared, Words
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 NOTES = "eva_rl.json"
@@ -29,7 +29,7 @@ class Window(nn.Module):
 
     Inputs are arrays over `context` steps, of which those behind `step` are not looked at: one for each array of an observation,
     `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions`, `rewards` and `returns_to_go` that the
-    model reads. All are as the environment has them, but for text: its words come as their numbers, see `eva_rl.words`.
+    model reads. All are as the environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
     """
 
     def __init__(self, policy: ActingPolicy):
@@ -103,7 +103,7 @@ def leaves(space: gym.Space, name: str) -> Iterator[tuple[str, gym.Space]]:
 
 
 def _shape(space: gym.Space) -> tuple[int, ...]:
-    return (space.length,) if isinstance(space, Words) else space.shape
+    return space.seen if isinstance(space, Prepared) else space.shape
 
 
 def _type(space: gym.Space) -> torch.dtype:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
+from eva_rl.prepared import PreparedEnv
 from eva_rl.rollout.actor import Actor, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of, spaces_from_text
-from eva_rl.words import Numbered
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def rollout(
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
     limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
-    jobs = [replace(job, make_env=with_words_of(interface, job.make_env)) for job in jobs]
+    jobs = [replace(job, make_env=prepared_for(interface, job.make_env)) for job in jobs]
     limits = {task: min(limit, max_steps or limit) for task, limit in limits.items()}
     limit = max(limits.values())
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
@@ -154,11 +154,9 @@ def rollout(
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
-def with_words_of(interface: Interface, make_env: Callable[..., gym.Env]) -> Callable[..., gym.Env]:
-    """Makes the environment with its text's words numbered as in the model's training data, where there is text."""
-    if '"Words"' not in interface.spaces:
-        return make_env
-    return Numbered(make_env, spaces_from_text(interface.spaces)[0])
+def prepared_for(interface: Interface, make_env: Callable[..., gym.Env]) -> Callable[..., gym.Env]:
+    """Makes the environment with its text and large pictures prepared as the model's training data were."""
+    return PreparedEnv(make_env, spaces_from_text(interface.spaces)[0]) if interface.spaces else make_env
 
 
 def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
@@ -167,7 +165,7 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
     Raises:
         UserError: unless the environment's observations and actions are those of `interface`.
     """
-    env = with_words_of(interface, make_env)()
+    env = prepared_for(interface, make_env)()
     env.close()
     name = f"The environment '{env.spec.id if env.spec else env}'"
     try:

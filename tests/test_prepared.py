@@ -1,4 +1,6 @@
-"""Text in observations: numbered words, from a dataset to a policy that reads the environment's own text."""
+"""Text and large pictures in observations, from a dataset to a policy that is shown what the environment shows."""
+
+import json
 
 import gymnasium as gym
 import minari
@@ -9,8 +11,8 @@ from minari.data_collector import EpisodeBuffer
 import eva_rl
 from eva_rl.data import interface_of, load_dataset, pack
 from eva_rl.errors import UserError
+from eva_rl.prepared import LONGEST, Smaller, Words, prepared, prepared_as
 from eva_rl.spaces import Part, flatten, parts_of, spaces_from_text, spaces_to_text
-from eva_rl.words import LONGEST, Words, has_text, numbered_as, with_words
 
 TEXT = gym.spaces.Text(40, charset="abcdefghijklmnopqrstuvwxyzABC,. ")
 POSITION = gym.spaces.Box(-1, 1, (2,), np.float32)
@@ -67,6 +69,10 @@ def missions(datasets_root, monkeypatch):
     return minari.create_dataset_from_buffers("mine/missions-v0", episodes, env=env, **who)
 
 
+def with_words(space, episodes):
+    return prepared(space, lambda: episodes)
+
+
 def test_words_have_numbers_by_how_often_they_occur_and_then_by_the_alphabet():
     space = with_words(TEXT, [[LEFT, LEFT, RIGHT]])
     assert space.words == (",", "go", "now", "left", "right")
@@ -83,10 +89,10 @@ def test_no_text_is_longer_than_what_is_read_of_it():
 def test_text_is_found_in_whatever_holds_it():
     nested = gym.spaces.Tuple([POSITION, SPACE])
     known = with_words(nested, [(np.zeros((2, 2)), {"mission": [LEFT, RIGHT], "at": np.zeros((2, 2))})])
-    assert (has_text(nested), has_text(known)) == (True, False)
+    assert prepared(known, list) == known  # nothing is left to do
     assert parts_of(known) == (Part("vector", (2,)), Part("vector", (2,)), Part("tokens", (4,), 7))
-    assert numbered_as(nested, known) == known
-    assert numbered_as(POSITION, known) == POSITION
+    assert prepared_as(nested, known) == known
+    assert prepared_as(POSITION, known) == POSITION
     row = flatten(known, (np.zeros(2), {"mission": LEFT, "at": np.ones(2)}))
     assert row.tolist() == [0, 0, 1, 1, 3, 5, 2, 4]
 
@@ -99,8 +105,6 @@ def test_what_is_no_text_is_told_apart(value):
 
 @pytest.mark.parametrize("change", [{"at_once": 0}, {"at_once": 10**9}, {"at_once": "4"}, {"words": [1]}, {"words": 3}])
 def test_a_damaged_list_of_words_is_refused(change):
-    import json
-
     fields = json.loads(spaces_to_text(with_words(TEXT, [[LEFT]]), POSITION))
     fields["observation"] |= change
     with pytest.raises(ValueError, match=r"words|description"):
@@ -195,3 +199,47 @@ def test_an_exported_policy_takes_the_numbers_of_words(missions, base, run, tmp_
         given["returns_to_go"][0] = policy.typical_return
     policy.reset()
     assert int(program(*given.values())) == policy.act({"mission": RIGHT, "at": np.zeros(2, np.float32)})
+
+
+SCREEN = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((210, 160, 3), (105, 80, 3)),
+        ((480, 640, 3), (96, 128, 3)),
+        ((257, 200), (85, 66)),
+        ((128, 128, 3), (128, 128, 3)),
+        ((4, 84, 84), (4, 84, 84)),
+        ((3, 210, 160), (3, 210, 160)),  # channels first: as it is
+        ((300, 60), (300, 60)),  # too narrow to be reduced to a picture
+    ],
+)
+def test_pictures_of_more_than_128_pixels_a_side_are_reduced_by_a_whole_number(shape, expected):
+    space = prepared(gym.spaces.Box(0, 255, shape, np.uint8), list)
+    shown = flatten(space, np.zeros(shape, np.uint8))
+    assert shown.shape == (np.prod(expected),)
+    assert isinstance(space, Smaller) == (shape != expected)
+
+
+def test_a_block_becomes_its_mean_in_every_channel_and_along_any_leading_axes():
+    pictures = np.random.default_rng(0).integers(256, size=(2, 3, *SCREEN.shape), dtype=np.uint8)
+    found = prepared(SCREEN, list).numbers(pictures)
+    blocks = pictures.reshape(2, 3, 105, 2, 80, 2, 3).astype(float).mean((3, 5))
+    assert found.dtype == np.uint8
+    assert np.abs(found - blocks).max() <= 0.5
+
+
+def test_what_is_no_such_picture_is_told_apart():
+    for wrong in (np.zeros((160, 210, 3), np.uint8), np.zeros(SCREEN.shape), 3):
+        with pytest.raises(TypeError, match="is no picture"):
+            prepared(SCREEN, list).numbers(wrong)
+
+
+@pytest.mark.parametrize("change", [{"block": 0}, {"block": 161}, {"block": 2.0}, {"dtype": "float32"}])
+def test_a_damaged_description_of_a_reduced_picture_is_refused(change):
+    fields = json.loads(spaces_to_text(prepared(SCREEN, list), POSITION))
+    fields["observation"] |= change
+    with pytest.raises(ValueError, match=r"picture|description"):
+        spaces_from_text(json.dumps(fields))

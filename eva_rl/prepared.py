@@ -1,0 +1,224 @@
+"""Members of observation spaces that are changed before a model sees them: text into the numbers of its words, large pictures into smaller ones.
+
+How is found from a dataset, and kept with its spaces in a checkpoint: rollouts and policies do the same to what an environment shows.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+MOST_WORDS = 2**15 - 2
+"""Words that are numbered, the most frequent ones."""
+LONGEST = 64
+"""Words of a text that are read, from its start."""
+PADDING, UNKNOWN = 0, 1
+FIRST = 2
+"""The number of the first word."""
+SMALLEST_IMAGE = 32
+"""Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
+LARGEST_PICTURE = 128
+"""Pixels a side; larger pictures are reduced to at most so many."""
+
+
+class Prepared(gym.Space):
+    """A space that says how its observations are changed."""
+
+    @abstractmethod
+    def numbers(self, observations: Any) -> np.ndarray:
+        """An observation as the environment shows it, or any number along leading axes, as whole numbers (..., *seen)."""
+
+    @property
+    @abstractmethod
+    def seen(self) -> tuple[int, ...]:
+        """The shape of what a model sees."""
+
+
+class Words(gym.spaces.Text, Prepared):
+    """A Text whose words have numbers: 0 behind its end, 1 for a word that is not among `words`, the others from 2 on.
+
+    Lower and upper case are the same word; punctuation marks are words.
+    """
+
+    def __init__(self, text: gym.spaces.Text, words: Iterable[str], length: int):
+        charset = "".join(sorted(text.character_set))
+        super().__init__(text.max_length, min_length=text.min_length, charset=charset)
+        self.words, self.length = tuple(words), length
+        self._numbers = {word: number for number, word in enumerate(self.words, FIRST)}
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @property
+    def values(self) -> int:
+        """How many numbers there are."""
+        return len(self.words) + FIRST
+
+    def numbers(self, observations: Any) -> np.ndarray:
+        """A text, or any number along leading axes, as (..., length) int64; words behind `length` are left out."""
+        found = np.asarray(observations)
+        if found.dtype.kind not in "UO" or not all(isinstance(text, str) for text in found.ravel().tolist()):
+            raise TypeError(f"{found.dtype} is no text")
+        different, which = np.unique(found, return_inverse=True)  # a mission is the same in all steps
+        rows = np.full((len(different), self.length), PADDING)
+        for row, text in zip(rows, different, strict=True):
+            known = [self._numbers.get(word, UNKNOWN) for word in words_of(text)[: self.length]]
+            row[: len(known)] = known
+        return rows[which.reshape(found.shape)]
+
+    def __repr__(self) -> str:
+        return f"Text({len(self.words)} words, {self.length} at once)"
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Words) and (self.words, self.length) == (other.words, other.length)
+        return same and super().__eq__(other)
+
+    __hash__ = None
+
+
+class Smaller(gym.spaces.Box, Prepared):
+    """A Box of bytes, (height, width) or (height, width, channels), whose pictures are reduced: each block of `block` x `block` pixels to its mean.
+
+    Rows and columns that make up no whole block are left out, at the bottom and on the right.
+    """
+
+    def __init__(self, box: gym.spaces.Box, block: int):
+        super().__init__(box.low, box.high, box.shape, np.uint8)
+        self.block = block
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The shape of a reduced picture."""
+        return *(side // self.block for side in self.shape[:2]), *self.shape[2:]
+
+    def numbers(self, observations: Any) -> np.ndarray:
+        """Pictures (..., *shape) as (..., *seen) uint8."""
+        pictures = np.asarray(observations)
+        leading = pictures.shape[: pictures.ndim - len(self.shape)]
+        if pictures.shape != (*leading, *self.shape) or pictures.dtype != np.uint8:
+            raise TypeError(f"an array of {pictures.dtype} of shape {pictures.shape} is no picture of {self}")
+        height, width, *channels = self.seen
+        whole = pictures.reshape(-1, *self.shape)[:, : height * self.block, : width * self.block]
+        blocks = whole.reshape(-1, height, self.block, width, self.block, *channels)
+        sums = blocks.sum((2, 4), dtype=np.uint32)  # (n, height, width, *channels)
+        area = self.block**2
+        return ((sums + area // 2) // area).astype(np.uint8).reshape(*leading, *self.seen)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} reduced to {' x '.join(map(str, self.seen))}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Smaller) and self.block == other.block and super().__eq__(other)
+
+    __hash__ = None
+
+
+def words_of(text: str) -> list[str]:
+    """A text's words and punctuation marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def prepared(space: gym.Space, episodes: Callable[[], Iterable[Any]]) -> gym.Space:
+    """The space with its large pictures reduced and its words numbered, the most frequent first.
+
+    Args:
+        episodes: makes an iterable of observations with a leading axis; called where there is text.
+    """
+    members = [_reduced(member) for member in members_of(space)]
+    if any(map(_without_numbers, members)):
+        members = _with_words(space, members, episodes())
+    return _rebuilt(space, iter(members))
+
+
+def prepared_as(space: gym.Space, known: gym.Space) -> gym.Space:
+    """The space prepared as `known`, where that is a space of the same structure; else as it is."""
+    own, others = members_of(space), members_of(known)
+    if len(own) != len(others):
+        return space
+    pairs = zip(own, others, strict=True)
+    return _rebuilt(space, iter([k if isinstance(k, Prepared) and _alike(o, k) else o for o, k in pairs]))
+
+
+class PreparedEnv:
+    """Makes an environment whose space says how a model sees it; its observations are as they were."""
+
+    def __init__(self, make_env: Callable[..., gym.Env], space: gym.Space):
+        self.make_env, self.space = make_env, space
+
+    def __call__(self, *args: Any, **keywords: Any) -> gym.Env:
+        env = self.make_env(*args, **keywords)
+        env.observation_space = prepared_as(env.observation_space, self.space)
+        return env
+
+
+def members_of(space: gym.Space) -> list[gym.Space]:
+    """The members of a Dict or Tuple that have no members, in the order of the flat observation; any other space itself."""
+    return [member for member, _ in _leaves(space, None)]
+
+
+def _alike(space: gym.Space, known: gym.Space) -> bool:
+    if isinstance(known, Words):
+        return isinstance(space, gym.spaces.Text)
+    return isinstance(space, gym.spaces.Box) and (space.shape, space.dtype) == (known.shape, known.dtype)
+
+
+def _reduced(space: gym.Space) -> gym.Space:
+    """A picture that is larger than `LARGEST_PICTURE` reduced by the smallest whole factor that does."""
+    picture = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+    if not picture or isinstance(space, Prepared) or (len(space.shape) == 3 and space.shape[2] > 4):  # channels first
+        return space
+    block = -(-max(space.shape[:2]) // LARGEST_PICTURE)
+    return Smaller(space, block) if block > 1 and min(space.shape[:2]) // block >= SMALLEST_IMAGE else space
+
+
+def _without_numbers(space: gym.Space) -> bool:
+    return isinstance(space, gym.spaces.Text) and not isinstance(space, Words)
+
+
+def _with_words(space: gym.Space, members: list[gym.Space], episodes: Iterable[Any]) -> list[gym.Space]:
+    """The members, their texts' words numbered as these observations have them."""
+    texts = [number for number, member in enumerate(members) if _without_numbers(member)]
+    counts: dict[int, Counter[str]] = {number: Counter() for number in texts}
+    lengths = dict.fromkeys(texts, 1)
+    for episode in episodes:
+        shown = [values for _, values in _leaves(space, episode)]
+        for number in texts:
+            for text, times in Counter(np.asarray(shown[number]).ravel().tolist()).items():
+                words = words_of(text)
+                counts[number].update({word: times * n for word, n in Counter(words).items()})
+                lengths[number] = max(lengths[number], min(len(words), LONGEST))
+    found = {number: Words(members[number], _most_frequent(counts[number]), lengths[number]) for number in texts}
+    return [found.get(number, member) for number, member in enumerate(members)]
+
+
+def _most_frequent(counts: Counter[str]) -> list[str]:
+    """In an order that does not depend on that of the episodes."""
+    return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]]
+
+
+def _leaves(space: gym.Space, observation: Any) -> Iterator[tuple[gym.Space, Any]]:
+    """The members that have no members, in the order of the flat observation, and what was observed in them if anything was."""
+    if isinstance(space, gym.spaces.Dict):
+        for key in sorted(space):
+            yield from _leaves(space[key], observation and observation[key])
+    elif isinstance(space, gym.spaces.Tuple):
+        for number, member in enumerate(space):
+            yield from _leaves(member, observation and observation[number])
+    else:
+        yield space, observation
+
+
+def _rebuilt(space: gym.Space, members: Iterator[gym.Space]) -> gym.Space:
+    """The space with its innermost members replaced in turn."""
+    if isinstance(space, gym.spaces.Dict):
+        return gym.spaces.Dict({key: _rebuilt(space[key], members) for key in sorted(space)})
+    if isinstance(space, gym.spaces.Tuple):
+        return gym.spaces.Tuple([_rebuilt(member, members) for member in space])
+    return next(members)
