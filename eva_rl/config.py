@@ -268,6 +268,8 @@ class FinetuneConfig:
     run_dir: str | None
     resume: bool | None
     optimizer: OptimizerSettings = ADAMW
+    mirror: bool = False  # as in the runs of former versions
+    """Whether half of the windows are shown as in a mirror, where the task's domain knows its mirror image."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh_learning_rate < math.inf:
@@ -711,6 +713,8 @@ def identity(config: Any) -> dict[str, Any]:
     settings = {name: value for name, value in _finite(_plain(config)).items() if name not in FREE}
     if config.optimizer == ADAMW:  # as in the runs of former versions
         del settings["optimizer"]
+    if not settings.get("mirror", True):  # likewise
+        del settings["mirror"]
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 

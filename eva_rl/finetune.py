@@ -41,7 +41,7 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
 
     from eva_rl.adapter import EvaSettings, attach, save_adapter, starts, trainable_parameters, within_budget
     from eva_rl.baselines import untrained
-    from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
+    from eva_rl.data import MirroredSampler, WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.errors import UserError
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, DecisionTransformer, base_name, load_base, policy_of, save_base
@@ -131,6 +131,8 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         model, known_tasks = untrained(method.network, model.config, source.interface, trajectories).to(device), {}
         fresh_modules = ()
     sampler = WindowSampler([trajectories], interface.name, model.config.context, training.batch_size, config.seed)
+    if config.mirror and source.mirror:
+        sampler = MirroredSampler(sampler, *source.mirror)
     total_parameters = sum(p.numel() for p in model.parameters())
     peft_config = None
     if method.config is not None:
