@@ -683,6 +683,34 @@ def run_folder(run_dir: str | None, what: str = "run", how: str | None = None) -
     return folder if here == os.getcwd() else Path(here, folder)  # Ray's processes start elsewhere
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run is and where it writes, decided once before it begins."""
+
+    folder: Path
+    yaml: str
+    """Its settings, as config.yaml states them."""
+    identity: dict[str, Any]
+    """The settings that must be the same for one run to continue another."""
+    protocol: dict[str, Any]
+    """The settings that decide a fine-tuning run's result, as result.json states them; none of other runs."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The states of its training."""
+        return self.folder / "checkpoints"
+
+
+def plan(config: Any, what: str, how: str | None = None) -> Plan:
+    """The run that these settings describe; `what` and `how` name its folder where they don't, see `run_folder`."""
+    return Plan(
+        run_folder(config.run_dir, what, how),
+        to_yaml(config),
+        identity(config) if hasattr(config, "optimizer") else {},
+        protocol(config) if isinstance(config, FinetuneConfig) else {},
+    )
+
+
 def to_yaml(config: Any) -> str:
     """A config dataclass as YAML that its entry point reads again: `--config-dir <run> --config-name config`."""
     return OmegaConf.to_yaml(OmegaConf.create({"defaults": ["entry", "_self_"], **_plain(config)}))

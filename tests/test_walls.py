@@ -21,6 +21,7 @@ ROOMS = {
     "convert",
     "data",
     "envs",
+    "jobs",
     "model",
     "policy",
     "report",
@@ -53,7 +54,10 @@ MAY_NOT_IMPORT = {
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
     "eva_rl":   ROOMS - {"policy"},                                           # but for the Python API
 }  # fmt: skip
-NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT = {"config"}  # rooms receive plain values
+ONLY_FOR_ENTRY_POINTS_AND = {
+    "config": {"jobs"},  # other rooms receive plain values
+    "jobs":   set(),     # at the end of the street: nothing builds on it
+}  # fmt: skip
 NO_PLACE_MAY_IMPORT = ENTRY_POINTS
 
 ONLY_IMPORTED_BY = {
@@ -123,7 +127,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         forbidden = (
             target in MAY_NOT_IMPORT.get(place, set())
             or (target in NO_PLACE_MAY_IMPORT and target != place)
-            or (target in NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT and place not in ENTRY_POINTS | {target})
+            or place not in ENTRY_POINTS | {target} | ONLY_FOR_ENTRY_POINTS_AND.get(target, {place})
             or any(f"{name}.".startswith(f"{p}.") and place not in places for p, places in ONLY_IMPORTED_BY.items())
             or (place == "envs" and package not in sys.stdlib_module_names | PACKAGES_OF_ENVS | simulators())
         )
@@ -177,6 +181,11 @@ def test_exactly_the_entry_points_can_be_run():
         ("eva_rl.finetune", "from eva_rl import pretrain"),
         ("eva_rl.evaluate", "from eva_rl.report.__main__ import main"),
         ("eva_rl.finetune", "import peft"),
+        ("eva_rl.jobs.finetuning", "import peft"),
+        ("eva_rl.jobs.finetuning", "import hydra"),
+        ("eva_rl.jobs.finetuning", "from eva_rl.finetune import main"),
+        ("eva_rl.policy.load", "from eva_rl.jobs.finetuning import finetune"),
+        ("eva_rl.report.runs", "from eva_rl import jobs"),
         ("eva_rl.finetune", "import hydra"),
         ("eva_rl.finetune", "from envs.metaworld import MT40"),
         ("eva_rl.config", "from eva_rl.model import ModelConfig"),
@@ -191,6 +200,7 @@ def test_an_import_through_a_wall_is_found(module: str, source: str):
     ("module", "source"),
     [
         ("eva_rl.finetune", "from eva_rl.config import entry_point\nfrom eva_rl.training import train"),
+        ("eva_rl.jobs.finetuning", "from eva_rl.config import plan\nfrom eva_rl.jobs.playing import Stage"),
         ("eva_rl.collect", "import minari"),
         ("eva_rl.data.load", "from eva_rl.envs import find_task\nfrom .windows import WindowSampler"),
         ("eva_rl.data.load", "from eva_rl.files import replacing\nimport minarium, hydraulics"),
