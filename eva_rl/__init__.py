@@ -1,13 +1,56 @@
 """Adapt a pretrained Decision Transformer to a new task from a handful of trajectories.
 
-In a checkout `envs/` and `configs/` stand beside this package; in a wheel they are inside it. Both are imported as
-`eva_rl.envs` and `eva_rl.configs`.
+In a checkout `envs/`, `configs/` and `checkpoints/` stand beside this package; in a wheel they are inside it. They are imported as
+`eva_rl.envs`, `eva_rl.configs` and `eva_rl.checkpoints`.
+
+The names in `__all__` are the Python API. Each is imported when it is first asked for: torch takes seconds.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eva_rl.adapter import attach
+    from eva_rl.errors import UserError
+    from eva_rl.jobs.comparing import Compared, compare
+    from eva_rl.jobs.execute import Run, execute
+    from eva_rl.policy import load_policy
+    from eva_rl.settings import EvaluateConfig as Evaluate
+    from eva_rl.settings import EvaSettings
+    from eva_rl.settings import FinetuneConfig as Finetune
+    from eva_rl.settings import PretrainConfig as Pretrain
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Compared",
+    "EvaSettings",
+    "Evaluate",
+    "Finetune",
+    "Pretrain",
+    "Run",
+    "UserError",
+    "attach",
+    "compare",
+    "execute",
+    "load_policy",
+]
+
+_PLACES = {
+    "Compared": ("eva_rl.jobs.comparing", "Compared"),
+    "EvaSettings": ("eva_rl.settings", "EvaSettings"),
+    "Evaluate": ("eva_rl.settings", "EvaluateConfig"),
+    "Finetune": ("eva_rl.settings", "FinetuneConfig"),
+    "Pretrain": ("eva_rl.settings", "PretrainConfig"),
+    "Run": ("eva_rl.jobs.execute", "Run"),
+    "UserError": ("eva_rl.errors", "UserError"),
+    "attach": ("eva_rl.adapter", "attach"),
+    "compare": ("eva_rl.jobs.comparing", "compare"),
+    "execute": ("eva_rl.jobs.execute", "execute"),
+    "load_policy": ("eva_rl.policy", "load_policy"),
+}
+"""Where each is, and what it is called there."""
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
@@ -15,9 +58,11 @@ if (_checkout / "pyproject.toml").is_file():
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is first asked for: torch takes seconds."""
-    if name == "load_policy":
-        from eva_rl.policy import load_policy
+    if name not in _PLACES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    module, own = _PLACES[name]
+    return getattr(import_module(module), own)
 
-        return load_policy
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

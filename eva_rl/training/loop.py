@@ -16,55 +16,14 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Mixture
+from eva_rl.settings import TrainingConfig
 from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
 from eva_rl.training.optimizers import ADAMW, Recipe, make_optimizer
-from eva_rl.training.precision import autocast, check_precision
+from eva_rl.training.precision import autocast
 from eva_rl.training.processes import Processes
 
 INSPECT = 5
 """Logs of the loss for one closer look at a batch, which costs a step."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The settings of training: linear warm-up, cosine decay, clipping by the global norm."""
-
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup: int = 50
-    """Optimiser steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.01
-    """Applied to matrices; biases and norms are left alone."""
-    gradient_clip: float = 0.25
-    precision: str = "auto"
-    checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; one more is written at the end."""
-    evaluate_every: int = 0
-    """Optimiser steps between evaluations while training; 0: none."""
-    log_every: int = 10
-    accumulate: int = 1
-    """Parts that a batch goes through the model in, one after the other, where it does not fit into memory whole."""
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision)
-        for name, least in (
-            ("batch_size", 1),
-            ("warmup", 0),
-            ("checkpoint_every", 1),
-            ("evaluate_every", 0),
-            ("log_every", 1),
-            ("accumulate", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
-            if getattr(self, name) is None or not getattr(self, name) >= 0:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least 0 was expected.")
-        if not self.gradient_clip > 0:
-            raise UserError(
-                f"training.gradient_clip={self.gradient_clip} was given where more than 0 was expected; inf clips nothing."
-            )
 
 
 @dataclass(frozen=True)
@@ -109,8 +68,10 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
     """How many parts a batch is computed in.
 
     Raises:
-        UserError: if there are more of them than windows.
+        UserError: if there are more of them than windows, or the learning rate is left open.
     """
+    if config.learning_rate is None:
+        raise UserError("training.learning_rate=None was given where at least 0 was expected.")
     shares = config.accumulate * processes.count
     if config.batch_size < shares:
         raise UserError(
