@@ -6,8 +6,14 @@ In a checkout `envs/`, `configs/` and `checkpoints/` stand beside this package; 
 The names in `__all__` are the Python API. Each is imported when it is first asked for: torch takes seconds.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,9 +58,30 @@ _PLACES = {
 }
 """Where each is, and what it is called there."""
 
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_BESIDE = ("checkpoints", "configs", "envs")
+
+
+class _Beside(MetaPathFinder):
+    """Finds the packages that stand beside this one in a checkout, and nothing else there.
+
+    The checkout's root on `__path__` would make `eva_rl.tests` importable, too. Links in this folder would be plain files in a checkout on
+    Windows. What an editable install maps is not there for a checkout that is only on the path, and may be another one's. Type
+    checkers look for folders and see neither of these, so that pyright reports the imports of `eva_rl.envs` as unresolved.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        if package != __name__ or name not in _BESIDE:
+            return None
+        folder = _CHECKOUT / name
+        return spec_from_file_location(fullname, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+if (_CHECKOUT / "pyproject.toml").is_file():
+    sys.meta_path.insert(0, _Beside())  # before an editable install's, which may be of another checkout
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import eva_rl
 from eva_rl.config.words import completed, words_of
 from eva_rl.model import DecisionTransformer, ModelConfig, save_base
-from eva_rl.settings import EvaluateConfig, FinetuneConfig, PretrainConfig
+from eva_rl.settings import EvaluateConfig, EvaOptions, FinetuneConfig, PretrainConfig, TrainingConfig
 
 TASK = "minari/toy/steps-v0"
 TINY = {"batch_size": 2, "precision": "float32"}
@@ -19,7 +19,7 @@ TINY = {"batch_size": 2, "precision": "float32"}
 @pytest.fixture
 def base(tmp_path, make_dataset) -> str:
     """A model that knows no task, and a dataset it can be adapted to; the working folder is empty."""
-    make_dataset("toy/steps-v0", "ContinuousDummy-v0", success=True)
+    make_dataset("toy/steps-v0")
     save_base(tmp_path / "base", DecisionTransformer(ModelConfig(1, 2, 16, 4, 0.0), []), {})
     return str(tmp_path / "base")
 
@@ -72,6 +72,15 @@ def test_a_default_in_python_is_the_one_in_the_commands_file(schema):
     left_open -= {"steps"} if schema is PretrainConfig else set()
     for name in {f.name for f in fields(schema)} - left_open:
         assert getattr(found, name) == getattr(job, name), name
+
+
+def test_the_files_of_settings_override_few_of_the_defaults_that_engines_share():
+    found = completed(eva_rl.Finetune(task="a/b"))
+    assert found.training == TrainingConfig(learning_rate=None)
+    assert found.adapter.eva == EvaOptions(rho=1.0, budget="weights")
+    changed = {"batch_size": 64, "learning_rate": 8e-4, "warmup": 200, "checkpoint_every": 250, "log_every": 20}
+    assert completed(eva_rl.Pretrain(task=("a/b",))).training == TrainingConfig(**changed)
+    assert {f.name for f in fields(eva_rl.EvaSettings)} - {f.name for f in fields(EvaOptions)} == {"seed"}
 
 
 def test_the_words_of_a_job_say_what_it_changes():

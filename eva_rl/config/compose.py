@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-HELP = """Settings are given as key=value; the files in configs/ explain them. `adapter=?`, `optimizer=?`, `model=?` and `study=?` list
-what there is to choose from, where a command has these.
+from eva_rl.settings import EvaOptions, TrainingConfig
+
+HELP = """Settings are given as key=value; the files in configs/, and eva_rl/settings.py, explain them. `adapter=?`, `optimizer=?`,
+`model=?` and `study=?` list what there is to choose from, where a command has these.
 
 Settings and their defaults:
 
@@ -32,6 +35,10 @@ ConfigStore.instance().store(
     },
 )
 
+
+# The defaults of sections that commands, Python and engines share: files of configs/ override them.
+for section, settings in {"training": TrainingConfig(), "eva": EvaOptions()}.items():
+    ConfigStore.instance().store(group="defaults", name=section, node=asdict(settings))
 
 # ${share:0.1,${steps}} in a config
 OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
