@@ -377,8 +377,8 @@ class AdapterSettings:
         """
         from eva_rl.config import instantiate
 
-        grown = {} if size is None else {key: max(1, round(size * by)) for key, by in self.size.items()}
-        return instantiate(self.config | grown)
+        grown = {} if size is None else {key: max(1, round(size * by)) for key, by in (self.size or {}).items()}
+        return instantiate((self.config or {}) | grown)
 
     def start_function(self) -> Callable[..., Any] | None:
         """The function that initialises it; None: as its peft config says.

@@ -122,9 +122,9 @@ def load(asked: Asked) -> Loaded:
         UserError: if neither was named, or one can't be loaded.
     """
     config, device = asked.config, asked.stage.device
-    if config.adapter is None and config.checkpoint is None:
-        raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
     if config.adapter is None:
+        if config.checkpoint is None:
+            raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
         base = load_base(config.checkpoint, device)
         return Loaded(config.checkpoint, base.model, dict(base.tasks))
     folder = find_adapter(Path(config.adapter))
