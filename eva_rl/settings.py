@@ -414,7 +414,8 @@ class FinetuneConfig:
     """Optimiser steps; the adapter's own unless given."""
     seed: int = 0
     episodes: int = 20
-    zero_shot: bool = True
+    zero_shot: bool | None = None
+    """Score the base as it is, too; None: where it has an embedder and a head for the task."""
     target_return: str | None = "auto"
     video: bool = False
     max_episode_steps: int | None = None

@@ -383,6 +383,21 @@ def test_a_fresh_embedder_and_head_are_trained(run, base, make_dataset):
     assert {name for name in before if not torch.equal(before[name], after[name])} == before.keys()
 
 
+def test_a_base_is_not_scored_on_what_it_never_saw_unless_that_is_asked_for(run, base, make_dataset):
+    make_dataset("mine/random-v0")
+    arguments = [f"task={OWN}", f"base={base}", "adapter=lora", *QUICK, "run_dir=run"]
+    status, out, _ = run("finetune", *arguments)
+    assert status == 0
+    assert "zero-shot: left out" in out
+    assert result_of(Path("run"))["zero_shot"]["episode_return"] is None
+    status, out, _ = run("finetune", *arguments, "resume=true")  # nothing is missing
+    assert status == 0
+    assert "finished earlier" in out
+    status, _, err = run("finetune", *arguments, "resume=true", "zero_shot=true")
+    assert status == 1
+    assert "finished without zero-shot scores" in err
+
+
 def test_what_was_drawn_before_changes_no_run(run, base, make_dataset):
     make_dataset("mine/random-v0")
     arguments = [f"task={OWN}", f"base={base}", "adapter=lora", *QUICK, "episodes=0"]

@@ -1,6 +1,5 @@
 """Inputs of public reports that other libraries fail on: used rightly, or one sentence that says what to do."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -185,13 +184,21 @@ def test_an_episode_without_an_end_is_cut_and_scored_where_it_is_told():
     assert found.solved_at_end.tolist() == [False, False]
 
 
-def test_an_environments_own_limit_counts_however_long_it_is(monkeypatch, recwarn):
-    monkeypatch.setattr(importlib.import_module("eva_rl.rollout.rollout"), "LONGEST", 5)
+def test_where_nobody_sets_a_limit_it_follows_from_the_demonstrations(recwarn):
+    with Simulators(0) as simulators:
+        jobs = [Job("odd", Odd, 0, 0.0)]
+        assert rollout(lambda n: Still(), still_interface(), jobs, simulators, longest=6).lengths.tolist() == [6]
+        given = rollout(lambda n: Still(), still_interface(), jobs, simulators, max_steps=9, longest=6)
+    assert given.lengths.tolist() == [9]
+    assert [w for w in recwarn if "had not ended after 6 steps" in str(w.message)]
+
+
+def test_an_environments_own_limit_counts_however_long_it_is(recwarn):
     gym.register("Odd-v0", entry_point=Odd, max_episode_steps=8, disable_env_checker=True)
     try:
         with Simulators(0) as simulators:
             jobs = [Job("odd", lambda: gym.make("Odd-v0"), 0, 0.0)]
-            assert rollout(lambda n: Still(), still_interface(), jobs, simulators).lengths.tolist() == [8]
+            assert rollout(lambda n: Still(), still_interface(), jobs, simulators, longest=5).lengths.tolist() == [8]
     finally:
         del gym.registry["Odd-v0"]
     assert not [w for w in recwarn if "had not ended" in str(w.message)]

@@ -79,6 +79,9 @@ from eva_rl.training import (
     train,
 )
 
+PATIENCE = 4
+"""How many times as long as the longest demonstration an episode may be where the environment sets no limit."""
+
 
 def finetune(config: FinetuneConfig, simulators: Simulators | None = None) -> Path:
     """Fine-tune as the settings say; return the run's folder.
@@ -116,13 +119,18 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
     task = demonstrated(asked, clock)
     learner = connected(asked, task, base)
     player = player_of(asked, task, learner, simulators, clock)
-    zero_shot = player.play(learner.model) if asked.plays_zero_shot else scores(None, None)
+    scores_base = asked.plays_zero_shot(bool(learner.fresh_modules))
+    zero_shot = player.play(learner.model) if scores_base else scores(None, None)
     adapter = initialised(asked, learner, clock)
     facts = facts_of(asked, base, task, learner, player.target_return)
     record = Record(asked.run.folder, facts, clock, zero_shot, dict(earlier.get("curve", {})))
     write_text(make_folder(asked.run.folder) / "config.yaml", asked.run.yaml)
     record.write()
     print(f"run folder: {asked.run.folder}")
+    if learner.fresh_modules and player.jobs and not scores_base:
+        print(
+            "zero-shot: left out, since the base has no trained embedder and head for this task; zero_shot=true plays it"
+        )
     with TensorBoard(asked.run.folder) as tensorboard:
         show_start(asked, adapter, zero_shot, tensorboard)
         losses = trained(asked, learner, adapter, player, record, tensorboard)
@@ -148,11 +156,12 @@ class Asked:
     """Of the rollouts, before and after."""
     target: TargetReturn
 
-    @property
-    def plays_zero_shot(self) -> bool:
-        """Whether the base is rolled out as it is."""
-        method = self.config.adapter
-        return method.trainable == "none" or (self.config.zero_shot and method.network == "base")
+    def plays_zero_shot(self, fresh: bool) -> bool:
+        """Whether the base is rolled out as it is; `fresh`: whether its embedder and head for the task were never trained."""
+        method, wanted = self.config.adapter, self.config.zero_shot
+        if method.trainable == "none":
+            return True
+        return method.network == "base" and (not fresh if wanted is None else wanted)
 
 
 def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
@@ -206,7 +215,9 @@ def earlier_result(asked: Asked, base: Base) -> Mapping[str, Any]:
         return {}
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)
     if earlier.get("status") == "complete":
-        if config.zero_shot and asked.seeds and earlier["zero_shot"]["episode_return"] is None:
+        interface = find_source(config.task, config.dataset, config.trust_environment).interface
+        wanted = asked.plays_zero_shot(fresh=interface not in base.model.embedders)
+        if wanted and asked.seeds and earlier["zero_shot"]["episode_return"] is None:
             raise UserError(
                 f"'{folder}' was finished without zero-shot scores: set zero_shot=false, or another run_dir."
             )
@@ -311,7 +322,8 @@ def player_of(asked: Asked, task: Demonstrated, learner: Learner, simulators: Si
     warn_if_far(target_return, name, task.statistics)
     if asked.seeds:
         check_spaces(source.make_env, learner.model.interfaces[learner.interface])
-    stage = Stage(asked.device, asked.training.precision, asked.config.max_episode_steps)
+    patience = PATIENCE * int(task.trajectories.lengths.max())
+    stage = Stage(asked.device, asked.training.precision, asked.config.max_episode_steps, patience)
     jobs = [Job(name, source.make_env, seed, target_return) for seed in asked.seeds]
     return Player(stage, learner.interface, jobs, source.score_scale, target_return, simulators, clock)
 

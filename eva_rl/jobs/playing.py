@@ -10,7 +10,7 @@ import torch
 
 from eva_rl.model import policy_of
 from eva_rl.model.action_model import ActionModel
-from eva_rl.rollout import Episodes, Job, Simulators, film, rollout
+from eva_rl.rollout import LONGEST, Episodes, Job, Simulators, film, rollout
 from eva_rl.training import autocast
 
 
@@ -21,6 +21,8 @@ class Stage:
     device: torch.device
     precision: str
     max_steps: int | None
+    longest: int = LONGEST
+    """Steps after which an episode is cut where neither `max_steps` nor the environment sets a limit."""
 
     def play(
         self,
@@ -34,9 +36,13 @@ class Stage:
         """One episode for each job, see `rollout`."""
         make_policy, own = policy_of(model, interface), model.interfaces[interface]
         with autocast(self.precision, self.device):
-            return rollout(make_policy, own, jobs, simulators, self.device, label, finished, self.max_steps)
+            return rollout(
+                make_policy, own, jobs, simulators, self.device, label, finished, self.max_steps, self.longest
+            )
 
     def film(self, model: ActionModel, interface: str, job: Job) -> np.ndarray:
         """(T, height, width, 3) uint8: the job's episode, see `film`."""
         with autocast(self.precision, self.device):
-            return film(policy_of(model, interface), model.interfaces[interface], job, self.device, self.max_steps)
+            return film(
+                policy_of(model, interface), model.interfaces[interface], job, self.device, self.max_steps, self.longest
+            )

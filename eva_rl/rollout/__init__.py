@@ -2,11 +2,12 @@
 
 from eva_rl.rollout.actor import Actor, Policy
 from eva_rl.rollout.film import film
-from eva_rl.rollout.rollout import Episodes, check_spaces, rollout
+from eva_rl.rollout.rollout import LONGEST, Episodes, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 from eva_rl.rollout.target import TargetReturn, warn_if_far
 
 __all__ = [
+    "LONGEST",
     "Actor",
     "Episodes",
     "Job",

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.rollout.rollout import Policy, rollout
+from eva_rl.rollout.rollout import LONGEST, Policy, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ def film(
     job: Job,
     device: torch.device | str = "cpu",
     max_steps: int | None = None,
+    longest: int = LONGEST,
 ) -> np.ndarray:
     """(T, height, width, 3) uint8: the job's episode, every fourth step of it. `job.make_env` takes a `render_mode`.
 
-    max_steps: where it is cut, as in `rollout`.
+    max_steps, longest: where it is cut, as in `rollout`.
 
     Raises:
         UserError: if the environment can't be rendered here.
@@ -46,7 +47,9 @@ def film(
 
     with Simulators(0) as simulators:
         jobs = [replace(job, make_env=make_env)]
-        rollout(make_policy, interface, jobs, simulators, device, f"film {job.task}", max_steps=max_steps)
+        rollout(
+            make_policy, interface, jobs, simulators, device, f"film {job.task}", max_steps=max_steps, longest=longest
+        )
     return np.stack(frames)
 
 

@@ -75,6 +75,7 @@ def rollout(
     label: str = "roll out",
     finished: dict[int, tuple] | None = None,
     max_steps: int | None = None,
+    longest: int = LONGEST,
 ) -> Episodes:
     """Run one episode for each job.
 
@@ -87,14 +88,14 @@ def rollout(
         interface: which the environments' spaces must fit.
         finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
             the rollout breaks off.
-        max_steps: where episodes are cut and scored, which is said; None: where the environment's own time limit ends them, or after
-            `LONGEST` steps where it has none.
+        max_steps: where episodes are cut and scored, which is said; None: where the environment's own time limit ends them.
+        longest: the same, where there is no such limit either.
 
     Raises:
         UserError: if there are no jobs, an environment's spaces do not fit, it fails or returns NaN, or simulators keep
             dying.
     """
-    limits = _limits(jobs, interface, max_steps)
+    limits = _limits(jobs, interface, max_steps, longest)
     jobs = [replace(job, make_env=prepared_for(interface, job.make_env)) for job in jobs]
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
     groups = [_Group(range(i, min(i + size, len(jobs))), jobs, limits) for i in range(0, len(jobs), size)]
@@ -156,7 +157,7 @@ def _stop(simulators: Simulators, pool: Executor) -> None:
     simulators.close()
 
 
-def _limits(jobs: Sequence[Job], interface: Interface, max_steps: int | None) -> dict[str, int]:
+def _limits(jobs: Sequence[Job], interface: Interface, max_steps: int | None, longest: int) -> dict[str, int]:
     """Where each task's episodes are cut.
 
     Raises:
@@ -166,7 +167,8 @@ def _limits(jobs: Sequence[Job], interface: Interface, max_steps: int | None) ->
         raise UserError("episodes=0 was given where at least 1 episode was expected.")
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
-    limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
+    own = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
+    limits = {task: limit or max_steps or longest for task, limit in own.items()}
     return {task: min(limit, max_steps or limit) for task, limit in limits.items()}
 
 
@@ -197,8 +199,8 @@ def _play_all(
         show()
 
 
-def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
-    """The environment's time limit in steps, or `LONGEST`.
+def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int | None:
+    """The environment's time limit in steps, if it has one.
 
     Raises:
         UserError: unless the environment's observations and actions are those of `interface`.
@@ -216,7 +218,7 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
             f"{name} has observations {env.observation_space} and actions {env.action_space}, but the model's interface "
             f"'{interface.name}' has {interface.in_words}."
         )
-    return (env.spec.max_episode_steps if env.spec else None) or LONGEST
+    return env.spec.max_episode_steps if env.spec else None
 
 
 class _Group:
