@@ -84,7 +84,7 @@ def sounds(seed: int) -> dict[str, Tensor]:
 
 
 def mask_of_whisper(batch: dict[str, Tensor], name: str) -> Tensor | None:
-    reads_encoder = "encoder" in name and name.rpartition(".")[2] in ("k_proj", "v_proj", "q_proj", "fc1", "conv1")
+    reads_encoder = "encoder" in name and name.rpartition(".")[2] in ("k_proj", "v_proj", "q_proj", "fc1")
     return None if reads_encoder and "encoder_attn.q" not in name else batch["labels"] != -100
 
 
@@ -171,7 +171,7 @@ KINDS = {
         images,
         ["projection"],
     ),
-    "whisper": Kind(whisper, sounds, ["q_proj", "k_proj", "v_proj", "conv1", "fc1"], mask_of_whisper),
+    "whisper": Kind(whisper, sounds, ["q_proj", "k_proj", "v_proj", "fc1"], mask_of_whisper),
     "mixtral": Kind(
         lambda: transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**TINY, intermediate_size=48, num_key_value_heads=1, num_local_experts=4)
@@ -255,8 +255,8 @@ def share_held(components: Tensor, read: Tensor) -> float:
     return float((read @ components.double().T).square().sum() / best)
 
 
-everything = partial(eva, settings=EvaSettings(rho=1.0, tau=1.0, max_batches=COUNT))
-"""EVA that takes all batches in."""
+everything = partial(eva, settings=EvaSettings(rho=1.0, tau=1.0, max_batches=COUNT, method="covariance"))
+"""EVA that takes all batches in, with exact covariances."""
 
 
 def output(model: nn.Module, batch: Any) -> Tensor:
@@ -275,7 +275,7 @@ def test_a_holds_the_leading_right_singular_vectors_of_what_each_layer_read(name
     read = recorded(kind, list(adapter.eva))
     for layer, found in adapter.eva.items():
         assert found.rows == len(read[layer])
-        assert share_held(found.components, read[layer]) > 0.998, layer
+        assert share_held(found.components, read[layer]) > 0.9999, layer
         weight = adapter.model.base_model.model.get_submodule(layer).lora_A["default"].weight
         torch.testing.assert_close(weight.detach().flatten(1), found.components)
     batch = kind.batch(0)
@@ -310,7 +310,7 @@ def test_attention_has_directions_for_both_projections():
             }.items():
                 read.setdefault(name, []).extend(part.flatten(0, 1) for part in rows)
     for name, parts in read.items():
-        assert share_held(adapter.eva[name].components, torch.cat(parts)) > 0.998, name
+        assert share_held(adapter.eva[name].components, torch.cat(parts)) > 0.9999, name
     assert adapter.eva.keys() == read.keys() | {"layer.linear1", "layer.linear2"}
     batch = kind.batch(0)
     torch.testing.assert_close(output(adapter.model, batch), output(fresh(kind), batch), rtol=0, atol=1e-5)
@@ -383,7 +383,7 @@ class Sum(nn.Module):
 def test_batches_of_any_container_are_given_as_the_model_takes_them(batch):
     config = LoraConfig(r=3, target_modules=["a", "b"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     found = attach(Sum(), config, (batch(vectors(seed), torch.tensor(2.0)) for seed in range(COUNT))).eva
-    assert share_held(found["a"].components, torch.cat([vectors(seed).flatten(0, 1) for seed in range(COUNT)])) > 0.99
+    assert share_held(found["a"].components, torch.cat([vectors(seed).flatten(0, 1) for seed in range(COUNT)])) > 0.98
 
 
 class Nested(nn.Module):
@@ -402,7 +402,7 @@ def test_nested_batches_are_given_as_they_are():
         {name: layer.components for name, layer in attach(Nested(), config, batches).eva.items()},
         get_eva_state_dict(Nested(), batches, config, show_progress_bar=False),
     ):
-        assert share_held(found["a"], torch.cat([vectors(seed).flatten(0, 1) for seed in range(6)])) > 0.99
+        assert share_held(found["a"], torch.cat([vectors(seed).flatten(0, 1) for seed in range(6)])) > 0.98
 
 
 def test_where_a_mask_can_not_choose_rows_all_count_and_a_warning_says_so():

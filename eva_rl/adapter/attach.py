@@ -102,9 +102,10 @@ def attach(
     data, config = TaskData(batches, token_mask, loss, few, progress, forward, strict), copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     start = start or start_of(config)
-    if own and getattr(start, "func", start) is not eva:  # which tells by itself what it can't do
-        _check_targets(model, config)
-    _check_ranks(model, config)
+    if getattr(start, "func", start) is not eva:  # which knows more kinds of layers, and tells by itself what it can't do
+        if own:
+            _check_targets(model, config)
+        _check_ranks(model, config)
     if getattr(config, "total_step", None) is not None and config.total_step - config.tfinal < 2:
         raise UserError(
             f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
