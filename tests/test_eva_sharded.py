@@ -35,7 +35,7 @@ def batch(number: int) -> torch.Tensor:
 
 def config(rho: float) -> LoraConfig:
     eva = EvaConfig(rho=rho, tau=1.0)
-    return LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights="eva", eva_config=eva)
+    return LoraConfig(r=3, target_modules=r"\d\.[02]", init_lora_weights="eva", eva_config=eva)
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,9 @@ def attach(
     data, config = TaskData(batches, token_mask, loss, few, progress, forward, strict), copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     start = start or start_of(config)
-    if getattr(start, "func", start) is not eva:  # which knows more kinds of layers, and tells by itself what it can't do
+    if (
+        getattr(start, "func", start) is not eva
+    ):  # which knows more kinds of layers, and tells by itself what it can't do
         if own:
             _check_targets(model, config)
         _check_ranks(model, config)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
@@ -248,32 +248,30 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+@dataclass
 class _Run:
-    """What `eva_init` knows while batches go by."""
+    """What `eva_init` is given, and what it knows while batches go by."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        readers: Mapping[str, Reader],
-        ranks: Mapping[str, int],
-        settings: EvaSettings,
-        peers: Peers,
-        forward: Callable[[nn.Module, Any], Any],
-        token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None,
-        loss: Callable[[Any], Tensor] | None,
-        rows: Callable[[Any, Room], Rows] | None,
-        share: bool,
-    ):
-        self.model, self.readers, self.ranks, self.settings, self.peers = model, readers, ranks, settings, peers
-        self.forward, self.token_mask, self.loss, self.rows, self.share = forward, token_mask, loss, rows, share
-        self.budget = Budget(ranks, readers, settings)
-        self.streams: list[_Stream] = []
-        self.steady: dict[str, bool] = {}
-        """For each layer: did it run exactly once in every pass that was seen to its end?"""
-        self.ran = False
-        self.whole: set[Any] = set()
-        """The shapes of the batches of those passes."""
-        self.sharded = _is_sharded(model)
+    model: nn.Module
+    readers: Mapping[str, Reader]
+    ranks: Mapping[str, int]
+    settings: EvaSettings
+    peers: Peers
+    forward: Callable[[nn.Module, Any], Any]
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None
+    loss: Callable[[Any], Tensor] | None
+    rows: Callable[[Any, Room], Rows] | None
+    share: bool
+    streams: list[_Stream] = field(default_factory=list)
+    steady: dict[str, bool] = field(default_factory=dict)
+    """For each layer: did it run exactly once in every pass that was seen to its end?"""
+    whole: set[Any] = field(default_factory=set)
+    """The shapes of the batches of those passes."""
+    ran: bool = False
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.ranks, self.readers, self.settings)
+        self.sharded = _is_sharded(self.model)
 
     def take(self, active: Sequence[_Stream], alone: bool, batch: Any) -> Callable[[], Any]:
         """Run the model on a batch, for these streams; return what there is to do with its activations.
