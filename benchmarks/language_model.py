@@ -50,6 +50,8 @@ MODELS = {
 }
 SHAPES = {"llama-1b": (4, 512), "llama-tiny": (2, 64)}
 """Sequences and tokens of a batch."""
+EXACT = 2048
+"""The widest scatter that is decomposed as a whole."""
 HEADER = [
     "r", "rho", "engine", "seconds", "passes", "x forward", "MiB", "MiB of a forward pass", "captured, worst", "captured, mean",
 ]  # fmt: skip
@@ -114,7 +116,7 @@ def scatters(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Te
 
 def best(scatter: Tensor, most: int, rounds: int = 60) -> Tensor:
     """The largest eigenvalues of a symmetric matrix, in descending order."""
-    if len(scatter) <= 2048:
+    if len(scatter) <= EXACT:
         return torch.linalg.eigvalsh(scatter).flip(0)[:most]
     basis = torch.randn(len(scatter), 2 * most + 16, dtype=scatter.dtype, device=scatter.device)
     for _ in range(rounds):

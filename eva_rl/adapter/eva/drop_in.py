@@ -251,27 +251,25 @@ def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
     kinds = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    wanted = config.target_modules
-    if wanted is None:
+    given, config = config.target_modules, _maybe_include_all_linear_layers(copy.copy(config), model)
+    if given is None:
         return [name for name in layers if not isinstance(model.get_submodule(name), nn.modules.conv._ConvNd)]
     names = [name for name in layers if check_target_module_exists(config, name)]
-    single = [wanted] if isinstance(wanted, str) else sorted(wanted)
-    lone = copy.copy(config)
+    lone, every = copy.copy(config), [name for name, _ in model.named_modules()]
 
-    def idle(target: str) -> bool:
-        lone.target_modules = target if isinstance(wanted, str) else {target}
-        return not any(check_target_module_exists(lone, name) for name, _ in model.named_modules())
+    def idle(target: str | set[str]) -> bool:
+        lone.target_modules = target
+        return not any(check_target_module_exists(lone, name) for name in every)
 
-    unmatched = (
-        [target for target in single if idle(target)] if len(single) < 100 else []
-    )  # more come from "all-linear"
+    single = [given] if isinstance(given, str) else sorted(given)
+    unmatched = [] if isinstance(given, str) else [target for target in single if idle({target})]
     if unmatched or not names:
         known = {name.rpartition(".")[2] for name in layers}
-        sentence = f"target_modules {_some(unmatched or single)} match no layer. {did_you_mean((unmatched or single)[0], known)}"
+        missed = unmatched or single
+        sentence = f"The target_modules {_some(missed)} match no layer. {did_you_mean(missed[0], known)}"
         if not names:
-            raise UserError(f"The {sentence}")
-        warnings.warn(f"The {sentence}", stacklevel=3)
+            raise UserError(sentence)
+        warnings.warn(sentence, stacklevel=3)
     return names
 
 
