@@ -9,7 +9,7 @@
 #   benchmarks/gpu.sh             everything goes to $OUT, or to build/gpu/
 #   SMOKE=1 benchmarks/gpu.sh     the same on the CPU, in small, in a minute or two
 #
-# It uses .venv/ where that is, or else a python3 that has torch and peft, and what that lacks from the wheels in .whl/ or $WHEELS,
+# It uses $PYTHON, or .venv/ where that is, or else a python3 that has torch and peft, and what that lacks from the wheels in .whl/ or $WHEELS,
 # so that no package index is needed. Where there is one, `make setup` comes first. A part that fails or takes too long is noted in log.txt,
 # and the next one goes on. What comes back is in few files of at most 15 MB: log.txt, tables.md, and the model's folder in
 # mt40-paper.tar.* (`cat mt40-paper.tar.* | tar x -C checkpoints`).
@@ -29,7 +29,8 @@ LOG=$OUT/log.txt
 say() { echo "[$((SECONDS - START)) s] $*" | tee -a "$LOG"; }
 
 python_of() {
-    if [ -x .venv/bin/python ]; then echo "$PWD/.venv/bin/python"
+    if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"
+    elif [ -x .venv/bin/python ]; then echo "$PWD/.venv/bin/python"
     elif python3 -c 'import torch, peft' 2> /dev/null; then command -v python3
     else make setup >> "$LOG" 2>&1 && echo "$PWD/.venv/bin/python"
     fi

@@ -17,7 +17,7 @@ from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.errors import UserError
 
 pytestmark = pytest.mark.slow
-SECONDS = 240
+SECONDS = 900
 """Processes that take longer are taken to wait for each other forever."""
 BATCHES = ((0, 1, 2, 3, 4), (5, 6, 7, 8))
 """The numbers of each process' batches: that of which the other has none is left out, as no process can run the model alone."""

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def test_in_small_each_part_is_done_and_what_comes_back_is_whole(tmp_path):
     run = subprocess.run(
         ["bash", "benchmarks/gpu.sh"],
         cwd=ROOT,
-        env=os.environ | {"SMOKE": "1", "OUT": str(out), "WORK": str(work), "LIMIT": "1200"},
+        env=os.environ | {"SMOKE": "1", "OUT": str(out), "WORK": str(work), "LIMIT": "1200", "PYTHON": sys.executable},
         capture_output=True,
         text=True,
     )
