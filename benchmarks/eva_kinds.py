@@ -313,7 +313,7 @@ def best_of_pefts(kind: Kind) -> str:
     functions = {
         "forward_fn": call,
         "prepare_model_inputs_fn": None,
-        "prepare_layer_inputs_fn": lambda inputs, _, name: inputs[0].flatten(0, -2).contiguous(),
+        "prepare_layer_inputs_fn": lambda inputs, _, name: inputs[0].flatten(0, -2),
     }
     with_functions = outcome(lambda: pefts(kind, **functions))
     return "with functions of one's own, all rows" if with_functions == "yes" else with_functions
