@@ -256,22 +256,6 @@ HEADER = [
 ]
 
 
-def with_language_model(a: argparse.Namespace) -> None:
-    """The table for `--model`."""
-    rows: list[list] = []
-    for rank, rho in tqdm([(rank, rho) for rank in a.ranks for rho in a.rhos], unit="row", desc="compare"):
-        case = language_model.Case(a.model, rank, rho, a.batches, a.device, a.cap)
-        rows += in_own_process(language_model.compare, case)
-        command = (
-            f"python -m benchmarks.eva_init --model {a.model} --ranks {' '.join(map(str, a.ranks))} "
-            f"--rhos {' '.join(f'{rho:g}' for rho in a.rhos)} --batches {a.batches} --cap {a.cap:g} --device {a.device}"
-        )
-        table = markdown(language_model.HEADER, rows)
-        text = f"`{command}`\n\n{language_model.describe(case)}\n\n{table}\n"
-        write_text(a.results / f"eva_init-{a.model}-{a.device}.md", text)
-    print(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(BATCH_SIZES), default="small")
@@ -285,7 +269,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the tables go to")
     a = parser.parse_args()
     if a.model:
-        with_language_model(a)
+        cases = [language_model.Case(a.model, r, rho, a.batches, a.device, a.cap) for r in a.ranks for rho in a.rhos]
+        language_model.tabulate(cases, a.results)
         return
     model, batches = load(a.preset, POOL, a.device)
     full = scatters(model, batches)

@@ -81,7 +81,7 @@ else
     TRAINING="--presets small paper --repeats 5" ROLLOUT="--presets small paper --episodes 64 --repeats 1"
 fi
 
-part "init-$MODEL" 200 "$PYTHON" -m benchmarks.eva_init --model $MODEL $LANGUAGE --device $DEVICE --results "$WORK/tables"
+part "init-$MODEL" 200 "$PYTHON" -m benchmarks.language_model --model $MODEL $LANGUAGE --device $DEVICE --results "$WORK/tables"
 gather
 if part collect 120 "$PYTHON" -m eva_rl.collect task=$TASK episodes=$DATA; then
     part pretrain 200 "$PYTHON" -m eva_rl.pretrain task=$TASK "model.tokens=[state]" labels=expert demonstrations=$DATA \

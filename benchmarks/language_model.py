@@ -1,4 +1,8 @@
-"""EVA's initialisation of a language model with random weights, this engine beside peft's: `eva_init --model`.
+"""EVA's initialisation of a language model with random weights, this engine beside peft's.
+
+    python -m benchmarks.language_model --model llama-1b --device cuda
+
+It needs torch, peft and transformers alone. `python -m benchmarks.eva_init --model llama-1b` is the same.
 
 `llama-1b` has the form of a model of 1.2 billion parameters, `llama-tiny` the same in small. Weights are random, from a
 config; batches are token ids whose frequencies fall as in texts (Zipf's law). All linear layers but the output's have an
@@ -11,11 +15,14 @@ subspace iteration on the scatter in float64, to the end. `MiB` are in use at th
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import Memory, timed
 from eva_rl.adapter.eva import EvaSettings
 from eva_rl.adapter.eva import get_eva_state_dict as ours
+from eva_rl.files import write_text
 
 MODELS = {
     "llama-1b": {
@@ -202,3 +210,38 @@ def describe(case: Case) -> str:
         f"{where}, torch {torch.__version__}: {settings['num_hidden_layers']} blocks, {settings['hidden_size']} wide, random weights; "
         f"{case.batches} batches of {sequences} x {length} tokens; peft's time is {case.cap:g} s"
     )
+
+
+def tabulate(cases: Sequence[Case], results: Path) -> None:
+    """Compare in each case; print the table, and write it so far after each."""
+    rows: list[list] = []
+    first = cases[0]
+    ranks, rhos = sorted({case.rank for case in cases}), sorted({case.rho for case in cases})
+    command = (
+        f"python -m benchmarks.language_model --model {first.model} --ranks {' '.join(map(str, ranks))} --rhos "
+        f"{' '.join(f'{rho:g}' for rho in rhos)} --batches {first.batches} --cap {first.cap:g} --device {first.device}"
+    )
+    for case in tqdm(cases, unit="row", desc="compare"):
+        rows += compare(case)
+        lines = [HEADER, ["---"] * len(HEADER), *rows]
+        table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        text = f"`{command}`\n\n{describe(case)}\n\n{table}\n"
+        write_text(results / f"eva_init-{case.model}-{case.device}.md", text)
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="llama-1b")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--rhos", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--batches", type=int, default=32, help="in the list")
+    parser.add_argument("--cap", type=float, default=120.0, help="seconds that peft has")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="the table's folder")
+    a = parser.parse_args()
+    tabulate([Case(a.model, r, rho, a.batches, a.device, a.cap) for r in a.ranks for rho in a.rhos], a.results)
+
+
+if __name__ == "__main__":
+    main()

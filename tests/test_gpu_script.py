@@ -31,7 +31,7 @@ def test_in_small_each_part_is_done_and_what_comes_back_is_whole(tmp_path):
     for part in ("init-llama-tiny", "collect", "pretrain", "training", "rollout"):
         assert f"{part}: done" in log, log
     tables = (out / "tables.md").read_text()
-    for command in ("eva_init --model llama-tiny", "training", "rollout"):
+    for command in ("language_model --model llama-tiny", "training", "rollout"):
         assert f"python -m benchmarks.{command}" in tables
     parts = sorted(out.glob("mt40-paper.tar.*"))
     whole = tmp_path / "whole.tar"
