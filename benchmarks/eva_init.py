@@ -2,6 +2,7 @@
 
     python -m benchmarks.eva_init --preset small
     python -m benchmarks.eva_init --preset paper
+    python -m benchmarks.eva_init --model llama-1b --device cuda
 
 `small` is the shipped base; `paper` the 12-million-parameter Decision Transformer of EVA's experiment with random weights
 and fewer windows a batch, so that both have about as many tokens in one. Batches are windows of real trajectories of a task
@@ -12,6 +13,8 @@ Every measurement is a process of its own: load, warm up, initialise once. The e
 holds (an eigendecomposition in float64), in the worst and in the mean layer. `x forward` is the time over that of as many full
 forward passes, measured in the same process. The row `as good` takes as many batches, without
 a rule of convergence (tau = 1), as the streaming engine needs to capture what peft does in the worst layer.
+
+`--model` takes a language model of random weights in place of a Decision Transformer, see `benchmarks/language_model.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
-import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -32,7 +33,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from omegaconf import OmegaConf
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
@@ -40,6 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import language_model
+from benchmarks.measure import Memory, timed
 from eva_rl import configs
 from eva_rl.adapter.eva import EvaSettings, eva_init
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
@@ -178,10 +180,10 @@ def measure(job: Job, reference: str) -> dict[str, float]:
 
     memory = Memory(job.device)
     initialise(replace(job, rank=1, rho=1.0, tau=0.01, batches=2), model, batches[:2], forward)
-    alone = [_timed(lambda batch=batch: model(batch), job.device)[0] for batch in batches[:8]]
+    alone = [timed(lambda batch=batch: model(batch), job.device)[0] for batch in batches[:8]]
     passes = 0
     with memory:
-        seconds, found = _timed(lambda: initialise(job, model, batches, forward), job.device)
+        seconds, found = timed(lambda: initialise(job, model, batches, forward), job.device)
     shares = captured(found, load_file(reference, device=job.device))
     return {
         "seconds": seconds,
@@ -191,49 +193,6 @@ def measure(job: Job, reference: str) -> dict[str, float]:
         "worst": min(shares),
         "mean": statistics.mean(shares),
     }
-
-
-@torch.no_grad()
-def _timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        result = function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000, result
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
-class Memory:
-    """The most memory (MiB) in use beyond what there was when this was made: the process's, or CUDA's."""
-
-    def __init__(self, device: str):
-        self.cuda, self.peak, self.stop = device == "cuda", 0.0, threading.Event()
-        self.before = self._used()
-
-    def _used(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.peak = max(self.peak, (self._used() - self.before) / 2**20)
-
-    def __enter__(self) -> Memory:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        if self.cuda:
-            self.peak = (torch.cuda.max_memory_allocated() - self.before) / 2**20
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -300,11 +259,19 @@ HEADER = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(BATCH_SIZES), default="small")
+    parser.add_argument("--model", choices=list(language_model.MODELS), help="in place of a preset")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--rhos", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batches", type=int, default=32, help="in the list, with --model")
+    parser.add_argument("--cap", type=float, default=120.0, help="seconds that peft has, with --model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the tables go to")
     a = parser.parse_args()
+    if a.model:
+        cases = [language_model.Case(a.model, r, rho, a.batches, a.device, a.cap) for r in a.ranks for rho in a.rhos]
+        language_model.tabulate(cases, a.results)
+        return
     model, batches = load(a.preset, POOL, a.device)
     full = scatters(model, batches)
     head = (
@@ -326,7 +293,7 @@ def main() -> None:
             rows += compare(a.preset, rank, rho, a.device, a.repeats, reference)
             used = ", ".join(f"{name} {version}" for name, version in versions().items())
             text = f"`{head}`\n\n{machine}; {used}\n\n{markdown(HEADER, rows)}\n"
-            write_text(RESULTS / f"eva_init-{a.preset}-{a.device}.md", text)
+            write_text(a.results / f"eva_init-{a.preset}-{a.device}.md", text)
     print(text)
 
 

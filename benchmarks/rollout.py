@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -77,16 +78,16 @@ def raw(simulators: Simulators, interface: Interface, jobs: Sequence[Job]) -> fl
     return episodes * STEPS / (time.perf_counter() - start)
 
 
-def ours(model: DecisionTransformer, simulators: Simulators, episodes: int) -> float:
+def ours(model: DecisionTransformer, simulators: Simulators, episodes: int, device: str) -> float:
     interface = model.interfaces["metaworld"]
     start = time.perf_counter()
-    with autocast("auto", torch.device("cpu")):  # as the entry points do
-        found = rollout(partial(Decoder, model, "metaworld"), interface, jobs_of(episodes), simulators)
+    with autocast("auto", torch.device(device)):  # as the entry points do
+        found = rollout(partial(Decoder, model, "metaworld"), interface, jobs_of(episodes), simulators, device)
     return found.lengths.sum() / (time.perf_counter() - start)
 
 
 @torch.no_grad()
-def plain(model: DecisionTransformer, episodes: int) -> float:
+def plain(model: DecisionTransformer, episodes: int, device: str) -> float:
     config = model.config
     theirs = DecisionTransformerModel(
         DecisionTransformerConfig(
@@ -99,6 +100,7 @@ def plain(model: DecisionTransformer, episodes: int) -> float:
             max_ep_len=STEPS,
         )
     ).eval()
+    theirs.to(device)
     env = shipped_env()
     start = time.perf_counter()
     steps = 0
@@ -112,17 +114,17 @@ def plain(model: DecisionTransformer, episodes: int) -> float:
             rewards.append(0.0)
             first = max(0, len(states) - config.context)
             window = [np.array(x[first:], np.float32)[None] for x in (states, actions, rewards, wanted)]
-            s, a, r, g = (torch.from_numpy(x) for x in window)
-            positions = torch.arange(first, len(states))[None]
+            s, a, r, g = (torch.from_numpy(x).to(device) for x in window)
+            positions = torch.arange(first, len(states), device=device)[None]
             action = theirs(
                 states=s,
                 actions=a,
                 rewards=r[..., None],
                 returns_to_go=g[..., None],
                 timesteps=positions,
-                attention_mask=torch.ones(1, s.shape[1]),
+                attention_mask=torch.ones(1, s.shape[1], device=device),
             ).action_preds[0, -1]
-            actions[-1] = action.numpy()
+            actions[-1] = action.cpu().numpy()
             observation, rewards[-1], terminated, truncated, _ = env.step(np.clip(actions[-1], -1, 1))
             wanted.append(wanted[-1] - rewards[-1])
             over = terminated or truncated
@@ -136,22 +138,24 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at least 1")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the table goes to")
     a = parser.parse_args()
     if a.workers < 1:
         parser.error(f"--workers {a.workers} was given where at least 1 was expected.")
     interface = load_base("mt40-small").model.interfaces["metaworld"]
     rows = []
     for preset in a.presets:
-        model = DecisionTransformer(model_config(preset), [interface]).eval()
+        model = DecisionTransformer(model_config(preset), [interface]).eval().to(a.device)
         speeds: dict[str, list[float]] = {"raw": [], "limit": [], "ours": [], "plain": []}
         shipped, own = jobs_of(a.episodes, shipped_env), jobs_of(a.episodes)
         with Simulators(a.workers) as as_shipped, Simulators(a.workers) as simulators:
-            raw(as_shipped, interface, shipped), raw(simulators, interface, own), plain(model, 1)  # warm
+            raw(as_shipped, interface, shipped), raw(simulators, interface, own), plain(model, 1, a.device)  # warm
             for _ in tqdm(range(a.repeats), desc=preset):
                 speeds["raw"].append(raw(as_shipped, interface, shipped))
                 speeds["limit"].append(raw(simulators, interface, own))
-                speeds["ours"].append(ours(model, simulators, a.episodes))
-                speeds["plain"].append(plain(model, 3))
+                speeds["ours"].append(ours(model, simulators, a.episodes, a.device))
+                speeds["plain"].append(plain(model, 3, a.device))
         medians = {name: statistics.median(found) for name, found in speeds.items()}
         rows += [
             [preset, name, f"{speed:.0f}", *(f"{speed / medians[other]:.2f}" for other in ("raw", "limit", "plain"))]
@@ -160,9 +164,12 @@ def main() -> None:
     table = markdown(["preset", "what", "steps a second", "x raw", "x limit", "x plain"], rows)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     head = (
-        f"`python -m benchmarks.rollout --episodes {a.episodes} --workers {a.workers} --repeats {a.repeats}` ({TASK})"
+        f"`python -m benchmarks.rollout --episodes {a.episodes} --workers {a.workers} --repeats {a.repeats} --device {a.device}` "
+        f"({TASK})"
     )
-    write_text(RESULTS / "rollout.md", f"{head}\n\n{platform.machine()}, {os.cpu_count()} cores; {used}\n\n{table}\n")
+    place = torch.cuda.get_device_name() if a.device == "cuda" else platform.machine()
+    name = "rollout.md" if a.device == "cpu" else f"rollout-{a.device}.md"
+    write_text(a.results / name, f"{head}\n\n{place}, {os.cpu_count()} cores; {used}\n\n{table}\n")
     print(table)
 
 

@@ -18,9 +18,9 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import minari
 import numpy as np
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from benchmarks.eva_init import RESULTS, model_config
+from benchmarks.measure import timed
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
@@ -45,15 +46,11 @@ STEPS = 3
 """Optimiser steps of one timing."""
 
 
-def peak(dtype: torch.dtype) -> float:
+def peak(dtype: torch.dtype, device: str) -> float:
     """Multiplications and additions a second of the best of a few matrix products."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b, device)[0] for _ in range(6))
 
 
 def optimiser_step(parameters: list[torch.nn.Parameter], loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -68,18 +65,18 @@ def optimiser_step(parameters: list[torch.nn.Parameter], loss: Callable[[], torc
     return step
 
 
-def ours(model: DecisionTransformer, batches: list[Batch], precision: str) -> Callable[[], None]:
-    model.train()
+def ours(model: DecisionTransformer, batches: list[Batch], precision: str, device: str) -> Callable[[], None]:
+    model.train().to(device)
     turns = iter(range(10**9))
 
     def loss() -> torch.Tensor:
-        with autocast(precision, torch.device("cpu")):
+        with autocast(precision, torch.device(device)):
             return model.loss(batches[next(turns) % len(batches)])
 
     return optimiser_step(list(model.parameters()), loss)
 
 
-def hugging_face(config: ModelConfig, batches: list[Batch], precision: str) -> Callable[[], None]:
+def hugging_face(config: ModelConfig, batches: list[Batch], precision: str, device: str) -> Callable[[], None]:
     model = DecisionTransformerModel(
         DecisionTransformerConfig(
             state_dim=39,
@@ -91,11 +88,13 @@ def hugging_face(config: ModelConfig, batches: list[Batch], precision: str) -> C
             max_ep_len=LONGEST,
         )
     ).train()
-    positions, turns = torch.arange(config.context).expand(len(batches[0].mask), -1), iter(range(10**9))
+    model.to(device)
+    positions = torch.arange(config.context, device=device).expand(len(batches[0].mask), -1)
+    turns = iter(range(10**9))
 
     def loss() -> torch.Tensor:
         batch = batches[next(turns) % len(batches)]
-        with autocast(precision, torch.device("cpu")):
+        with autocast(precision, torch.device(device)):
             found = model(
                 states=batch.observations,
                 actions=batch.actions,
@@ -145,12 +144,15 @@ def d3rlpy(config: ModelConfig, batches: list[Batch]) -> Callable[[], None] | No
     return lambda: algorithm.update(theirs[next(turns) % len(theirs)])
 
 
-def timed(step: Callable[[], object], count: int) -> float:
+def seconds_each(step: Callable[[], object], count: int, device: str = "cpu") -> float:
     """Seconds a call."""
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - start) / count
+
+    def several() -> None:
+        for _ in range(count):
+            with torch.enable_grad():
+                step()
+
+    return timed(several, device)[0] / count
 
 
 def minari_windows(dataset: minari.MinariDataset, count: int, context: int) -> None:
@@ -171,29 +173,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=list(BATCH_SIZES), default=list(BATCH_SIZES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda leaves d3rlpy out")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the table goes to")
     a = parser.parse_args()
     source = find_source(TASK)
     dataset_id = source.dataset(None, 0)
     trajectories = load_dataset(dataset_id, TASK)
     interface, dataset = interface_of(source.interface, [trajectories]), minari.load_dataset(dataset_id)
-    peaks = {name: peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    with autocast("auto", torch.device("cpu")):
-        auto = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+    peaks = {name: peak(getattr(torch, name), a.device) for name in ("float32", "bfloat16")}
+    with autocast("auto", torch.device(a.device)):
+        auto = "bfloat16" if torch.is_autocast_enabled(a.device) else "float32"
     rows, sampling = [], []
     for preset in a.presets:
         config, size = replace(model_config(preset), tokens=TOKENS), BATCH_SIZES[preset]
         sampler = WindowSampler([trajectories], interface.name, config.context, size, 0)
-        batches = [sampler.batch(number) for number in range(4)]
+        batches = [sampler.batch(number).to(a.device) for number in range(4)]
         model = DecisionTransformer(config, [interface])
         weights = sum(
             p.numel() for name, p in model.trunk.named_parameters() if p.ndim == 2 and "positions" not in name
         )
         steps = {
-            ("Hugging Face", "float32"): hugging_face(config, batches, "float32"),
-            ("Hugging Face", "bfloat16"): hugging_face(config, batches, "bfloat16"),
-            ("d3rlpy", "float32"): d3rlpy(config, batches),
-            ("ours", "float32"): ours(model, batches, "float32"),
-            ("ours", "bfloat16"): ours(DecisionTransformer(config, [interface]), batches, "bfloat16"),
+            ("Hugging Face", "float32"): hugging_face(config, batches, "float32", a.device),
+            ("Hugging Face", "bfloat16"): hugging_face(config, batches, "bfloat16", a.device),
+            ("d3rlpy", "float32"): d3rlpy(config, batches) if a.device == "cpu" else None,
+            ("ours", "float32"): ours(model, batches, "float32", a.device),
+            ("ours", "bfloat16"): ours(DecisionTransformer(config, [interface]), batches, "bfloat16", a.device),
         }
         steps = {name: step for name, step in steps.items() if step is not None}
         seconds: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
@@ -201,7 +205,7 @@ def main() -> None:
             step()
         for _ in tqdm(range(a.repeats), desc=preset):
             for name, step in steps.items():
-                seconds[name].append(timed(step, STEPS))
+                seconds[name].append(seconds_each(step, STEPS, a.device))
         medians = {name: statistics.median(found) for name, found in seconds.items()}
         for (who, precision), found in medians.items():
             tokens = size * config.context * 3
@@ -217,9 +221,9 @@ def main() -> None:
                     f"{medians['Hugging Face', precision] / found:.2f}",
                 ]
             )
-        own = statistics.median(timed(lambda s=sampler: s.batch(7), 50) for _ in range(a.repeats))
+        own = statistics.median(seconds_each(lambda s=sampler: s.batch(7), 50) for _ in range(a.repeats))
         theirs = statistics.median(
-            timed(lambda n=size, t=config.context: minari_windows(dataset, n, t), 1) for _ in range(a.repeats)
+            seconds_each(lambda n=size, t=config.context: minari_windows(dataset, n, t), 1) for _ in range(a.repeats)
         )
         sampling.append(
             [f"{preset}, {size} x {config.context}", f"{1e6 * own:.0f}", f"{1e6 * theirs:,.0f}", f"{theirs / own:.0f}"]
@@ -228,13 +232,14 @@ def main() -> None:
     table = markdown(header, rows)
     second = markdown(["preset", "ours, µs a batch", "Minari, µs a batch", "ratio"], sampling)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    place = torch.cuda.get_device_name() if a.device == "cuda" else platform.machine()
     text = (
-        f"`python -m benchmarks.training --presets {' '.join(a.presets)} --repeats {a.repeats}`\n\n"
-        f"{platform.machine()}, {os.cpu_count()} cores, matrix products at "
+        f"`python -m benchmarks.training --presets {' '.join(a.presets)} --repeats {a.repeats} --device {a.device}`\n\n"
+        f"{place}, {os.cpu_count()} cores, matrix products at "
         f"{' and '.join(f'{speed / 1e9:.0f} GFLOP/s in {name}' for name, speed in peaks.items())}; {used}\n\n{table}\n\n"
         f"Sampling windows, against Minari's `sample_episodes` and slicing:\n\n{second}\n"
     )
-    write_text(RESULTS / "training.md", text)
+    write_text(a.results / ("training.md" if a.device == "cpu" else f"training-{a.device}.md"), text)
     print(text)
 
 

@@ -181,19 +181,19 @@ def test_the_model_is_left_as_it_was_also_when_the_stream_raises(model):
 )
 def test_what_eva_cannot_use_is_refused_by_name(model, ranks, batches, message):
     with pytest.raises(UserError, match=message):
-        eva_init(model, batches, ranks, EvaSettings(tau=1.0))
+        eva_init(model, batches, ranks, EvaSettings(tau=1.0), strict=True)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_convolution_is_refused_by_name_and_the_model_is_as_it_was():
-    model = nn.Sequential(nn.Linear(12, 12), nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 3, 1))
-    model[2].requires_grad_(False)
+def test_asked_to_be_strict_a_layer_without_directions_is_refused_and_the_model_is_as_it_was():
+    model = nn.Sequential(nn.Embedding(5, 12), nn.Linear(12, 12))
+    model[0].requires_grad_(False)
     before = [type(module) for module in model.modules()]
-    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="eva", eva_config=EvaConfig())
-    with pytest.raises(UserError, match=r"'2' is a Conv1d: leave it out"):
-        attach(model, config, make_batches(1))
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="eva", eva_config=EvaConfig())
+    with pytest.raises(UserError, match=r"'0' is a Embedding: leave it out"):
+        attach(model, config, [torch.arange(5)], strict=True)
     assert [type(module) for module in model.modules()] == before
-    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True]
 
 
 def test_a_model_whose_activations_eva_cannot_use_is_left_without_an_adapter(model):
@@ -215,10 +215,16 @@ def test_rows_that_are_not_floating_point_are_refused_by_name(model):
         eva_init(model, [torch.ones(4, 12, dtype=torch.int8)], {"q": 2, "down": 2}, EvaSettings())
 
 
-def test_a_layer_that_never_runs_is_named(model):
+def test_a_layer_that_never_runs_is_named_and_keeps_what_it_has_or_strictly_is_refused(model):
     model.idle = nn.Linear(12, 12)
+    ranks = {"q": 2, "idle": 2}
+    with pytest.warns(UserWarning, match="usual initialisation.*idle did not run in 10 batches"):
+        found = eva_init(model, make_batches(10), ranks, EvaSettings(tau=1.0))
+    assert {name: len(layer.components) for name, layer in found.items()} == {"q": 2}  # its budget is its own
     with pytest.raises(UserError, match="'idle' did not run"):
-        eva_init(model, make_batches(1), {"q": 2, "idle": 2}, EvaSettings())
+        eva_init(model, make_batches(10), ranks, EvaSettings(), strict=True)
+    with pytest.raises(UserError, match="'idle' did not run"):
+        eva_init(model, make_batches(10), {"idle": 2}, EvaSettings())
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class Scenario:
         return [self.make(number, self.rows) for numbers in self.batches for number in numbers]
 
     def run(self, batches: Iterable[torch.Tensor], most: int, process: int = 0) -> dict[str, LayerResult]:
-        def rows(batch: torch.Tensor) -> Callable[[tuple[Any, ...], str], torch.Tensor]:
+        def rows(batch: torch.Tensor, room: Any) -> Callable[[tuple[Any, ...], str], torch.Tensor]:
             silent = self.silent if process in self.silent_in else ""
             return lambda inputs, layer: inputs[0][: 0 if silent in (layer, "all") else None].clone()
 
@@ -355,7 +355,7 @@ def test_a_process_that_is_not_together_with_others_neither_waits_nor_sends(fold
 def test_a_layer_without_rows_in_any_process_leaves_the_others_as_they_are(folder):
     for process in (0, 1):
         found = load_file(folder / f"no rows for a layer {process}.safetensors")
-        assert found["second.totals"].tolist() == [0, 0]
+        assert not [key for key in found if key.startswith("second")]
         for layer, rows in inputs(SCENARIOS["no rows for a layer"]).items():
             if layer != "second":
                 components = found[f"{layer}.components"]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from eva_rl.adapter.allocator import Allocator
 from eva_rl.adapter.eva import LayerResult
-from eva_rl.adapter.eva.observe import input_width
+from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.restore import restored
 from eva_rl.adapter.safe import check_adapter_config
-from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, lora_layers, start_of
+from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, eva, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite, replacing, write_json
 
@@ -77,36 +77,40 @@ def attach(
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
     Args:
-        batches: the new task's data, each an argument of `model`; read by initialisations that need it. Or a whole `TaskData`.
-        token_mask: see `eva_init`.
+        batches: the new task's data, of which `forward` takes each; read by initialisations that need it. Or a whole `TaskData`.
+        token_mask: see `eva_init`. None: a Hugging Face batch's attention masks and labels say which tokens count.
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
         start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
             asks for.
         **more: what else `TaskData` holds: `loss` of a batch, for initialisations that look at gradients; `few`, how many batches
             those without a rule of their own take; `progress`, whether to show a bar; `forward`, which runs the model on a batch and
-            sends through each layer the rows that training will, as EVA's directions are theirs.
+            sends through each layer the rows that training will, as EVA's directions are theirs (by default a mapping is given by its
+            keys, a tuple or list by position, and anything else as one argument); `strict`, whether to raise where EVA has no
+            directions for a layer, which else keeps peft's usual initialisation, and a warning names it.
 
     Raises:
-        UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
+        UserError: if the model has an adapter, the config does not fit it, or the data the initialisation. What the model, the
+            batches or a function given here raise is raised as it is. The model is then as it was.
     """
+    _check_free(model)
     data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
     config = copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
-    if own:
-        _check_targets(model, config)
-    _check_ranks(model, config)
+    start = start or start_of(config)
+    if (
+        getattr(start, "func", start) is not eva
+    ):  # which knows more kinds of layers, and tells by itself what it can't do
+        if own:
+            _check_targets(model, config)
+        _check_ranks(model, config)
     if getattr(config, "total_step", None) is not None and config.total_step - config.tfinal < 2:
         raise UserError(
             f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
         )
     config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    start = start or start_of(config)
     weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
     with _undone_on_failure(model, weights):
-        try:
-            peft_model, found = start(model, config, data)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
+        peft_model, found = start(model, config, data)
         initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
@@ -172,10 +176,22 @@ def _at_risk(model: nn.Module, config: PeftConfig, start: Start) -> Iterator[tup
         yield from targets(model, config).items()
 
 
+def _check_free(model: nn.Module) -> None:
+    """Raise a `UserError` if there is an adapter: peft would put the new one in the place of its weights, or train both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    taken = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if taken is not None:
+        raise UserError(
+            f"The model has an adapter already, on layer '{taken}': merge it with peft's `merge_and_unload()`, or add a second one with "
+            "`add_adapter` and `initialize_lora_eva_weights(..., adapter_name=...)`."
+        )
+
+
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:
     """Raise a `UserError` that names the first target which is no linear layer; peft's sentence would not."""
     for name in targets(model, config):
-        input_width(model.get_submodule(name), name)
+        reader(model, name)
 
 
 def _check_ranks(model: nn.Module, config: PeftConfig) -> None:
@@ -187,8 +203,9 @@ def _check_ranks(model: nn.Module, config: PeftConfig) -> None:
     for name, weight in targets(model, config).items():
         pattern = {} if hasattr(config, "init_r") else config.rank_pattern
         rank = pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, "init_r", config.r))
-        if not 1 <= rank <= min(weight.shape):
-            raise UserError(f"Rank {rank} was asked for layer '{name}', which has {min(weight.shape)} dimensions.")
+        dimensions = min(len(weight), weight[0].numel()) if weight.ndim > 1 else len(weight)
+        if not 1 <= rank <= dimensions:
+            raise UserError(f"Rank {rank} was asked for layer '{name}', which has {dimensions} dimensions.")
 
 
 @contextmanager

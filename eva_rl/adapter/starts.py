@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init, initialize_lora_eva_weights
+from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init
 from eva_rl.adapter.eva.directions import random_rows
-from eva_rl.adapter.eva.observe import as_it_was, discover, input_width, masked_rows
-from eva_rl.errors import UserError
+from eva_rl.adapter.eva.kinds import reader
+from eva_rl.adapter.eva.load import load_components, lora_layers
+from eva_rl.adapter.eva.observe import as_it_was, discover, masked_rows
+from eva_rl.adapter.eva.tokens import IGNORED, TokenRows, call
+from eva_rl.errors import UserError, in_one_line
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
 
@@ -30,15 +34,17 @@ class TaskData:
     """What an initialisation may look at: the new task's batches, and what the model makes of them."""
 
     batches: Iterable[Any]
-    """Each an argument of the model."""
+    """Each what `forward` takes."""
     token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None
-    """A batch's rows that count, see `eva_init`."""
+    """A batch's rows that count, see `eva_init`. None: what the batch itself says, see `TokenRows`."""
     loss: Callable[[Any], Tensor] | None = None
     few: int = 16
     """Batches for an initialisation that has no rule of its own for when to stop."""
     progress: bool = False
-    forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch)
+    forward: Callable[[nn.Module, Any], Any] = call
     """Sends through each layer the rows that training will send through it."""
+    strict: bool = False
+    """Raise, in place of a warning, where a layer can't be initialised from the data."""
 
     def first(self, what: str) -> Iterator[Any]:
         """The first few batches.
@@ -66,9 +72,18 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
     """As the config alone says."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _fitting():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
         return get_peft_model(model, config), {}
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Around peft alone: what it raises is a mistake in the config; what the user's functions raise is theirs."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
 
 
 def eva(
@@ -78,21 +93,51 @@ def eva(
 
     `settings`: None: rho and tau of the config's `eva_config`, and our defaults for the rest.
     """
-    config.init_lora_weights = "eva"
-    if config.use_rslora:
+    given = config.eva_config
+    linear = _only_linear(model, config)
+    config.init_lora_weights = "eva" if linear else True  # peft's convolutions and embeddings take no "eva"
+    if config.use_rslora and given is not None:
         # peft would multiply alpha by r' / r where a layer gets r' ranks, which keeps alpha / r: rsLoRA's scale, alpha / sqrt(r'),
         # (Kalajdzievski 2023, arXiv 2312.03732) follows from the rank by itself.
-        config.eva_config.adjust_scaling_factors = False
+        given.adjust_scaling_factors = False
     peft_model, _ = plain(model, config, data)
     ranks = {name: layer.r["default"] for name, layer in lora_layers(model)}
-    settings = settings or EvaSettings(rho=config.eva_config.rho, tau=config.eva_config.tau)
-    with peft_model.disable_adapter():
+    settings = settings or EvaSettings(rho=given.rho, tau=given.tau)
+    rows = TokenRows(model, _ignored(given)) if data.token_mask is None else None
+    with peft_model.disable_adapter(), rows.watching() if rows else nullcontext():
         found = eva_init(
-            model, data.batches, ranks, settings, data.token_mask, data.forward, data.loss, progress=data.progress
+            model,
+            data.batches,
+            ranks,
+            settings,
+            data.token_mask,
+            data.forward,
+            data.loss,
+            rows,
+            progress=data.progress,
+            strict=data.strict,
         )
-    components = {f"base_model.model.{name}": layer.components for name, layer in found.items()}
-    initialize_lora_eva_weights(peft_model, eva_state_dict=components)
+    load_components(peft_model, {name: layer.components for name, layer in found.items()}, "default")
+    if not linear:
+        peft_model.peft_config["default"].eva_config = None  # which peft reads with "eva" alone
     return peft_model, found
+
+
+def _only_linear(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether LoRA would be put on no embedding and no convolution."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    other = nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return config.target_modules is None or not any(
+        isinstance(module, other) and check_target_module_exists(config, name) for name, module in model.named_modules()
+    )
+
+
+def _ignored(config: EvaConfig | None) -> int | None:
+    """The label that keeps a token out, or None, by peft's config of EVA."""
+    if config is None:
+        return IGNORED
+    return config.label_mask_value if config.use_label_mask else None
 
 
 def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
@@ -221,31 +266,30 @@ def corda(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMod
     from peft.utils.other import get_pattern_key
 
     layers = dict(target_modules(model, config))
-    widths = {name: input_width(layer, name) for name, layer in layers.items()}
+    readers = {name: reader(model, name) for name in layers}
     sums: dict[str, Tensor] = {}
     rows = 0
     with as_it_was(model):
         for batch in data.first("CorDA"):
             chosen = masked_rows(data.token_mask(batch) if data.token_mask else None)
-            groups, seen = discover(model, widths, lambda batch=batch: model(batch), chosen)
-            for group, x in zip(groups, seen, strict=True):
+            groups, seen = discover(model, readers, lambda batch=batch: data.forward(model, batch), chosen)
+            for group in groups:
+                x = seen[group.layers[0]].rows
+                if not seen[group.layers[0]].calls:
+                    raise UserError(
+                        f"The layer '{group.layers[0]}' did not run in the forward pass: leave it out of the adapter."
+                    )
                 product = x.float().T @ x.float()  # (d, d)
                 for name in group.layers:
                     sums[name] = sums.get(name, 0) + product
-            rows += len(seen[0])
+            rows += len(seen[groups[0].layers[0]].rows)
     for name, layer in layers.items():
         key = get_pattern_key(config.rank_pattern.keys(), name)
         layer.rank, layer.corda_method = config.rank_pattern.get(key, config.r), config.corda_config.corda_method
         layer.covariance_matrix = sums[name] / rows
-    collect_eigens(model, config, verbose=False)
-    crop_corda_eigens(model, config)
+    with _fitting():
+        collect_eigens(model, config, verbose=False)
+        crop_corda_eigens(model, config)
     for layer in layers.values():
         del layer.rank, layer.corda_method, layer.covariance_matrix
     return plain(model, config, data)
-
-
-def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The layers with LoRA and their names."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

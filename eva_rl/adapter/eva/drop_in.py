@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.adapter.eva.engine import LayerResult, eva_init
-from eva_rl.adapter.eva.observe import Rows
+from eva_rl.adapter.eva.kinds import reader
+from eva_rl.adapter.eva.load import PREFIX, load_components, lora_layers
+from eva_rl.adapter.eva.observe import Room, Rows
 from eva_rl.adapter.eva.settings import EvaSettings
-from eva_rl.errors import UserError
+from eva_rl.adapter.eva.tokens import TokenRows, call
+from eva_rl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig
@@ -29,9 +32,9 @@ PrepareLayer = Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None
 MAX_BATCHES = 256
 
 
-def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """`model(**inputs)`."""
-    return model(**inputs)
+def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
+    """`model(**inputs)`; and for batches that are no mappings what `call` makes of them."""
+    return model(**inputs) if isinstance(inputs, Mapping) else call(model, inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Any], peft_config: LoraConfig) -> Tensor:
@@ -48,11 +51,18 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     return pefts.prepare_layer_inputs_fn_language_modeling(layer_input, model_input, layer_name)
 
 
-def _pefts_rows() -> Callable[..., Tensor]:
-    """peft's own default, which a script may name."""
+def _are_defaults(model_inputs: Any, layer_inputs: Any) -> bool:
+    """Whether these are the functions for language models, by peft's name or ours: then rows are chosen as they do where they
+    can, and also where they can't."""
     from peft.tuners.lora import eva as pefts
 
-    return pefts.prepare_layer_inputs_fn_language_modeling
+    return model_inputs in (
+        prepare_model_inputs_fn_language_modeling,
+        pefts.prepare_model_inputs_fn_language_modeling,
+    ) and layer_inputs in (
+        prepare_layer_inputs_fn_language_modeling,
+        pefts.prepare_layer_inputs_fn_language_modeling,
+    )
 
 
 def get_eva_state_dict(
@@ -67,6 +77,7 @@ def get_eva_state_dict(
     show_progress_bar: bool = True,
     *,
     settings: EvaSettings | None = None,
+    strict: bool = False,
 ) -> dict[str, Tensor]:
     """A's rows (rank, d) for each layer that LoRA adapts: what `peft.get_eva_state_dict` computes.
 
@@ -74,16 +85,18 @@ def get_eva_state_dict(
         model: a `PeftModel`, or any model if `peft_config` is given.
         dataloader: batches; gone through again and again until all layers have converged.
         forward_fn: runs the model on a batch.
-        prepare_model_inputs_fn: turns (batch, config) into what `prepare_layer_inputs_fn` gets; None: the batch itself.
+        prepare_model_inputs_fn: turns (batch, config) into what `prepare_layer_inputs_fn` gets; None: the batch itself. With both
+            left as they are, batches may be of any model: see `TokenRows`.
         prepare_layer_inputs_fn: turns (a layer's arguments, those, its name) into rows (n, d); a function for all layers or
             one for each; None: all rows.
         gather_distributed_inputs: False: do not merge with the other processes of `torch.distributed`.
         settings: this engine's own settings. None: rho and tau of the config's `eva_config`, with peft's rule of convergence
             (`convergence="components"`); `EvaSettings()` stops as soon as the subspaces are good enough.
+        strict: raise, in place of a warning, if a layer can have no directions.
 
     Raises:
         ValueError: if the dataloader is empty, or there is no config.
-        UserError: as `eva_init`.
+        UserError: as `eva_init`, and if the config's `target_modules` match no layer.
     """
     from peft.utils.other import get_pattern_key
 
@@ -99,17 +112,18 @@ def get_eva_state_dict(
         convergence="components",
         max_batches=MAX_BATCHES,
     )
-    names = _targets(model, config, wrapped)
+    names = _adapted(model, adapter_name) if wrapped else _targets(model, config)
     each = isinstance(prepare_layer_inputs_fn, Mapping)
-    # Another function than peft's may choose by the layer's name: then layers that read the same tensor have rows of their own.
-    by_name = prepare_layer_inputs_fn not in (None, prepare_layer_inputs_fn_language_modeling, _pefts_rows())
     if each and not prepare_layer_inputs_fn.keys() <= set(names):
         unknown = sorted(prepare_layer_inputs_fn.keys() - set(names))
         raise ValueError(f"prepare_layer_inputs_fn names modules that are no targets of the adapter: {unknown}")
     ranks = {n: config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), n), config.r) for n in names}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    defaults = not each and _are_defaults(prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    ignored = config.eva_config.label_mask_value if config.eva_config.use_label_mask else None
+    tokens = TokenRows(model, ignored) if defaults else None
 
-    def rows(batch: Any) -> Rows:
+    def rows(batch: Any, room: Room) -> Rows:
         prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
 
         def of_layer(arguments: tuple[Any, ...], name: str) -> Tensor:
@@ -120,20 +134,23 @@ def get_eva_state_dict(
 
         return of_layer
 
-    with model.disable_adapter() if wrapped else nullcontext():
+    with model.disable_adapter() if wrapped else nullcontext(), tokens.watching() if tokens else nullcontext():
         found = eva_init(
             model,
             _cycled(dataloader, device),
             ranks,
             own,
             forward=forward_fn,
-            rows=rows,
-            share=not by_name,
+            rows=tokens or rows,
+            # Another function than the default may choose by the layer's name: then layers that read one tensor have rows of their own.
+            share=defaults or prepare_layer_inputs_fn is None,
             together=gather_distributed_inputs,
             progress=show_progress_bar,
+            strict=strict,
         )
     whiten = settings is None and config.eva_config.whiten
-    return {name: _whitened(layer) if whiten else layer.components for name, layer in found.items()}
+    rows_of = {name: _whitened(layer) if whiten else layer.components for name, layer in found.items()}
+    return {name: reader(model, name).shaped(components) for name, components in rows_of.items()}
 
 
 @torch.no_grad()
@@ -149,18 +166,18 @@ def initialize_lora_eva_weights(
     show_progress_bar: bool = True,
     *,
     settings: EvaSettings | None = None,
+    strict: bool = False,
 ) -> None:
     """Give a `PeftModel`'s LoRA layers the A and the ranks of EVA: what `peft.initialize_lora_eva_weights` does.
 
-    Takes the state dict of `get_eva_state_dict`, or its arguments.
+    Takes the state dict of `get_eva_state_dict`, of this model or of its base, or the arguments of that function. Only layers of the
+    adapter `adapter_name` are touched; and of them those that have no rows stay as they are.
 
     Raises:
         ValueError: if the model is no `PeftModel`, has several active adapters, or one that is not made for EVA; if there is
             neither a dataloader nor a state dict.
+        UserError: as `get_eva_state_dict`, and if the state dict names no layer of the adapter.
     """
-    import peft
-    from peft.tuners.lora import LoraLayer
-
     _check_adapter(model, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
@@ -176,11 +193,25 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
             settings=settings,
+            strict=strict,
         )
-    peft.initialize_lora_eva_weights(model, eva_state_dict=dict(eva_state_dict), adapter_name=adapter_name)
-    # peft abbreviates many targets to their common suffixes, which would give rank-0 layers an adapter again on loading.
-    left = (name for name, module in model.named_modules() if isinstance(module, LoraLayer))
-    model.peft_config[adapter_name].target_modules = {name.removeprefix("base_model.model.") for name in left}
+    components = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
+    layers = [name.removeprefix(PREFIX) for name, _ in lora_layers(model, adapter_name)]
+    if not components.keys() & set(layers):
+        raise UserError(
+            f"The state dict names no layer of the adapter '{adapter_name}': it has {_some(components)}, the adapter {_some(layers)}."
+        )
+    missing = [name for name in layers if name not in components]
+    if missing and dataloader is None:
+        warnings.warn(f"The state dict has no rows for {_some(missing)}: they stay as they are.", stacklevel=2)
+    load_components(model, components, adapter_name)
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = [f"'{name}'" for name in names]
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+    )
 
 
 def _check_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -191,28 +222,55 @@ def _check_adapter(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"`initialize_lora_eva_weights` works with a single active adapter, but {model.active_adapters} are active"
         )
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"the model has no adapter '{adapter_name}'. {did_you_mean(adapter_name, model.peft_config)}")
     if model.peft_config[adapter_name].init_lora_weights != "eva":
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
 
 
-def _targets(model: nn.Module, config: LoraConfig, wrapped: bool) -> list[str]:
-    """The names of the linear layers that the adapter is for; a warning names those of other kinds."""
-    from peft.tuners.lora.eva import UNSUPPORTED_LORA_MODULES
-    from peft.tuners.tuners_utils import check_target_module_exists
+def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
+    """The names of the layers that have this adapter.
+
+    Raises:
+        UserError: if there are none.
+    """
+    names = [name for name, _ in lora_layers(model, adapter_name)]
+    if not names:
+        raise UserError(f"The model has no layer with the adapter '{adapter_name}': give the name of one that it has.")
+    return names
+
+
+def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of the layers that an adapter would be for; a warning tells which targets match none.
+
+    Raises:
+        UserError: if there are no such layers.
+    """
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
     from transformers.pytorch_utils import Conv1D
 
-    if not wrapped:
-        return [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-            and (config.target_modules is None or check_target_module_exists(config, name))
-        ]
-    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    other = [name for name, module in adapted.items() if isinstance(module, UNSUPPORTED_LORA_MODULES)]
-    if other:
-        warnings.warn(f"EVA adapts linear layers and leaves out {', '.join(other)}.", stacklevel=3)
-    return [name for name in adapted if name not in other]
+    kinds = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    given, config = config.target_modules, _maybe_include_all_linear_layers(copy.copy(config), model)
+    if given is None:
+        return [name for name in layers if not isinstance(model.get_submodule(name), nn.modules.conv._ConvNd)]
+    names = [name for name in layers if check_target_module_exists(config, name)]
+    lone, every = copy.copy(config), [name for name, _ in model.named_modules()]
+
+    def idle(target: str | set[str]) -> bool:
+        lone.target_modules = target
+        return not any(check_target_module_exists(lone, name) for name in every)
+
+    single = [given] if isinstance(given, str) else sorted(given)
+    unmatched = [] if isinstance(given, str) else [target for target in single if idle({target})]
+    if unmatched or not names:
+        known = {name.rpartition(".")[2] for name in layers}
+        missed = unmatched or single
+        sentence = f"The target_modules {_some(missed)} match no layer. {did_you_mean(missed[0], known)}"
+        if not names:
+            raise UserError(sentence)
+        warnings.warn(sentence, stacklevel=3)
+    return names
 
 
 def _cycled(dataloader: Iterable[Any], device: torch.device | None) -> Iterator[Any]:

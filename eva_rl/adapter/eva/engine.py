@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
@@ -23,24 +23,28 @@ from tqdm import tqdm
 
 from eva_rl.adapter.eva.covariance import Covariance
 from eva_rl.adapter.eva.directions import choose_rows
+from eva_rl.adapter.eva.kinds import Reader, first_argument, readers_of
 from eva_rl.adapter.eva.moments import Moments
 from eva_rl.adapter.eva.observe import (
     Group,
     Room,
     Rows,
+    Seen,
     as_it_was,
     discover,
     gradient_weights,
-    input_width,
     masked_rows,
     observe,
-    output_width,
 )
 from eva_rl.adapter.eva.peers import Peers
 from eva_rl.adapter.eva.ranks import explained, redistribute
 from eva_rl.adapter.eva.settings import EvaSettings
 from eva_rl.adapter.eva.streaming import OVERSAMPLING, StreamingSvd
+from eva_rl.adapter.eva.tokens import call, shapes
 from eva_rl.errors import UserError
+
+PATIENCE = 8
+"""Batches for which EVA waits for layers that none has reached yet."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class _Stream:
     index: int
     captured: Tensor  # (candidates,) as in `Change`
     cosines: Tensor  # (candidates,)
+    seen: bool = False
+    """Whether any batch of any process has reached it."""
     batches: int = 0
     rank: int = 0
     measure: float = 0.0
@@ -118,16 +124,23 @@ class _Stream:
 class Budget:
     """What the layers' ranks may cost together."""
 
-    def __init__(self, ranks: Mapping[str, int], rho: float, costs: Mapping[str, int]):
-        self.costs = costs
-        self.limits = {name: round(rank * rho) for name, rank in ranks.items()}
-        self.total = sum(rank * costs[name] for name, rank in ranks.items())
+    def __init__(self, ranks: Mapping[str, int], readers: Mapping[str, Reader], settings: EvaSettings):
+        by_weights = settings.budget == "weights"
+        self.ranks = ranks
+        self.costs = {name: r.width + r.outputs if by_weights else 1 for name, r in readers.items()}
+        self.limits = {
+            name: min(round(ranks[name] * settings.rho), r.width) if r.redistributed else ranks[name]
+            for name, r in readers.items()
+        }
+        self.fixed = {name for name, r in readers.items() if not r.redistributed}
 
     def spent(self, streams: Sequence[_Stream], worths: Sequence[Tensor]) -> dict[str, int]:
-        """Each layer's rank, given what its stream's components are worth."""
-        worth = {name: values for s, values in zip(streams, worths, strict=True) for name in s.group.layers}
-        worth = {name: worth[name][:limit] for name, limit in self.limits.items()}
-        return redistribute(worth, self.total, self.costs)
+        """Each layer's rank, given what its stream's components are worth. Layers that were never seen take no part."""
+        worth = {name: w for s, w in zip(streams, worths, strict=True) for name in s.group.layers if s.seen}
+        shared = {name: worth[name][:limit] for name, limit in self.limits.items() if name in worth.keys() - self.fixed}
+        total = sum(self.ranks[name] * self.costs[name] for name in shared)
+        kept = {name: self.ranks[name] for name in worth.keys() & self.fixed}
+        return kept | redistribute(shared, total, self.costs) if shared else kept
 
 
 @torch.no_grad()
@@ -137,12 +150,13 @@ def eva_init(
     ranks: Mapping[str, int],
     settings: EvaSettings,
     token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
-    forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
+    forward: Callable[[nn.Module, Any], Any] = call,
     loss: Callable[[Any], Tensor] | None = None,
-    rows: Callable[[Any], Rows] | None = None,
+    rows: Callable[[Any, Room], Rows] | None = None,
     share: bool = True,
     together: bool = True,
     progress: bool = False,
+    strict: bool = False,
 ) -> dict[str, LayerResult]:
     """Run batches through `model` until every layer's components have converged, and share out the ranks.
 
@@ -151,9 +165,10 @@ def eva_init(
 
     Args:
         model: any module; it runs in evaluation mode and is left as it was, also when something raises.
-        batches: consumed one by one, no more than `settings.max_batches`. How often each layer runs in a forward pass is
-            learned from the first; what it does beyond that in a later one is not seen.
-        ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget.
+        batches: consumed one by one, no more than `settings.max_batches`.
+        ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget. Layers: linear ones,
+            GPT-2's Conv1D, convolutions, and `nn.MultiheadAttention` with its `out_proj`; they may run any number of times in a
+            batch.
         token_mask: boolean tensor for a batch whose shape is that of the layers' inputs without the last dimension;
             only rows where it is True count. Several tensors: a layer's is the one of its inputs' shape. None: all do.
         forward: runs the model on a batch. The rows that count are those it sends through each layer: they should be those
@@ -163,89 +178,214 @@ def eva_init(
         share: False: `rows` treats layers that read the same tensor differently.
         together: False: leave other processes out of it.
         progress: show a progress bar.
+        strict: raise, in place of a warning, if a layer can have no directions.
 
     Returns:
-        For each layer A's rows, as many as the rank it was given, possibly 0.
+        For each layer A's rows, as many as the rank it was given, possibly 0. A layer of a kind that EVA has no directions
+        for, or that no batch reached, is not among them, and a warning names it.
 
     Raises:
-        UserError: if there are no batches, a layer is not linear, never runs, or is narrower than its rank, or its
-            activations are not finite.
+        UserError: if there are no batches, a layer is narrower than its rank, or its activations are not finite.
     """
-    if settings.weighting == "gradient" and loss is None:
-        raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    peers, streams = Peers(device, together), []
+    peers = Peers(device, together)
     peers.check_alike("ranks or settings", (sorted(ranks.items()), settings))
-    widths = peers.attempt(lambda: {name: _checked_width(model, name, rank) for name, rank in ranks.items()})
-    costs = {name: widths[name] + output_width(model.get_submodule(name)) for name in ranks}
-    budget = Budget(ranks, settings.rho, costs if settings.budget == "weights" else dict.fromkeys(ranks, 1))
-
-    def take(active: Sequence[_Stream], batch: Any) -> Callable[[], None]:
-        """Run the model on a batch, for these streams; return what there is to do with its activations."""
-        weights = None
-        run, mask = partial(forward, model, batch), None if token_mask is None else token_mask(batch)
-        chosen = rows(batch) if rows else masked_rows(mask, _room(active, updates, settings))
-        if not streams:
-            groups, seen = discover(model, widths, run, chosen, shared=share and settings.weighting == "none")
-            streams.extend(_make_streams(groups, seen, ranks, widths, settings))
-            active = list(streams)
-        elif settings.weighting == "none":
-            seen = observe(model, [stream.group for stream in active], run, chosen)
-        if settings.weighting == "gradient":
-            seen, weights = gradient_weights(model, [s.group for s in active], partial(loss, batch), chosen)
-        return partial(_update, active, seen, weights)
-
-    def step(update: Callable[[], None]) -> None:
-        peers.attempt(update)
-        _judge(streams, budget, settings, peers)
-
+    readers = peers.attempt(lambda: _checked_readers(model, ranks, settings, loss, strict))
+    run = _Run(model, readers, ranks, settings, peers, forward, token_mask, loss, rows, share)
     needed: Sequence[_Stream] = ()  # as of the last update waited for, so that no result depends on timing
     taken, bar = 0, tqdm(total=settings.max_batches, desc="EVA", unit="batch", leave=False, disable=not progress)
     with as_it_was(model), bar, _Updates(device) as updates:
-        for batch in _limited(batches, settings.max_batches, peers, updates):
-            update = _nothing if batch is _ENDED else _deferring_errors(partial(take, needed), batch, peers)
+        for batch in _limited(batches, settings.max_batches, peers, updates, run.sharded):
+            take = partial(run.take, needed, updates.thread is None)
+            update = _nothing if batch is _ENDED else _deferring_errors(take, batch, peers)
             updates.wait()
-            needed = _needed(streams)
+            needed = run.needed(taken)
             if taken and not needed:
                 break
-            updates.start(partial(step, update))
+            updates.start(partial(run.step, update))
             taken += 1
             bar.update()
-            bar.set_postfix_str(f"{sum(s.converged for s in streams)}/{len(streams)} inputs converged", refresh=False)
-            if updates.thread is None:
-                needed = _needed(streams)
+            if updates.thread is None or taken == 1:
+                updates.wait()
+                needed = run.needed(taken)
                 if not needed:
                     break
+            bar.set_postfix_str(run.progress(), refresh=False)
     if not taken:
         raise UserError("EVA was given no batch of data: the dataset is empty.")
-    if not float(peers.sum(sum(stream.moments.mass.sum() for stream in streams))):
-        raise UserError("EVA was given no rows: the mask leaves out every token of every batch.")
-    results = _share_out(streams, budget, settings, peers)
-    _warn(streams, settings, taken)
+    run.check_rows(taken, strict)
+    results = _share_out(run.streams, run.budget, readers, settings, peers)
+    _warn(run.streams, settings, taken)
     return results
 
 
-def _checked_width(model: nn.Module, name: str, rank: int) -> int:
-    width = input_width(model.get_submodule(name), name)
-    if not 1 <= rank <= width:
-        raise UserError(f"Rank {rank} was asked for layer '{name}', whose inputs have {width} dimensions.")
-    return width
+def _checked_readers(
+    model: nn.Module, ranks: Mapping[str, int], settings: EvaSettings, loss: Any, strict: bool
+) -> dict[str, Reader]:
+    """How to read the layers that can be; a warning names the others."""
+    if settings.weighting == "gradient" and loss is None:
+        raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
+    readers, refused = readers_of(model, ranks)
+    if refused and (strict or not readers):
+        raise UserError(next(iter(refused.values())))
+    if refused:
+        warnings.warn(f"{LEFT}: {_listed(list(refused))}. {next(iter(refused.values()))}", stacklevel=6)
+    for name, rank in ranks.items():
+        if name in readers and not 1 <= rank <= readers[name].width:
+            raise UserError(
+                f"Rank {rank} was asked for layer '{name}', whose inputs have {readers[name].width} dimensions."
+            )
+    other = [name for name, r in readers.items() if r.read is not first_argument]
+    if settings.weighting == "gradient" and other:
+        raise UserError(f"weighting=gradient is for linear layers; '{other[0]}' is none: leave it out of the adapter.")
+    return readers
+
+
+LEFT = "Some layers keep their usual initialisation, as EVA has no directions for them"
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@dataclass
+class _Run:
+    """What `eva_init` is given, and what it knows while batches go by."""
+
+    model: nn.Module
+    readers: Mapping[str, Reader]
+    ranks: Mapping[str, int]
+    settings: EvaSettings
+    peers: Peers
+    forward: Callable[[nn.Module, Any], Any]
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None
+    loss: Callable[[Any], Tensor] | None
+    rows: Callable[[Any, Room], Rows] | None
+    share: bool
+    streams: list[_Stream] = field(default_factory=list)
+    steady: dict[str, bool] = field(default_factory=dict)
+    """For each layer: did it run exactly once in every pass that was seen to its end?"""
+    whole: set[Any] = field(default_factory=set)
+    """The shapes of the batches of those passes."""
+    ran: bool = False
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.ranks, self.readers, self.settings)
+        self.sharded = _is_sharded(self.model)
+
+    def take(self, active: Sequence[_Stream], alone: bool, batch: Any) -> Callable[[], Any]:
+        """Run the model on a batch, for these streams; return what there is to do with its activations.
+
+        `alone`: no update is still reading the rows of the last batch.
+        """
+        run = partial(self.forward, self.model, batch)
+        room = _room(active, self.settings) if alone else _no_room
+        if self.rows is not None:
+            chosen = self.rows(batch, room)
+        else:
+            chosen = masked_rows(None if self.token_mask is None else self.token_mask(batch), room)
+        weighted = self.settings.weighting == "gradient"
+        groups, weights, shape = [stream.group for stream in active], None, shapes(batch)
+        first = not self.steady
+        if first:
+            groups, seen = discover(self.model, self.readers, run, chosen, self.share and not weighted)
+        elif not weighted:
+            cut = not self.sharded and shape in self.whole and all(self.steady[group.layers[0]] for group in groups)
+            seen = observe(self.model, groups, self.readers, run, chosen, cut)
+        if weighted:
+            seen, weights = gradient_weights(self.model, groups, self.readers, partial(self.loss, batch), chosen)
+        self.whole.add(shape)
+        self.ran |= any(s.calls for s in seen.values())
+        self.steady |= {name: self.steady.get(name, True) and s.calls == 1 for name, s in seen.items()}
+        return (lambda: (groups, seen, weights)) if first else partial(_update, active, seen, weights)
+
+    def step(self, update: Callable[[], Any]) -> None:
+        """Do it; then see how far the components have come."""
+        found = self.peers.attempt(update)
+        if not self.streams:
+            groups, seen, weights = found
+            groups = _agreed(groups, seen, self.readers, self.peers)
+            self.streams = _make_streams(groups, seen, self.readers, self.budget, self.settings, self.model)
+            self.peers.attempt(partial(_update, self.streams, seen, weights))
+        _judge(self.streams, self.budget, self.settings, self.peers)
+
+    def needed(self, taken: int) -> Sequence[_Stream]:
+        """The streams up to the last one, in the order of the forward pass, that has not converged.
+
+        Those before it take the batch in even where they have converged: its forward pass is run for the last one anyway.
+        """
+        waiting = taken < min(PATIENCE, self.settings.max_batches)
+        moving = [not s.converged if s.seen else waiting for s in self.streams]
+        last = max((i for i, moves in enumerate(moving) if moves), default=-1)
+        return self.streams[: last + 1]
+
+    def progress(self) -> str:
+        """For the bar."""
+        return f"{sum(s.converged for s in self.streams)}/{len(self.streams)} inputs converged"
+
+    def check_rows(self, taken: int, strict: bool) -> None:
+        """Tell of layers without rows.
+
+        Raises:
+            UserError: if that are all, or `strict`.
+        """
+        silent = [name for s in self.streams if not s.seen for name in s.group.layers]
+        if silent and len(silent) == len(self.readers):
+            if self.ran:
+                raise UserError("EVA was given no rows: the mask leaves out every token of every batch.")
+            raise UserError(f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter.")
+        if silent and strict:
+            raise UserError(
+                f"The layer '{silent[0]}' did not run in {taken} batches: leave it out of the adapter, or give EVA more."
+            )
+        if silent:
+            warnings.warn(f"{LEFT}: {_listed(silent)} did not run in {taken} batches.", stacklevel=4)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds parts of weights (FSDP2, tensor parallelism, DeepSpeed's ZeRO-3), so that all processes have to
+    run each forward pass, to its end."""
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _agreed(
+    groups: Sequence[Group], seen: Mapping[str, Seen], readers: Mapping[str, Reader], peers: Peers
+) -> Sequence[Group]:
+    """The groups that hold in all processes, in one order: data may lead them through other layers."""
+    if peers.count == 1:
+        return groups
+    number = {name: i if seen[name].calls else -1 for i, g in enumerate(groups) for name in g.layers}
+    mine = torch.tensor([number[name] for name in readers], device=peers.device)
+    numbers = peers.gather(mine).T.tolist()  # for each layer its group's number in each process
+    members: dict[tuple[Any, ...], list[str]] = {}
+    for name, key in zip(readers, numbers, strict=True):
+        members.setdefault(tuple(key) if max(key) >= 0 else (name,), []).append(name)
+
+    def position(key: tuple[Any, ...]) -> float:
+        ran = [number for number in key if isinstance(number, int) and number >= 0]
+        return sum(ran) / len(ran) if ran else len(readers)
+
+    return [Group(tuple(members[key])) for key in sorted(members, key=position)]
 
 
 def _make_streams(
     groups: Sequence[Group],
-    rows: Sequence[Tensor],
-    ranks: Mapping[str, int],
-    widths: Mapping[str, int],
+    seen: Mapping[str, Seen],
+    readers: Mapping[str, Reader],
+    budget: Budget,
     settings: EvaSettings,
+    model: nn.Module,
 ) -> list[_Stream]:
     """A stream for each group; those of equal shape share their statistics' stack."""
     method = {"streaming": StreamingSvd, "covariance": Covariance}[settings.method]
     stacks = defaultdict(list)
-    for number, (group, x) in enumerate(zip(groups, rows, strict=True)):
-        width = widths[group.layers[0]]
-        candidates = max(min(round(ranks[name] * settings.rho), width) for name in group.layers)
-        stacks[width, candidates, x.dtype, x.device].append((number, group))
+    for number, group in enumerate(groups):
+        name = group.layers[0]
+        rows, width = seen[name].rows, readers[name].width
+        like = rows if seen[name].calls else _weight_of(model, readers[name], rows)
+        candidates = max(budget.limits[name] for name in group.layers)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32  # alike in all processes, seen or not
+        stacks[width, candidates, dtype, like.device].append((number, group))
     streams: list[tuple[int, _Stream]] = []
     for (width, candidates, dtype, device), members in stacks.items():
         k = min(candidates + OVERSAMPLING, width)
@@ -255,27 +395,37 @@ def _make_streams(
     return [stream for _, stream in sorted(streams, key=lambda pair: pair[0])]
 
 
-def _update(streams: Sequence[_Stream], rows: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
+def _weight_of(model: nn.Module, reader: Reader, otherwise: Tensor) -> Tensor:
+    """Some parameter of a layer: its rows will be of this kind, and on this device."""
+    parameters = model.get_submodule(reader.module).parameters()
+    return next((p for p in parameters if p.is_floating_point() and p.device.type != "meta"), otherwise)
+
+
+def _update(streams: Sequence[_Stream], seen: Mapping[str, Seen], weights: Mapping[str, Tensor] | None) -> None:
     """Take the rows of one batch into the statistics, all of equal shape in one call."""
     buckets = defaultdict(list)
-    for number, (stream, x) in enumerate(zip(streams, rows, strict=True)):
+    for stream in streams:
         stream.batches += 1
-        if len(x):
-            buckets[id(stream.moments), len(x)].append(number)
-    for numbers in buckets.values():
-        members = [streams[n] for n in numbers]
-        moments = members[0].moments
-        stacked = moments.stack([rows[n] for n in numbers])  # (A, n, d)
-        stacked_weights = None if weights is None else torch.stack([weights[n] for n in numbers]).to(moments.dtype)
-        indices = torch.tensor([stream.index for stream in members], device=stacked.device)
+        rows = seen[stream.group.layers[0]].rows
+        if len(rows):
+            buckets[id(stream.moments), len(rows)].append((stream, rows))
+    for members in buckets.values():
+        moments = members[0][0].moments
+        stacked = moments.stack([rows for _, rows in members])  # (A, n, d)
+        if weights is None:
+            stacked_weights = None
+        else:
+            stacked_weights = torch.stack([weights[stream.group.layers[0]] for stream, _ in members]).to(moments.dtype)
+        indices = torch.tensor([stream.index for stream, _ in members], device=stacked.device)
         change = moments.update(indices, stacked, stacked_weights)
         finite, captured, cosines = change.finite.tolist(), change.captured.cpu(), change.cosines.cpu()
-        for i, stream in enumerate(members):
+        for i, (stream, _) in enumerate(members):
             if not finite[i]:
                 raise UserError(
                     f"The inputs of layer '{stream.group.layers[0]}' are NaN or infinite, or too large to be squared: look "
                     "for extreme values in the dataset."
                 )
+            stream.seen = True
             stream.captured, stream.cosines = captured[i, : stream.candidates], cosines[i, : stream.candidates]
 
 
@@ -284,6 +434,8 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
     subspace = settings.convergence == "subspace"
     measures = [(stream.captured if subspace else stream.cosines).double() for stream in streams]
     worths = [stream.worth(settings.ranking) for stream in streams]
+    for stream, seen in zip(streams, peers.any(torch.tensor([s.seen for s in streams])).tolist(), strict=True):
+        stream.seen = seen
     if peers.count > 1:
         means = peers.mean(torch.cat([*measures, *worths])).cpu()
         means = means.split([stream.candidates for stream in streams] * 2)
@@ -293,6 +445,8 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
             measures = [torch.where(m > 0, s, 0) for m, s in zip(measures, shared, strict=True)]  # 0: no estimate yet
     given = budget.spent(streams, worths)
     for stream, measure in zip(streams, measures, strict=True):
+        if not stream.seen:
+            continue
         stream.rank = max(given[name] for name in stream.group.layers)
         used = measure[: stream.rank]
         if not len(used):
@@ -305,31 +459,25 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
             stream.converged_after = stream.batches
 
 
-def _needed(streams: Sequence[_Stream]) -> Sequence[_Stream]:
-    """The streams up to the last one, in the order of the forward pass, that has not converged.
-
-    Those before it take the batch in even where they have converged: its forward pass is run for the last one anyway.
-    """
-    last = max((i for i, stream in enumerate(streams) if not stream.converged), default=-1)
-    return streams[: last + 1]
+def _no_room(name: str, count: int) -> None:
+    """Rows are written wherever there is memory."""
 
 
-def _room(streams: Sequence[_Stream], updates: _Updates, settings: EvaSettings) -> Room:
+def _room(streams: Sequence[_Stream], settings: EvaSettings) -> Room:
     """Where the rows of these streams would be stacked: written there at once, they need not be copied again.
 
-    Not while an update may still read the last batch's, nor where a layer's rows come in several parts or are not as many as
-    the others'.
+    Not the second part of a layer's rows, nor rows that are not as many as the others'.
     """
     stacks = defaultdict(list)
-    if updates.thread is None and settings.weighting == "none":
+    if settings.weighting == "none":
         for stream in streams:
             stacks[id(stream.moments)].append(stream)
     counts: dict[int, int] = {}
     place = {s.group.layers[0]: (s, i, len(stack)) for stack in stacks.values() for i, s in enumerate(stack)}
 
     def room(name: str, count: int) -> Tensor | None:
-        stream, position, of = place.get(name, (None, 0, 0))
-        if stream is None or stream.group.calls > 1 or counts.setdefault(id(stream.moments), count) != count:
+        stream, position, of = place.pop(name, (None, 0, 0))
+        if stream is None or counts.setdefault(id(stream.moments), count) != count:
             return None
         return stream.moments.room(of, count)[position]
 
@@ -337,7 +485,11 @@ def _room(streams: Sequence[_Stream], updates: _Updates, settings: EvaSettings) 
 
 
 def _share_out(
-    streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, peers: Peers
+    streams: Sequence[_Stream],
+    budget: Budget,
+    readers: Mapping[str, Reader],
+    settings: EvaSettings,
+    peers: Peers,
 ) -> dict[str, LayerResult]:
     angles = [stream.moments.angle(stream.index, stream.rank) for stream in streams]
     for moments in {id(stream.moments): stream.moments for stream in streams}.values():
@@ -352,6 +504,8 @@ def _share_out(
     results = {}
     for name, limit in budget.limits.items():
         i = position[name]
+        if not streams[i].seen:
+            continue
         stream, (vectors, values) = streams[i], leading[i]
         moments, index = stream.moments, stream.index
         results[name] = LayerResult(
@@ -370,6 +524,7 @@ def _share_out(
 
 
 def _warn(streams: Sequence[_Stream], settings: EvaSettings, taken: int) -> None:
+    streams = [stream for stream in streams if stream.seen]
     late = [f"{stream.group.layers[0]} ({stream.measure:.3f})" for stream in streams if not stream.converged]
     if late and taken >= settings.max_batches:
         warnings.warn(
@@ -407,8 +562,11 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _limited(batches: Iterable[Any], most: int, peers: Peers, updates: _Updates) -> Iterator[Any]:
-    """At most this many batches; among several processes, `_ENDED` in place of a batch until all have run out."""
+def _limited(batches: Iterable[Any], most: int, peers: Peers, updates: _Updates, sharded: bool) -> Iterator[Any]:
+    """At most this many batches; among several processes, `_ENDED` in place of a batch until all have run out.
+
+    `sharded`: until one has: no process can run the model alone.
+    """
     if peers.count == 1:
         yield from islice(batches, most)
         return
@@ -419,7 +577,7 @@ def _limited(batches: Iterable[Any], most: int, peers: Peers, updates: _Updates)
         some = peers.how_many(batch is not _ENDED)
         if number == 0 and some < peers.count:
             raise UserError("EVA was given no batch of data in one of the processes: give each at least one.")
-        if not some:
+        if not some or (sharded and some < peers.count):
             return
         yield batch
 

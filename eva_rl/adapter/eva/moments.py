@@ -78,7 +78,7 @@ class Moments(ABC):
             stacked = self.room(len(rows), len(rows[0]))
             if all(target.data_ptr() == source.data_ptr() for target, source in zip(stacked, rows, strict=True)):
                 return stacked
-        return torch.stack(list(rows)).to(self.dtype)
+        return torch.stack(list(rows)).to(self.mass.device, self.dtype)
 
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
         """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""

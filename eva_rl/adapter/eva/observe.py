@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eva_rl.adapter.eva.kinds import Reader, first_argument
 from eva_rl.errors import UserError
 
 Rows = Callable[[tuple[Any, ...], str], Tensor]
-"""(a layer's positional arguments, its name) -> the rows (n, d) that count."""
+"""(a layer's input (..., d) and what else it was called with, its name) -> the rows (n, d) that count."""
 
 Room = Callable[[str, int], Tensor | None]
 """(a layer's name, a number of rows n) -> memory (n, d) that its rows may be written to."""
@@ -24,8 +25,15 @@ class Group:
     """Layers that read the same tensors."""
 
     layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass showed of one layer."""
+
+    rows: Tensor  # (n, d) that count; none if it did not run
     calls: int
-    """How often each of them runs in one forward pass."""
+    """How often it ran."""
 
 
 class _Enough(BaseException):
@@ -34,30 +42,37 @@ class _Enough(BaseException):
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each module is in the mode it was in, and so is torch's random state."""
+    """The model in evaluation mode and uncompiled, since compiled code calls no hooks; afterwards each module is in the mode it
+    was in, and so is torch's random state."""
     training = {module: module.training for module in model.modules()}
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(devices=list(cuda)):
+        with torch.random.fork_rng(devices=list(cuda)), _eager(model):
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
+def _eager(model: nn.Module) -> AbstractContextManager:
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda name, count: None) -> Rows:
     """Rows of a layer's input (..., d) where the mask (...) is True; a copy, whatever the model does to the input.
 
-    Of several masks, a layer's is the one of its input's shape.
+    Of several masks, a layer's is the one of its input's shape. Inputs (n, d) may also be all tokens in one row after another.
     """
     masks = (masks,) if isinstance(masks, Tensor) else masks
     indices = {mask.shape: mask.flatten().nonzero()[:, 0] for mask in reversed(masks or ())}
+    flattened = {mask.numel(): mask.shape for mask in reversed(masks or ())}
 
     def rows(inputs: tuple[Any, ...], name: str) -> Tensor:
         x = inputs[0]
         flat = x.reshape(-1, x.shape[-1])
-        index = indices.get(x.shape[:-1])
+        index = indices.get(x.shape[:-1], indices.get(flattened.get(len(flat))) if x.ndim == 2 else None)
         if index is None and masks is not None:
             raise UserError(
                 f"The layer '{name}' reads inputs of shape {tuple(x.shape)}, but the token mask has shape "
@@ -73,88 +88,107 @@ def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda nam
     return rows
 
 
-def input_width(module: nn.Module, name: str) -> int:
-    """The width of a linear layer's input, also inside an adapter, quantised, or GPT-2's `Conv1D`.
-
-    Raises:
-        UserError: if it is no linear layer.
-    """
-    base = getattr(module, "base_layer", module)
-    weight = getattr(base, "weight", None)
-    width = getattr(base, "in_features", None)
-    if width is None and type(base).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
-        width = weight.shape[0]
-    if width is None:
-        raise UserError(f"EVA adapts linear layers; '{name}' is a {type(base).__name__}: leave it out of the adapter.")
-    return width
-
-
-def output_width(module: nn.Module) -> int:
-    """The width of a linear layer's output, for the layers that `input_width` knows."""
-    base = getattr(module, "base_layer", module)
-    return base.weight.shape[1] if type(base).__name__ == "Conv1D" else base.out_features
-
-
 def discover(
-    model: nn.Module, widths: Mapping[str, int], run: Callable[[], Any], rows: Rows, shared: bool = True
-) -> tuple[list[Group], list[Tensor]]:
-    """Run one forward pass; return the groups of layers that read the same tensors, in the order of reading, and the rows
-    of each.
+    model: nn.Module, readers: Mapping[str, Reader], run: Callable[[], Any], rows: Rows, shared: bool = True
+) -> tuple[list[Group], dict[str, Seen]]:
+    """Run one forward pass; return the groups of layers that read the same tensors, in the order of reading, and what was seen
+    of each layer. A layer that did not run is a group of its own, at the end.
 
-    Inputs are the same if they are one tensor object, not if their values are equal. `shared=False`: each layer is a
+    Inputs are the same if they are one tensor object, unchanged in between, not if their values are equal. `shared=False`: each layer is a
     group of its own.
 
     Raises:
-        UserError: if a layer does not run, or reads something else than floating-point rows of its width.
+        UserError: if a layer reads something else than floating-point rows of its width.
     """
-    inputs: list[tuple[Any, Tensor]] = []  # kept until the pass is over, so that no other tensor takes their place
-    calls: dict[str, list[int]] = {name: [] for name in widths}
+    inputs: list[
+        tuple[Any, Any, list[Tensor]]
+    ] = []  # kept until the pass is over, so that no other tensor takes their place
+    calls: dict[str, list[int]] = {name: [] for name in readers}
 
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0]
-        _check_input(x, widths[name], name)
-        found = next((i for i, (tensor, _) in enumerate(inputs) if tensor is x and shared), None)
+    def hook(name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        source = first_argument(module, arguments, keywords)[0]
+        kind = readers[name].sharing, _version(source)
+        found = next((i for i, (x, other, _) in enumerate(inputs) if x is source and other == kind and shared), None)
         if found is None:
-            inputs.append((x, rows(arguments, name)))
+            inputs.append((source, kind, _rows_of(readers[name], name, module, arguments, keywords, rows)))
             found = len(inputs) - 1
         calls[name].append(found)
 
-    with _hooked(model, widths, hook):
+    with _hooked(model, readers, hook):
         run()
-    _check_all_ran(calls)
-    members: dict[tuple[int, ...], list[str]] = {}
+    members: dict[tuple[int, ...] | str, list[str]] = {}
     for name, seen in calls.items():
-        members.setdefault(tuple(seen), []).append(name)
-    in_order = sorted(members.items(), key=lambda member: max(member[0]))
-    groups = [Group(tuple(names), len(seen)) for seen, names in in_order]
-    return groups, [_joined([inputs[i][1] for i in seen]) for seen, _ in in_order]
+        members.setdefault(tuple(seen) or name, []).append(name)
+    in_order = sorted(members.values(), key=lambda names: max(calls[names[0]], default=len(inputs)))
+    seen = {}
+    for names in in_order:
+        indices = calls[names[0]]
+        joined = _joined([part for i in indices for part in inputs[i][2]], readers[names[0]].width)
+        seen |= dict.fromkeys(names, Seen(joined, len(indices)))
+    return [Group(tuple(names)) for names in in_order], seen
 
 
-def observe(model: nn.Module, groups: Sequence[Group], run: Callable[[], Any], rows: Rows) -> list[Tensor]:
-    """Run a forward pass until these groups have been seen, and no further; return the rows of each."""
+def observe(
+    model: nn.Module,
+    groups: Sequence[Group],
+    readers: Mapping[str, Reader],
+    run: Callable[[], Any],
+    rows: Rows,
+    cut: bool,
+) -> dict[str, Seen]:
+    """Run a forward pass; return what was seen of each group's first layer.
+
+    `cut`: end the pass once each of them has run; else run it to its end, and count each call.
+    """
     collected: dict[str, list[Tensor]] = {group.layers[0]: [] for group in groups}
-    missing = sum(group.calls for group in groups)
+    calls = dict.fromkeys(collected, 0)
+    missing = set(collected)
 
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal missing
-        collected[name].append(rows(arguments, name))
-        missing -= 1
-        if missing == 0:
+    def hook(name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        collected[name] += _rows_of(readers[name], name, module, arguments, keywords, rows)
+        calls[name] += 1
+        missing.discard(name)
+        if cut and not missing:
             raise _Enough
 
     try:
-        with _hooked(model, collected, hook):
+        with _hooked(model, {name: readers[name] for name in collected}, hook):
             run()
     except _Enough:
         pass
-    _check_all_ran(collected)
-    return [_joined(seen) for seen in collected.values()]
+    return {name: Seen(_joined(parts, readers[name].width), calls[name]) for name, parts in collected.items()}
+
+
+def _version(x: Any) -> int:
+    """How often a tensor was changed in place, where torch counts it."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _rows_of(
+    reader: Reader,
+    name: str,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    rows: Rows,
+) -> list[Tensor]:
+    """The rows (n, d) of each of a layer's inputs that count."""
+    rest = arguments[1:] if arguments else tuple(keywords.values())[1:]
+    found = []
+    for x in reader.read(module, arguments, keywords):
+        _check_input(x, reader.width, name)
+        found.append(rows((x, *rest), name))
+    return found
 
 
 def gradient_weights(
-    model: nn.Module, groups: Sequence[Group], loss: Callable[[], Tensor], rows: Rows
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of each group's one layer, and the squared norm (n,) of the loss's gradient at its output for each row.
+    model: nn.Module,
+    groups: Sequence[Group],
+    readers: Mapping[str, Reader],
+    loss: Callable[[], Tensor],
+    rows: Rows,
+) -> tuple[dict[str, Seen], dict[str, Tensor]]:
+    """What was seen of each group's one layer, and the squared norm (n,) of the loss's gradient at its output for each row.
 
     One forward and one backward pass; no parameter gets a gradient.
     """
@@ -162,8 +196,9 @@ def gradient_weights(
     collected: dict[str, list[Tensor]] = {name: [] for name in names}
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def before(name: str, arguments: tuple[Any, ...]) -> None:
-        collected[name].append(rows(tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments), name))
+    def before(name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in (*arguments, *keywords.values()))
+        collected[name] += _rows_of(readers[name], name, module, detached, {}, rows)
 
     def after(name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:
@@ -176,7 +211,7 @@ def gradient_weights(
         for name in names
     ]
     try:
-        with torch.enable_grad(), _hooked(model, names, before):
+        with torch.enable_grad(), _hooked(model, {name: readers[name] for name in names}, before):
             value = loss()
     finally:
         for handle in handles:
@@ -185,28 +220,32 @@ def gradient_weights(
     if not flat or not value.requires_grad:
         raise UserError("weighting=gradient needs a loss that depends on the adapted layers; this one does not.")
     gradients = dict(zip(map(id, flat), torch.autograd.grad(value, flat, allow_unused=True), strict=True))
-    weights = []
+    seen, weights = {}, {}
     for name in names:
         squares = []
         for output in outputs[name]:
             gradient = gradients[id(output)]
             squared = torch.zeros_like(output[..., :1]) if gradient is None else gradient.square().sum(-1, keepdim=True)
             squares.append(rows((squared.detach(),), name)[:, 0])
-        weights.append(_joined(squares))
-    return [_joined(collected[name]) for name in names], weights
+        seen[name] = Seen(_joined(collected[name], readers[name].width), len(outputs[name]))
+        weights[name] = _joined(squares, 1).flatten()
+    return seen, weights
 
 
 @contextmanager
-def _hooked(model: nn.Module, names: Sequence[str] | Mapping[str, Any], hook: Callable[..., None]) -> Iterator[None]:
-    """Pre-hooks on these layers that call `hook(name, positional arguments)`."""
+def _hooked(model: nn.Module, readers: Mapping[str, Reader], hook: Callable[..., None]) -> Iterator[None]:
+    """Pre-hooks that call `hook(name, module, positional arguments, keywords)` where these layers are read."""
 
     def pre_hook(name: str) -> Callable[..., None]:
         def call(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            hook(name, arguments or tuple(keywords.values()))
+            hook(name, module, arguments, keywords)
 
         return call
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(pre_hook(n), with_kwargs=True) for n in names]
+    handles = [
+        model.get_submodule(reader.module).register_forward_pre_hook(pre_hook(name), with_kwargs=True)
+        for name, reader in readers.items()
+    ]
     try:
         yield
     finally:
@@ -223,11 +262,7 @@ def _check_input(x: Any, width: int, name: str) -> None:
         )
 
 
-def _check_all_ran(calls: Mapping[str, Sequence[Any]]) -> None:
-    silent = [name for name, seen in calls.items() if not seen]
-    if silent:
-        raise UserError(f"The layer '{silent[0]}' did not run in the forward pass: leave it out of the adapter.")
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor], width: int) -> Tensor:
+    if not parts:
+        return torch.empty(0, width)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -62,6 +62,10 @@ class Peers:
             raise UserError(f"EVA was ended by an error in {failures} of {self.count} processes: see theirs.")
         return result
 
+    def any(self, values: Tensor) -> Tensor:
+        """Where it is true in at least one process."""
+        return values if self.count == 1 else self.sum(values.int()).cpu() > 0
+
     def check_alike(self, what: str, value: object) -> None:
         """Raise a `UserError` in all processes unless their values print alike."""
         if self.count > 1:
