@@ -18,7 +18,8 @@ from benchmarks.cells import run_cells
 from benchmarks.eva_init import RESULTS
 from eva_rl.config import choices
 from eva_rl.files import replacing, write_text
-from eva_rl.report import markdown, proportion
+from eva_rl.run import proportion
+from eva_rl.table import markdown
 
 TASKS = ("metaworld/push-back-v3", "metaworld/peg-unplug-side-v3")
 FOLDER = RESULTS / "adapters"

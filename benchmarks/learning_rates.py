@@ -17,7 +17,7 @@ from benchmarks.cells import run_cells
 from benchmarks.eva_init import RESULTS
 from eva_rl.config import choices
 from eva_rl.files import write_text
-from eva_rl.report import markdown
+from eva_rl.table import markdown
 
 TASKS = ("metaworld/box-close-v3", "metaworld/assembly-v3")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -17,8 +17,9 @@ import numpy as np
 
 from eva_rl import envs
 from eva_rl.files import read_json
-from eva_rl.report import Estimate, markdown
-from eva_rl.report.runs import estimate
+from eva_rl.run import Estimate
+from eva_rl.run.scores import from_json
+from eva_rl.table import markdown
 
 HEADER = (
     "task",
@@ -37,7 +38,7 @@ def row(task: str, found: dict[str, Any]) -> list[object]:
     reference = [
         Estimate(scores[who], *scores.get(f"{who}_interval", (None, None)), n=0) for who in ("random", "expert")
     ]
-    own = [estimate(found[score]) for score in ("episode_return", "normalized_score", "success_rate")]
+    own = [from_json(found)[score] for score in ("episode_return", "normalized_score", "success_rate")]
     return [task, *reference, *own, scores["expert_success_rate"]]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eva_rl import envs
 from eva_rl.cores import available_cores, one_core_each
 from eva_rl.files import write_json
-from eva_rl.report import mean
+from eva_rl.run import mean
 from eva_rl.seeding import episode_rng, episode_seed
 
 SEED = 1000

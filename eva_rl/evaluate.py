@@ -14,12 +14,12 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.data import find_sources
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_of
-    from eva_rl.report import (
+    from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
+    from eva_rl.run import (
         SCORES,
         Stopwatch,
         TensorBoard,
         failures_counted,
-        markdown,
         save_film,
         save_sweep,
         scores,
@@ -27,8 +27,8 @@ def main(config: EvaluateConfig) -> None:
         to_scalars,
         versions,
     )
-    from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
+    from eva_rl.table import markdown
     from eva_rl.training import autocast, check_precision, choose_device, resolved
 
     if config.episodes < 1:

@@ -43,12 +43,14 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
     from eva_rl.baselines import untrained
     from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
     from eva_rl.errors import UserError
-    from eva_rl.files import check_run_folder, make_folder, write_json, write_text
+    from eva_rl.files import make_folder, write_json, write_text
     from eva_rl.model import NOTES, AdapterNotes, DecisionTransformer, base_name, load_base, policy_of, save_base
-    from eva_rl.report import (
+    from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout, warn_if_far
+    from eva_rl.run import (
         EVA_CLAIM,
         Stopwatch,
         TensorBoard,
+        check_run_folder,
         eva_figures,
         read_earlier,
         run_result,
@@ -58,7 +60,6 @@ def finetune(config: FinetuneConfig, run_dir: Path, simulators: Simulators) -> N
         to_json,
         to_scalars,
     )
-    from eva_rl.rollout import Job, TargetReturn, check_spaces, film, rollout, warn_if_far
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import (
         Processes,

@@ -40,7 +40,7 @@ def pretrain(config: PretrainConfig, group: Processes) -> None:
     )
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
     from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
-    from eva_rl.report import TensorBoard, versions
+    from eva_rl.run import TensorBoard, versions
     from eva_rl.training import Recipe, TrainingConfig, by_domain, check_run, check_shares, choose_device, train
 
     # What was asked for. Mistakes show before anything is written.

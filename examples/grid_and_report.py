@@ -8,10 +8,8 @@ from hydra import compose, initialize_config_module
 
 from eva_rl.config import FinetuneConfig, parse
 from eva_rl.finetune import finetune
-from eva_rl.report.document import document, save_report
-from eva_rl.report.methods import studies
-from eva_rl.report.runs import read_results
 from eva_rl.rollout import Simulators
+from eva_rl.study import compare, document, save_report
 
 FOLDER = Path("runs/example")
 
@@ -28,12 +26,11 @@ def main() -> None:
     with Simulators(grid[0].workers) as simulators:
         for run in grid:
             finetune(run, FOLDER / run.adapter.name / str(run.seed), simulators)
-    results, left_out = read_results([FOLDER])
-    compared = studies(results)
-    save_report(FOLDER / "report", results, compared, left_out)
-    print(document(results, compared))
-    best = max(results, key=lambda result: result["success_rate"]["mean"])
-    print(f"best: {best['adapter']}, seed {best['seed']}")
+    comparison = compare([FOLDER])
+    save_report(FOLDER / "report", comparison)
+    print(document(comparison))
+    for study in comparison.studies:
+        print(f"best: {study.ranked()[0]}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eva_rl.report.statistics import Estimate
+from eva_rl.run.intervals import Estimate
 
 DRAWS = 2000
 """Bootstrap samples of an interval, and exchanges of a permutation test."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eva_rl.report.methods import Study, Varied, improvement, told_apart
-from eva_rl.report.statistics import Estimate
-from eva_rl.report.study import average, interquartile_mean
+from eva_rl.run import Estimate
+from eva_rl.study.bootstrap import average, interquartile_mean
+from eva_rl.study.compare import Varied
+from eva_rl.study.study import Study, improvement, told_apart
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.axes import Axes
@@ -82,8 +83,8 @@ def pareto_plot(study: Study) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     styles = dict(zip(study.ranked(), _styles(), strict=False))  # those of the learning curves
     costs = {
-        "trainable weights": lambda run: run["trainable_parameters"],
-        "seconds of initialising and training": lambda run: run["seconds"]["init"] + run["seconds"]["train"],
+        "trainable weights": lambda run: run.trainable_parameters,
+        "seconds of initialising and training": lambda run: run.seconds["init"] + run.seconds["train"],
     }
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
         points = {

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from eva_rl.report.result import flat
+from eva_rl.run.result import RunResult, flat
 
+FACTS = ("task", "adapter", "base", "demonstrations", "steps", "learning_rate", "seed")
+"""What a run is first told by, fields of its result."""
 PROTOCOL = ("adapter.rank", "adapter.layers")
 """Settings of an adapter that belong to the protocol: how much it may train, and where."""
 DERIVED = ("adapter.config.", "adapter.size.")
@@ -20,9 +23,41 @@ SEEDS = ("seed", "prng_key")
 """What the names of settings end with that are seeds of random numbers."""
 
 
-def protocol_of(run: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Labelled:
+    """A run among others."""
+
+    run: RunResult
+    method: str
+    """The adapter's name, and of several variants of it, the settings that tell them apart."""
+    settings: dict[str, Any]
+    """By their names on the command line."""
+    protocol: dict[str, Any]
     """All settings but the method's, the task and the seed, by their names on the command line."""
-    settings = flat(run["settings"])
+
+
+def labelled(runs: Sequence[RunResult]) -> list[Labelled]:
+    """Each run with the name of its method among these runs, and its protocol.
+
+    The optimiser's name follows the adapter's where it is not the default. A setting is named where its value is not the
+    commonest among the runs.
+    """
+    settings = [flat(run.settings) for run in runs]
+    protocols = [_protocol_of(own) for own in settings]
+    of_method = [{name: value for name, value in own.items() if _of_method(name)} for own in settings]
+    variants: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run, own, protocol in zip(runs, of_method, protocols, strict=True):
+        variants.setdefault(_named(run), []).append((in_words(protocol), own))
+    telling = {name: _telling(own) for name, own in variants.items()}
+    found = []
+    for run, own, flat_settings, protocol in zip(runs, of_method, settings, protocols, strict=True):
+        told = [k for k, commonest in telling[_named(run)].items() if _value(own, k) != commonest]
+        parts = [_named(run), *(f"{k.removeprefix('adapter.')}={own.get(k, MISSING)}" for k in told)]
+        found.append(Labelled(run, ", ".join(parts), flat_settings, protocol))
+    return found
+
+
+def _protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     free = {name for name in settings if name == "task" or name.endswith(SEEDS) or _of_method(name)}
     own = {name for name, of_method in OWN.items() if settings.get(name) == settings.get(of_method, MISSING)}
     return {name: "the method's own" if name in own else settings[name] for name in settings if name not in free}
@@ -37,30 +72,10 @@ def _of_method(name: str) -> bool:
     return name.startswith("adapter.") and name not in PROTOCOL
 
 
-def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for the method of each run: the adapter's, and of several variants of it, the settings that tell them apart.
-
-    The optimiser's name follows the adapter's where it is not the default. A setting is named where its value is not the
-    commonest among the runs.
-    """
-    variants: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for run in runs:
-        own = {name: value for name, value in flat(run["settings"]).items() if _of_method(name)}
-        variants.setdefault(_named(run), []).append((in_words(protocol_of(run)), own))
-    named = {name: _telling(own) for name, own in variants.items()}
-    places = {name: iter(own) for name, own in variants.items()}
-    found = []
-    for adapter in map(_named, runs):
-        _, own = next(places[adapter])
-        told = [k for k, commonest in named[adapter].items() if _value(own, k) != commonest]
-        found.append(", ".join([adapter, *(f"{k.removeprefix('adapter.')}={own.get(k, MISSING)}" for k in told)]))
-    return found
-
-
-def _named(run: Mapping[str, Any]) -> str:
+def _named(run: RunResult) -> str:
     """The adapter's name, and that of the optimiser where the run's settings name one."""
-    optimizer = run["settings"].get("optimizer")
-    return f"{run['adapter']}, optimizer={optimizer['name']}" if isinstance(optimizer, Mapping) else run["adapter"]
+    optimizer = run.settings.get("optimizer")
+    return f"{run.adapter}, optimizer={optimizer['name']}" if isinstance(optimizer, Mapping) else run.adapter
 
 
 def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | None]:

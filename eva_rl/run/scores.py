@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eva_rl.report.statistics import Estimate, mean, proportion
+from eva_rl.run.intervals import Estimate, mean, proportion
 
 SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
 RATES = SCORES[:2]

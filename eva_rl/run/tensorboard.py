@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_rl.report.result import flat
-from eva_rl.report.scores import SCORES
+from eva_rl.run.result import RunResult, flat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,13 +38,14 @@ class TensorBoard:
     def text(self, name: str, markdown: str) -> None:
         self.writer.add_text(name, markdown)
 
-    def hparams(self, result: Mapping[str, Any]) -> None:
-        """What the run was made with and what came of it, for the HParams tab."""
+    def hparams(self, content: Mapping[str, Any]) -> None:
+        """What the run was made with and what came of it, as result.json says, for the HParams tab."""
         from torch.utils.tensorboard.summary import hparams
 
+        result = RunResult.from_json(content)
         made = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in flat(result["settings"]).items()
+            for name, value in flat(result.settings).items()
         }
         for summary in hparams(made, _outcome(result)):
             self.writer.file_writer.add_summary(summary)
@@ -57,12 +57,12 @@ class TensorBoard:
         self.writer.close()
 
 
-def write_hparams(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
     """What each run was made with and what came of it, for TensorBoard's HParams tab, in a folder of its own a run."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    made = [flat(result["settings"]) for result in results]
+    made = [flat(result.settings) for result in results]
     values = {name: [own[name] for own in made if name in own] for name in sorted(set().union(*made))}
     numeric = {name for name, own in values.items() if all(isinstance(value, int | float) for value in own)}
     made = [{name: value if name in numeric else str(value) for name, value in own.items()} for own in made]
@@ -70,7 +70,7 @@ def write_hparams(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
     columns, _, _ = hparams(_merged(made), _merged(found))  # TensorBoard reads one run's, whichever it meets first
     for number, (result, settings, scores) in enumerate(zip(results, made, found, strict=True)):
         _, start, end = hparams(settings, scores)
-        name = f"{number:04d}-{result['adapter']}-{result['task'].replace('/', '-')}-{result['seed']}"
+        name = f"{number:04d}-{result.adapter}-{result.task.replace('/', '-')}-{result.seed}"
         with SummaryWriter(str(folder / name)) as writer:
             for summary in (columns, start, end):
                 writer.file_writer.add_summary(summary)
@@ -82,7 +82,7 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def _outcome(result: Mapping[str, Any]) -> dict[str, float]:
-    found = {f"result/{name}": score["mean"] for name in SCORES if (score := result[name]) is not None}
-    found |= {f"seconds/{phase}": float(seconds) for phase, seconds in result["seconds"].items()}
-    return found | {"trainable_parameters": float(result["trainable_parameters"])}
+def _outcome(result: RunResult) -> dict[str, float]:
+    found = {f"result/{name}": own.mean for name, own in result.scores.items() if own is not None}
+    found |= {f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
+    return found | {"trainable_parameters": float(result.trainable_parameters)}

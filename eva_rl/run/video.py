@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eva_rl.files import replacing
-from eva_rl.report.tensorboard import TensorBoard
+from eva_rl.run.tensorboard import TensorBoard
 
 SIDE = 240
 """Pixels of the longer side of a frame."""
