@@ -58,7 +58,8 @@ def _begins(run: str, end: str) -> str:
 
 def _is_below(run: str) -> bool:
     """Whether this is the name of a folder below another."""
-    return bool(run) and not PurePosixPath(run).is_absolute() and ".." not in PurePosixPath(run).parts
+    parts = PurePosixPath(run).parts
+    return bool(parts) and not PurePosixPath(run).is_absolute() and ".." not in parts
 
 
 def rows_at(folder: Path) -> Iterator[Row]:
