@@ -1,6 +1,6 @@
 """Mean returns of random actions and of the expert on every task of a domain, with 95 % intervals: envs/<domain>_scores.json.
 
-    python -m benchmarks.reference_scores metaworld
+    python -m tools.reference_scores metaworld
 
 They are the 0 and the 1 of normalised scores. Seeds are those of collection with seed 1000: neither the default training
 data's nor any evaluation's.
@@ -64,7 +64,7 @@ def main() -> None:
     with one_core_each(), pool:
         rows = list(tqdm(pool.map(measure, tasks, [arguments.episodes] * len(tasks)), total=len(tasks), unit="task"))
     scores = {name: row for name, row in zip(domain.tasks, rows, strict=True)}
-    made_by = f"python -m benchmarks.reference_scores {domain.name} --episodes {arguments.episodes}"
+    made_by = f"python -m tools.reference_scores {domain.name} --episodes {arguments.episodes}"
     write_json(Path(envs.__file__).parent / f"{domain.name}_scores.json", {"made_by": made_by, "tasks": scores})
 
 

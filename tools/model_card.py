@@ -1,6 +1,6 @@
 """The table of a model card: each task's random, expert and zero-shot scores with 95 % intervals.
 
-    python -m benchmarks.model_card runs/card/*
+    python -m tools.model_card runs/card/*
 
 Takes the folders of `python -m eva_rl.evaluate`; random and expert returns are those of envs/<domain>_scores.json.
 """
