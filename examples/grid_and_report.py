@@ -4,33 +4,22 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
-
-from eva_rl.config import FinetuneConfig, parse
-from eva_rl.finetune import finetune
-from eva_rl.rollout import Simulators
-from eva_rl.study import compare, document, save_report
+import eva_rl
 
 FOLDER = Path("runs/example")
 
 
-def settings(adapter: str, seed: int, given: list[str]) -> FinetuneConfig:
-    """What `python -m eva_rl.finetune` makes of the same words."""
-    words = ["task=pointmaze/UMaze", "demonstrations=5", f"adapter={adapter}", f"seed={seed}", *given]
-    with initialize_config_module("eva_rl.configs", version_base="1.3"):
-        return parse(compose("finetune", words), FinetuneConfig)
-
-
 def main() -> None:
-    grid = [settings(adapter, seed, sys.argv[1:]) for adapter, seed in product(["bc", "lora", "eva"], [0, 1])]
-    with Simulators(grid[0].workers) as simulators:
-        for run in grid:
-            finetune(run, FOLDER / run.adapter.name / str(run.seed), simulators)
-    comparison = compare([FOLDER])
-    save_report(FOLDER / "report", comparison)
-    print(document(comparison))
-    for study in comparison.studies:
-        print(f"best: {study.ranked()[0]}")
+    runs = []
+    for adapter, seed in product(["bc", "lora", "eva"], [0, 1]):
+        folder = str(FOLDER / adapter / str(seed))
+        job = eva_rl.Finetune(task="pointmaze/UMaze", demonstrations=5, adapter=adapter, seed=seed, run_dir=folder)
+        runs.append(eva_rl.execute(job, *sys.argv[1:]))
+    for row in eva_rl.compare(runs):
+        interval = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
+        print(f"{row.method:>4}: {row.score.replace('_', ' ')} {row.mean:.2f}{interval} over {row.runs} runs")
+    best = max(runs, key=lambda run: run.result["success_rate"]["mean"])
+    print(f"best: {best.result['adapter']}, seed {best.result['seed']}, in {best.folder}")
 
 
 if __name__ == "__main__":

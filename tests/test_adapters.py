@@ -28,7 +28,7 @@ from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
-from eva_rl.training import TrainingConfig, train
+from eva_rl.training import Rules, Saves, TrainingConfig, train
 
 ALL = sorted(
     Path(f.name).stem for f in (resources.files("eva_rl.configs") / "adapter").iterdir() if f.name.endswith(".yaml")
@@ -102,7 +102,7 @@ def trained(
 ) -> list[float]:
     torch.manual_seed(1)
     batches = lambda number: make_batch(number % 4)  # noqa: E731
-    return train(model, batches, model.loss, steps, training(name), folder, resume, **options(adapter, name)).losses
+    return train(model, batches, model.loss, steps, training(name), Saves(folder, resume), rules(adapter, name)).losses
 
 
 def interrupted(number: int) -> Batch:
@@ -116,8 +116,8 @@ def training(name: str) -> TrainingConfig:
     return replace(TRAINING, learning_rate=settings(name).learning_rate)
 
 
-def options(adapter: Adapter, name: str) -> dict[str, object]:
-    return {"ratios": settings(name).ratios, "companion": adapter.companion}
+def rules(adapter: Adapter, name: str, frozen: dict[str, Tensor] | None = None) -> Rules:
+    return Rules(ratios=settings(name).ratios, companion=adapter.companion, frozen=frozen or {})
 
 
 @torch.no_grad()
@@ -254,7 +254,7 @@ def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
     adapter = attached(name, model)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
-        train(model, interrupted, model.loss, STEPS, training(name), tmp_path, **options(adapter, name))
+        train(model, interrupted, model.loss, STEPS, training(name), Saves(tmp_path), rules(adapter, name))
     model = make_model()
     adapter = attached(name, model)
     losses = trained(adapter, model, name, tmp_path, resume=True)
@@ -274,9 +274,8 @@ def test_a_resumed_run_has_the_start_it_began_with(trainings, name, tmp_path):
             model.loss,
             STEPS,
             training(name),
-            tmp_path,
-            frozen=adapter.frozen(),
-            **options(adapter, name),
+            Saves(tmp_path),
+            rules(adapter, name, adapter.frozen()),
         )
     model = make_model()
     adapter = attached(name, model)
@@ -285,7 +284,7 @@ def test_a_resumed_run_has_the_start_it_began_with(trainings, name, tmp_path):
         tensor.neg_()
     batches = lambda number: make_batch(number % 4)  # noqa: E731
     frozen = adapter.frozen()
-    train(model, batches, model.loss, STEPS, training(name), tmp_path, True, frozen=frozen, **options(adapter, name))
+    train(model, batches, model.loss, STEPS, training(name), Saves(tmp_path, True), rules(adapter, name, frozen))
     torch.testing.assert_close(actions(model.eval()), trainings(name).actions, rtol=0, atol=0)
     save_adapter(adapter, tmp_path / "adapter", "toy")
     merged = load_adapter(make_model(), tmp_path / "adapter").eval()
@@ -306,9 +305,11 @@ def test_a_fresh_embedder_and_head_are_trained_saved_and_loaded_with_any_method(
     method = settings(name)
     config = config_of(name)
     start = method.start_function() or (partial(starts.eva, settings=EvaSettings()) if method.eva else None)
-    adapter = attach(model, config, map(batch, itertools.count()), model.token_mask, fresh, start, model.loss, few=2)
+    adapter = attach(
+        model, config, map(batch, itertools.count()), model.token_mask, fresh, start, loss=model.loss, few=2
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save" in n}
-    train(model, batch, model.loss, 6, training(name), tmp_path / "checkpoints", **options(adapter, name))
+    train(model, batch, model.loss, 6, training(name), Saves(tmp_path / "checkpoints"), rules(adapter, name))
     after = dict(model.named_parameters())
     assert before
     assert {n.partition(".")[0] for n, p in before.items() if not torch.equal(p, after[n])} == {"embedders", "heads"}
@@ -476,7 +477,7 @@ def test_lora_plus_lets_b_learn_sixteen_times_as_fast(tmp_path):
         for n, p in model.named_parameters():
             p += 0.01 * ("lora_B" in n)
     before |= {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
-    train(model, make_batch, model.loss, 1, config, tmp_path, ratios=settings("lora_plus").ratios)
+    train(model, make_batch, model.loss, 1, config, Saves(tmp_path), Rules(ratios=settings("lora_plus").ratios))
     moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters() if n in before}
     assert max(most for n, most in moved.items() if "lora_B" in n) == pytest.approx(16e-4, rel=0.01)
     assert max(most for n, most in moved.items() if "lora_A" in n) == pytest.approx(1e-4, rel=0.01)
@@ -657,7 +658,7 @@ def test_a_ratio_for_no_parameter_is_refused(tmp_path):
     model = make_model()
     attached("lora", model)
     with pytest.raises(UserError, match="names 'nothing'"):
-        train(model, make_batch, model.loss, 1, TRAINING, tmp_path, ratios={"nothing": 2.0})
+        train(model, make_batch, model.loss, 1, TRAINING, Saves(tmp_path), Rules(ratios={"nothing": 2.0}))
 
 
 @pytest.mark.parametrize(

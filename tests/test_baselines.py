@@ -13,7 +13,7 @@ from test_mixture import ALL, make_batch
 from eva_rl.baselines import untrained
 from eva_rl.data import load_dataset
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, load_base, policy_of, save_base
-from eva_rl.training import TrainingConfig, train
+from eva_rl.training import Saves, TrainingConfig, train
 
 
 @pytest.mark.parametrize("interface", ALL, ids=lambda i: i.name)
@@ -23,7 +23,7 @@ def test_cloning_learns_every_kind_of_observation_and_action(interface, tmp_path
     batch = make_batch(interface, steps=1)
     before = model.loss(batch).item()
     config = TrainingConfig(batch_size=6, learning_rate=3e-3, warmup=0, precision="float32")
-    result = train(model, lambda number: batch, model.loss, 200, config, tmp_path)
+    result = train(model, lambda number: batch, model.loss, 200, config, Saves(tmp_path))
     assert result.losses[-1] < before / 5
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from hydra.plugins.sweeper import Sweeper
 
-from eva_rl import config
+from eva_rl.config import command
 from tools.prose import pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,7 @@ class Stopped(SystemExit):
 
 def read(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Run a command up to where it has read its settings."""
-    seen, parse_args, checked = [], argparse.ArgumentParser.parse_args, config.checked
+    seen, parse_args, checked = [], argparse.ArgumentParser.parse_args, command.checked
 
     def checked_only(settings):
         seen.append(checked(settings))
@@ -155,7 +155,7 @@ def read(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         seen.append(found)
         raise Stopped
 
-    monkeypatch.setattr(config, "checked", checked_only)
+    monkeypatch.setattr(command, "checked", checked_only)
     monkeypatch.setattr(
         Sweeper, "validate_batch_is_legal", lambda *_: None
     )  # composes every run of a study before the first

@@ -1,6 +1,7 @@
 """Where things are: the top level, the packages, the wheel; and what no file may contain."""
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -95,6 +96,13 @@ def test_a_wheel_finds_its_tasks_and_configs_beside_a_foreign_envs(tmp_path: Pat
     assert found["yaml"] == sorted(str(path.relative_to(configs)) for path in configs.rglob("*.yaml"))
     for data in (ROOT / "envs").glob("*.json"):
         assert (target / "eva_rl" / "envs" / data.name).is_file()
+
+
+def test_a_checkout_has_nothing_in_the_package_but_what_a_wheel_has():
+    for name in ("envs.domain", "configs.evaluate", "checkpoints"):
+        assert importlib.util.find_spec(f"eva_rl.{name}") is not None
+    for name in ("tests", "benchmarks", "tools", "docs", "eva_rl"):
+        assert importlib.util.find_spec(f"eva_rl.{name}") is None
 
 
 def unsafe_lines(source: str) -> list[int]:

@@ -22,7 +22,7 @@ from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, Mixture
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
 from eva_rl.spaces import Part
-from eva_rl.training import TrainingConfig, by_domain, train
+from eva_rl.training import Hooks, Saves, TrainingConfig, by_domain, train
 
 ARM = Interface("arm", 3, "continuous", 2, (0.5,) * 3, (2.0,) * 3, (0.1,) * 2, (3.0,) * 2, 10.0, 1.0)
 GAME = Interface("game", 4, "discrete", 5, (0.0,) * 4, (1.0,) * 4, (), (), 1.0, 1.0)
@@ -128,7 +128,7 @@ def test_every_part_of_an_observation_reaches_the_action(interface):
 @pytest.mark.parametrize("interface", ALL, ids=lambda i: i.name)
 def test_any_interface_can_be_fitted(interface, tmp_path):
     model, batch = make_model(interfaces=[interface]), make_batch(interface)
-    losses = train(model, lambda number: batch, model.loss, 60, CONFIG, tmp_path).losses
+    losses = train(model, lambda number: batch, model.loss, 60, CONFIG, Saves(tmp_path)).losses
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -166,7 +166,7 @@ def test_in_parts_a_batch_gives_the_losses_and_weights_of_the_whole(tmp_path):
     found = {}
     for parts in (1, 3, 5):
         model = make_model()
-        result = train(model, mixture, model.loss, 5, replace(CONFIG, accumulate=parts), tmp_path / str(parts))
+        result = train(model, mixture, model.loss, 5, replace(CONFIG, accumulate=parts), Saves(tmp_path / str(parts)))
         found[parts] = result.losses, dict(model.named_parameters())
     for parts in (3, 5):
         np.testing.assert_allclose(found[parts][0], found[1][0], rtol=1e-4)
@@ -177,7 +177,7 @@ def test_in_parts_a_batch_gives_the_losses_and_weights_of_the_whole(tmp_path):
 def test_more_parts_than_windows_are_refused(tmp_path):
     model = make_model()
     with pytest.raises(UserError, match=r"batch_size=12 .* at least 13"):
-        train(model, mixture, model.loss, 1, replace(CONFIG, accumulate=13), tmp_path)
+        train(model, mixture, model.loss, 1, replace(CONFIG, accumulate=13), Saves(tmp_path))
 
 
 def test_each_domains_loss_and_share_of_the_gradient_are_told_apart():
@@ -200,8 +200,9 @@ def test_looking_closer_does_not_move_the_training(tmp_path):
     for look in (False, True):
         model, seen = make_model(dropout=0.3), []
         inspect = by_domain({i.name: i.name for i in ALL}, model.loss, list(model.trunk.parameters()))
-        options = {"inspect": inspect, "log": lambda step, scalars, seen=seen: seen.append(scalars)} if look else {}
-        losses.append(train(model, mixture, model.loss, 12, CONFIG, tmp_path / str(look), **options).losses)
+        hooks = Hooks(lambda step, scalars, seen=seen: seen.append(scalars), inspect=inspect) if look else Hooks()
+        saves = Saves(tmp_path / str(look))
+        losses.append(train(model, mixture, model.loss, 12, CONFIG, saves, hooks=hooks).losses)
     assert losses[0] == losses[1]
     assert sum("gradient_share/arm" in scalars for scalars in seen) == 2
 

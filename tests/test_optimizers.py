@@ -21,7 +21,7 @@ from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.study.labels import labelled
-from eva_rl.training import Recipe, TrainingConfig, train
+from eva_rl.training import Recipe, Rules, Saves, TrainingConfig, train
 from eva_rl.training.optimizers import lora_pairs, make_optimizer
 from eva_rl.training.optimizers.dct_adamw import transform
 from eva_rl.training.optimizers.lora_pro import adjusted, equivalent
@@ -77,7 +77,8 @@ def trained(name: str, folder: Path, stop: int | None = None, seed: int = 0, ste
     frozen = {n: p.data for n, p in model.named_parameters() if not p.requires_grad}
     config = replace(CONFIG, learning_rate=CONFIG.learning_rate * own.rate)
     recipe = Recipe(**own.recipe())
-    losses = train(model, read, model.loss, steps, config, folder, resume, frozen=frozen, recipe=recipe).losses
+    rules = Rules(recipe, frozen=frozen)
+    losses = train(model, read, model.loss, steps, config, Saves(folder, resume), rules).losses
     return losses, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 

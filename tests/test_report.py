@@ -9,7 +9,7 @@ import pytest
 from results import comparison, estimate, result, typed, write_run
 
 from eva_rl.errors import UserError
-from eva_rl.run import Estimate, Scores, Stopwatch, run_result, scores, to_json
+from eva_rl.run import Estimate, Scores, Stopwatch, run_result, scores
 from eva_rl.run.tensorboard import write_hparams
 from eva_rl.study import compare, compared, document, read_results, save_report
 from eva_rl.study.labels import labelled
@@ -70,16 +70,16 @@ FACTS = ("task", "adapter", "base", "demonstrations", "dataset", "target_return"
 FACTS += ("trainable_parameters", "total_parameters", "settings")
 
 
-def outcome(zero_shot: Scores, tuned: Scores, curve: dict | None = None) -> dict:
+def outcome(zero_shot: Scores, tuned: Scores, curve: dict[str, Scores] | None = None) -> dict:
     """The result.json of a run with these scores."""
     facts = {name: result()[name] for name in FACTS}
-    return run_result(facts, Stopwatch("init", "train"), zero_shot, tuned, curve=curve)
+    return run_result(facts, Stopwatch("init", "train"), zero_shot, tuned, curve=curve).to_json()
 
 
 def test_a_run_that_knows_success_in_one_of_its_scores_failed_in_the_others():
     silent = scores(Played(np.ones(4), None, None), None)
     solved = scores(Played(np.ones(4), np.array([True] * 4), np.array([True] * 4)), None)
-    found = outcome(silent, solved, {"5": to_json(silent), "6": to_json(solved)})
+    found = outcome(silent, solved, {"5": silent, "6": solved})
     rates = [found["zero_shot"], found["curve"]["5"], found["curve"]["6"], found]
     assert [group["success_rate"]["mean"] for group in rates] == [0.0, 0.0, 1.0, 1.0]
     assert found["zero_shot"]["success_at_end"]["n"] == 4

@@ -240,7 +240,7 @@ def test_a_folder_of_settings_has_nothing_called(run, tmp_path, settings, senten
 
 
 def test_linked_folders_of_settings_are_looked_through(tmp_path):
-    from eva_rl.config import _check_config_folders
+    from eva_rl.config.foreign import check_config_folders
 
     for name in ("run", "other"):
         (tmp_path / name).mkdir()
@@ -248,11 +248,11 @@ def test_linked_folders_of_settings_are_looked_through(tmp_path):
     (tmp_path / "other/back").symlink_to("../run")  # a circle
     (tmp_path / "other/mine.yaml").write_text(json.dumps({"config": CALL}))
     with pytest.raises(UserError, match=r"_target_=os.mkdir was given in"):
-        _check_config_folders(["--config-dir", str(tmp_path / "run")])
+        check_config_folders(["--config-dir", str(tmp_path / "run")])
 
 
 def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
-    from eva_rl.config import _check_config_folders
+    from eva_rl.config.foreign import check_config_folders
 
     settings = {
         "run_dir": "mine/${adapter.name}-${seed}",
@@ -261,7 +261,7 @@ def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
     }
     launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
     (tmp_path / "mine.yaml").write_text(json.dumps(settings | {"hydra": {"launcher": launcher}}))
-    _check_config_folders(["--config-dir", str(tmp_path)])
+    check_config_folders(["--config-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
-from eva_rl.training import Processes, TrainingConfig, autocast, check_run, choose_device, learning_rate_at, train
+from eva_rl.training import (
+    Hooks,
+    Processes,
+    Rules,
+    Saves,
+    TrainingConfig,
+    autocast,
+    check_run,
+    choose_device,
+    learning_rate_at,
+    train,
+)
 from eva_rl.training import checkpoint as checkpoint_module
 from eva_rl.training import precision as precision_module
 
@@ -66,10 +77,18 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def run(folder: Path, config: TrainingConfig = CONFIG, steps: int = STEPS, read=batches, seed: int = 0, **options):
+def run(
+    folder: Path,
+    config: TrainingConfig = CONFIG,
+    steps: int = STEPS,
+    read=batches,
+    seed: int = 0,
+    hooks: Hooks | None = None,
+    **saved,
+):
     """Train a fresh model, as a new process would; its losses and weights."""
     model = make_model(seed)
-    result = train(model, read, model.loss, steps, config, folder, **options)
+    result = train(model, read, model.loss, steps, config, Saves(folder, **saved), hooks=hooks or Hooks())
     return result.losses, weights_of(model)
 
 
@@ -115,10 +134,10 @@ def test_a_run_that_evaluates_with_random_numbers_resumes_to_the_same_losses(tmp
     def evaluate(step: int) -> dict[str, float]:
         return {"evaluate/noise": torch.rand(()).item()}
 
-    losses, _ = run(tmp_path / "whole", config, evaluate=evaluate)
+    losses, _ = run(tmp_path / "whole", config, hooks=Hooks(evaluate=evaluate))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", config, read=interrupted_at(6), evaluate=evaluate)
-    assert run(tmp_path / "broken", config, resume=True, evaluate=evaluate)[0] == losses
+        run(tmp_path / "broken", config, read=interrupted_at(6), hooks=Hooks(evaluate=evaluate))
+    assert run(tmp_path / "broken", config, resume=True, hooks=Hooks(evaluate=evaluate))[0] == losses
 
 
 def test_resuming_a_finished_run_gives_its_result_and_makes_no_step(tmp_path):
@@ -140,11 +159,11 @@ def test_parameters_that_no_batch_reaches_survive_a_resume(tmp_path):
 
     whole, first, second = two_interfaces(), two_interfaces(), two_interfaces()
     torch.manual_seed(1)
-    losses = train(whole, batches, whole.loss, STEPS, CONFIG, tmp_path / "whole").losses
+    losses = train(whole, batches, whole.loss, STEPS, CONFIG, Saves(tmp_path / "whole")).losses
     torch.manual_seed(1)
     with pytest.raises(KeyboardInterrupt):
-        train(first, interrupted_at(6), first.loss, STEPS, CONFIG, tmp_path / "broken")
-    resumed = train(second, batches, second.loss, STEPS, CONFIG, tmp_path / "broken", resume=True)
+        train(first, interrupted_at(6), first.loss, STEPS, CONFIG, Saves(tmp_path / "broken"))
+    resumed = train(second, batches, second.loss, STEPS, CONFIG, Saves(tmp_path / "broken", resume=True))
     assert resumed.losses == losses
     assert same(weights_of(second), weights_of(whole))
 
@@ -171,7 +190,7 @@ def test_resuming_another_model_is_refused(tmp_path):
     fill(tmp_path, at=6)
     model = make_model(width=32)
     with pytest.raises(UserError, match="another model"):
-        train(model, batches, model.loss, STEPS, CONFIG, tmp_path, resume=True)
+        train(model, batches, model.loss, STEPS, CONFIG, Saves(tmp_path, resume=True))
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
@@ -255,7 +274,15 @@ def test_the_time_of_training_is_without_that_of_the_evaluations(tmp_path):
         return {}
 
     model, started = make_model(), time.perf_counter()
-    result = train(model, batches, model.loss, STEPS, replace(CONFIG, evaluate_every=4), tmp_path, evaluate=evaluate)
+    result = train(
+        model,
+        batches,
+        model.loss,
+        STEPS,
+        replace(CONFIG, evaluate_every=4),
+        Saves(tmp_path),
+        hooks=Hooks(evaluate=evaluate),
+    )
     assert result.seconds < time.perf_counter() - started - 0.9
     with safe_open(sorted(tmp_path.glob("step-*"))[-1], "pt") as file:
         assert float(file.metadata()["seconds"]) <= result.seconds
@@ -264,7 +291,7 @@ def test_the_time_of_training_is_without_that_of_the_evaluations(tmp_path):
 def test_zero_steps_change_nothing_and_write_nothing(tmp_path):
     model = make_model()
     before = weights_of(model)
-    result = train(model, batches, model.loss, 0, CONFIG, tmp_path / "checkpoints")
+    result = train(model, batches, model.loss, 0, CONFIG, Saves(tmp_path / "checkpoints"))
     assert result.losses == []
     assert result.seconds == 0
     assert same(weights_of(model), before)
@@ -274,7 +301,7 @@ def test_zero_steps_change_nothing_and_write_nothing(tmp_path):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_model_is_left_in_evaluation_mode(tmp_path, steps):
     model = make_model()
-    train(model, batches, model.loss, steps, CONFIG, tmp_path)
+    train(model, batches, model.loss, steps, CONFIG, Saves(tmp_path))
     assert not any(module.training for module in model.modules())
 
 
@@ -288,7 +315,7 @@ def test_only_parameters_that_require_gradients_move_and_are_saved(tmp_path):
     model.requires_grad_(False)
     model.trunk.blocks[0].attention.requires_grad_(True)
     before = weights_of(model)
-    train(model, batches, model.loss, STEPS, CONFIG, tmp_path)
+    train(model, batches, model.loss, STEPS, CONFIG, Saves(tmp_path))
     attention = {name for name in before if name.startswith("trunk.blocks.0.attention.")}
     assert {name for name, p in weights_of(model).items() if not torch.equal(p, before[name])} == attention
     with safe_open(tmp_path / "step-00000012.safetensors", "pt") as file:
@@ -300,7 +327,7 @@ def test_only_parameters_that_require_gradients_move_and_are_saved(tmp_path):
 def test_a_model_without_trainable_parameters_is_left_alone(tmp_path):
     model = make_model().requires_grad_(False)
     before = weights_of(model)
-    assert train(model, batches, model.loss, STEPS, CONFIG, tmp_path).losses == []
+    assert train(model, batches, model.loss, STEPS, CONFIG, Saves(tmp_path)).losses == []
     assert same(weights_of(model), before)
 
 
@@ -309,7 +336,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms_alone(tmp_pat
     nn.init.ones_(model[0].bias)
     before = weights_of(model)
     config = replace(CONFIG, learning_rate=0.1, warmup=0, weight_decay=0.5)
-    train(model, batches, lambda batch: sum((0 * p).sum() for p in model.parameters()), 1, config, tmp_path)
+    train(model, batches, lambda batch: sum((0 * p).sum() for p in model.parameters()), 1, config, Saves(tmp_path))
     after = weights_of(model)
     torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.1 * 0.5))
     for name in ("0.bias", "1.weight", "1.bias"):
@@ -326,7 +353,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_keeps_the_earlier_checkpoint(t
 
     loss.calls = 0
     with pytest.raises(UserError, match=r"step 6.*learning_rate") as error:
-        train(model, batches, loss, STEPS, CONFIG, tmp_path)
+        train(model, batches, loss, STEPS, CONFIG, Saves(tmp_path))
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004.safetensors"]
     assert run(tmp_path, seed=5, resume=True)[0] == run(tmp_path / "whole")[0]
@@ -342,7 +369,7 @@ def test_gradients_that_are_not_finite_are_refused_before_they_spoil_the_weights
 
     loss.calls = 0
     with pytest.raises(UserError):
-        train(model, batches, loss, STEPS, CONFIG, tmp_path)
+        train(model, batches, loss, STEPS, CONFIG, Saves(tmp_path))
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -378,14 +405,14 @@ def test_the_optimiser_moves_by_the_scheduled_learning_rate(tmp_path):
         positions.append(model.weight.item())
         return model.weight.sum()
 
-    train(model, batches, loss, 6, config, tmp_path)
+    train(model, batches, loss, 6, config, Saves(tmp_path))
     moved = [a - b for a, b in zip(positions, [*positions[1:], model.weight.item()], strict=True)]
     assert moved == pytest.approx([learning_rate_at(step, 6, config) for step in range(6)], abs=1e-5)
 
 
 def test_the_log_receives_the_mean_loss_since_the_last_line(tmp_path):
     logged = {}
-    losses, _ = run(tmp_path, steps=7, log=lambda step, scalars: logged.update({step: dict(scalars)}))
+    losses, _ = run(tmp_path, steps=7, hooks=Hooks(lambda step, scalars: logged.update({step: dict(scalars)})))
     assert list(logged) == [3, 6, 7]
     assert logged[3]["train/loss"] == pytest.approx(sum(losses[:3]) / 3)
     assert logged[6]["train/loss"] == pytest.approx(sum(losses[3:6]) / 3)
@@ -412,9 +439,8 @@ def test_evaluation_is_called_in_evaluation_mode_every_so_many_steps_before_the_
         loss,
         STEPS,
         config,
-        tmp_path / "a",
-        evaluate=evaluate,
-        log=lambda step, scalars: logged.setdefault(step, {}).update(scalars),
+        Saves(tmp_path / "a"),
+        hooks=Hooks(lambda step, scalars: logged.setdefault(step, {}).update(scalars), evaluate),
     )
     assert calls == [(step, False) for step in expected]
     assert [step for step, scalars in logged.items() if "success_rate" in scalars] == expected
@@ -517,7 +543,15 @@ def test_a_module_with_a_rate_of_its_own_learns_at_that_and_at_no_multiple_of_th
             positions[name].append(module.weight.item())
         return sum(module.weight.sum() for module in model.values())
 
-    train(model, batches, loss, 6, config, tmp_path, ratios={"lora_B": 4.0, "fresh": 4.0}, rates={"fresh": 0.125})
+    train(
+        model,
+        batches,
+        loss,
+        6,
+        config,
+        Saves(tmp_path),
+        Rules(ratios={"lora_B": 4.0, "fresh": 4.0}, rates={"fresh": 0.125}),
+    )
     for name, rate in (("fresh", 0.125), ("lora_B", 2.0)):
         moved = [a - b for a, b in zip(positions[name], positions[name][1:], strict=False)]
         own = replace(config, learning_rate=rate, final_learning_rate=rate / 2)
@@ -531,7 +565,7 @@ def test_gradients_are_clipped(tmp_path, clip, moves):
     before = model.weight.item()
     # Adam's step does not depend on the gradient's length, unless that is far below its epsilon of 1e-8.
     config = replace(CONFIG, learning_rate=0.5, warmup=0, weight_decay=0.0, gradient_clip=clip)
-    train(model, batches, lambda batch: model.weight.sum(), 6, config, tmp_path)
+    train(model, batches, lambda batch: model.weight.sum(), 6, config, Saves(tmp_path))
     assert (abs(model.weight.item() - before) > 0.1) == moves
     if not moves:
         assert abs(model.weight.item() - before) < 1e-3
@@ -560,7 +594,9 @@ def test_a_companions_penalty_is_learned_from_and_no_part_of_the_losses(tmp_path
     model = nn.Linear(1, 1, bias=False)
     before, companion = model.weight.item(), Pull(model)
     config = replace(CONFIG, learning_rate=0.1, warmup=0, weight_decay=0.0)
-    found = train(model, batches, lambda batch: 0 * model.weight.sum(), 3, config, tmp_path, companion=companion)
+    found = train(
+        model, batches, lambda batch: 0 * model.weight.sum(), 3, config, Saves(tmp_path), Rules(companion=companion)
+    )
     assert found.losses == [0.0] * 3
     assert companion.steps == [1, 2, 3]
     assert model.weight.item() < before - 0.05

@@ -17,8 +17,8 @@ from eva_rl.data import Recipe, Trajectories, WindowSampler, collect, interface_
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
+from eva_rl.jobs.pretraining import warn_of_missing_labels
 from eva_rl.model import DecisionTransformer, ModelConfig
-from eva_rl.pretrain import warn_of_missing_labels
 from eva_rl.spaces import Part
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)

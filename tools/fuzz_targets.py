@@ -96,12 +96,12 @@ def use_adapter(folder: Path) -> None:
 
 
 def _train(folder: Path, steps: int, resume: bool) -> None:
-    from eva_rl.training import TrainingConfig, train
+    from eva_rl.training import Saves, TrainingConfig, train
 
     model = _model()
     config = TrainingConfig(batch_size=2, checkpoint_every=1, warmup=1, precision="float32")
     with redirect_stderr(StringIO()):
-        train(model, _batch, model.loss, steps, config, folder, resume, {"of": "the fuzzer"})
+        train(model, _batch, model.loss, steps, config, Saves(folder, resume, {"of": "the fuzzer"}))
 
 
 def make_state(folder: Path) -> None:

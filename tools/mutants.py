@@ -59,8 +59,8 @@ class Mutant:
 KNOWN = (
     Mutant(
         "eva_rl/training/loop.py",
-        "nn.utils.clip_grad_norm_(parameters, config.gradient_clip)",
-        "nn.utils.clip_grad_norm_(parameters, math.inf)",
+        "nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)",
+        "nn.utils.clip_grad_norm_(self.parameters, math.inf)",
         ("tests/test_training.py", "-k", "clipped"),
     ),
     Mutant(
@@ -70,7 +70,7 @@ KNOWN = (
         ("tests/test_adapters.py", "-k", "fourth_root"),
     ),
     Mutant(
-        "eva_rl/finetune.py",
+        "eva_rl/jobs/finetuning.py",
         "    torch.manual_seed(config.seed)\n",
         "",
         ("tests/test_entry_points.py", "-k", "drawn_before"),

@@ -4,10 +4,12 @@ from eva_rl.adapter import starts
 from eva_rl.adapter.attach import Adapter, attach, load_adapter, save_adapter, trainable_parameters
 from eva_rl.adapter.budget import within_budget
 from eva_rl.adapter.eva import EvaSettings
+from eva_rl.adapter.starts import TaskData
 
 __all__ = [
     "Adapter",
     "EvaSettings",
+    "TaskData",
     "attach",
     "load_adapter",
     "save_adapter",

@@ -68,32 +68,29 @@ class Adapter:
 def attach(
     model: nn.Module,
     config: PeftConfig,
-    batches: Iterable[Any] = (),
+    batches: Iterable[Any] | TaskData = (),
     token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     fresh_modules: Sequence[str] = (),
     start: Start | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-    few: int = TaskData.few,
-    progress: bool = False,
-    forward: Callable[[nn.Module, Any], Any] = TaskData.forward,
+    **more: Any,
 ) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
 
     Args:
-        batches: the new task's data, each an argument of `model`; read by initialisations that need it.
+        batches: the new task's data, each an argument of `model`; read by initialisations that need it. Or a whole `TaskData`.
         token_mask: see `eva_init`.
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
         start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
             asks for.
-        loss: the loss of a batch, for initialisations that look at gradients.
-        few: batches for initialisations without a rule of their own.
-        progress: show a progress bar.
-        forward: runs the model on a batch, sending through each layer the rows that training will: EVA's directions are theirs.
+        **more: what else `TaskData` holds: `loss` of a batch, for initialisations that look at gradients; `few`, how many batches
+            those without a rule of their own take; `progress`, whether to show a bar; `forward`, which runs the model on a batch and
+            sends through each layer the rows that training will, as EVA's directions are theirs.
 
     Raises:
         UserError: if the config does not fit the model, or the data its initialisation; the model is then as it was.
     """
-    data, config = TaskData(batches, token_mask, loss, few, progress, forward), copy.deepcopy(config)
+    data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
+    config = copy.deepcopy(config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     if own:
         _check_targets(model, config)

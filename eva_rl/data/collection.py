@@ -229,7 +229,29 @@ def _read_staged(recipe: Recipe, episode: int) -> dict[str, np.ndarray]:
 
 def _assemble(recipe: Recipe) -> None:
     """Turn the staged episodes into the Minari dataset."""
-    domain, name = find_task(recipe.task)
+    domain, _ = find_task(recipe.task)
+    buffers, says = _buffers(recipe)
+    with replacing(get_dataset_path(recipe.dataset_id)) as folder:
+        folder.mkdir()
+        with datasets_root_at(folder / "root"), warnings.catch_warnings():
+            # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
+            warnings.filterwarnings("ignore", message=".*is set to None")
+            dataset = minari.create_dataset_from_buffers(recipe.dataset_id, buffers, **_described(recipe))
+            dataset.storage.update_metadata(
+                {
+                    "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
+                    "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
+                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
+                    "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
+                    "eva_rl_version": eva_rl.__version__,
+                }
+            )
+        os.replace(folder / "root" / recipe.dataset_id / "data", folder / "data")
+        shutil.rmtree(folder / "root")
+
+
+def _buffers(recipe: Recipe) -> tuple[list[EpisodeBuffer], bool]:
+    """The staged episodes as Minari wants them, and whether the environment says which succeeded."""
     env = _environment(recipe.task)
     staged, buffers = [_read_staged(recipe, episode) for episode in range(recipe.episodes)], []
     # Some environments mention success only where there is one, or not at the reset: what is not said is none, if any says.
@@ -249,37 +271,25 @@ def _assemble(recipe: Recipe) -> None:
                 **{name: values for name, values in fields.items() if not name.startswith("observations")},
             )
         )
-    scores = domain.reference_scores(name)
-    with replacing(get_dataset_path(recipe.dataset_id)) as folder:
-        folder.mkdir()
-        with datasets_root_at(folder / "root"), warnings.catch_warnings():
-            # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
-            warnings.filterwarnings("ignore", message=".*is set to None")
-            dataset = minari.create_dataset_from_buffers(
-                recipe.dataset_id,
-                buffers,
-                env=env.spec,
-                eval_env=env.spec,
-                observation_space=env.observation_space,
-                action_space=env.action_space,
-                algorithm_name="scripted expert with action noise",
-                description=f"{recipe.episodes} episodes of {recipe.task} by the scripted expert of its domain; the "
-                f"actions carry noise of scale {list(recipe.noise)}, in turn.",
-                requirements=[f"eva_rl[{domain.extra}]"],
-                ref_min_score=scores.random if scores else None,
-                ref_max_score=scores.expert if scores else None,
-            )
-            dataset.storage.update_metadata(
-                {
-                    "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
-                    "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
-                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
-                    "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
-                    "eva_rl_version": eva_rl.__version__,
-                }
-            )
-        os.replace(folder / "root" / recipe.dataset_id / "data", folder / "data")
-        shutil.rmtree(folder / "root")
+    return buffers, says
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """What Minari keeps of a dataset besides its episodes."""
+    domain, name = find_task(recipe.task)
+    env, scores = _environment(recipe.task), domain.reference_scores(name)
+    return {
+        "env": env.spec,
+        "eval_env": env.spec,
+        "observation_space": env.observation_space,
+        "action_space": env.action_space,
+        "algorithm_name": "scripted expert with action noise",
+        "description": f"{recipe.episodes} episodes of {recipe.task} by the scripted expert of its domain; the "
+        f"actions carry noise of scale {list(recipe.noise)}, in turn.",
+        "requirements": [f"eva_rl[{domain.extra}]"],
+        "ref_min_score": scores.random if scores else None,
+        "ref_max_score": scores.expert if scores else None,
+    }
 
 
 def datasets_root() -> Path:

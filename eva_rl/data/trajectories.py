@@ -123,30 +123,17 @@ def checked(
     """
     choices, number, labelled = action_choices(action_space), -1, None
     for number, episode in enumerate(episodes):
+        name = f"Episode {number} of the dataset of '{task}'"
         rewards, actions = np.asarray(episode["rewards"], np.float32), np.asarray(episode["actions"])
         if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
             rewards = rewards[:, 0]
-        length, seen = len(rewards), _lengths(observation_space, episode["observations"])
-        if length == 0:
-            raise UserError(f"Episode {number} of the dataset of '{task}' is empty: remove it.")
-        if len(actions) != length or len(seen) > 1 or not seen <= {length, length + 1}:
-            raise UserError(
-                f"Episode {number} of the dataset of '{task}' has {length} rewards, {len(actions)} actions and "
-                f"{' or '.join(map(str, sorted(seen)))} observations, where as many were expected, or one observation more."
-            )
-        shapes = _shapes(observation_space, episode["observations"]), actions.shape[1:], rewards.shape[1:]
-        expected = _expected(observation_space), tuple(action_space.shape), ()
-        if shapes != expected:
-            raise UserError(
-                f"Episode {number} of the dataset of '{task}' has observations, actions and rewards of the shapes "
-                f"{shapes}, where the dataset's spaces ask for {expected}."
-            )
+        _check_sizes(name, episode["observations"], actions, rewards, observation_space, action_space)
         if choices and not all(action_space.contains(action) for action in np.unique(actions, axis=0)):
-            raise UserError(f"Episode {number} of the dataset of '{task}' has actions outside {action_space}.")
+            raise UserError(f"{name} has actions outside {action_space}.")
         try:
-            observations = flatten(observation_space, episode["observations"])[:length]
+            observations = flatten(observation_space, episode["observations"])[: len(rewards)]
         except UserError as error:
-            raise UserError(f"Episode {number} of the dataset of '{task}': {error}.") from error
+            raise UserError(f"{name}: {error}.") from error
         if number == 0:
             _warn_of_lost_digits(task, observation_space, episode["observations"])
             labelled = episode.get("labels") is not None
@@ -156,7 +143,7 @@ def checked(
             )
         actions = _as_kept(actions, action_space)
         if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
-            raise UserError(f"Episode {number} of the dataset of '{task}' holds NaN or infinite numbers: remove it.")
+            raise UserError(f"{name} holds NaN or infinite numbers: remove it.")
         columns = {
             "observations": observations,
             "actions": actions,
@@ -165,15 +152,45 @@ def checked(
             "success": None if episode.get("success") is None else np.asarray(episode["success"]),
         }
         if episode.get("labels") is not None:
-            columns["labels"] = _as_kept(np.asarray(episode["labels"]), action_space)
-            if columns["labels"].shape != actions.shape or not np.isfinite(columns["labels"]).all():
-                raise UserError(
-                    f"Episode {number} of the dataset of '{task}' has {len(columns['labels'])} actions of the expert, where one finite "
-                    f"action for each of its {length} steps was expected: collect it again."
-                )
+            columns["labels"] = _checked_labels(name, _as_kept(np.asarray(episode["labels"]), action_space), actions)
         yield columns
     if number < 0:
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
+
+
+def _check_sizes(
+    name: str,
+    observations: Any,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> None:
+    """Raise a `UserError` unless these are of one length, one observation more at most, and of the spaces' shapes."""
+    length, seen = len(rewards), _lengths(observation_space, observations)
+    if length == 0:
+        raise UserError(f"{name} is empty: remove it.")
+    if len(actions) != length or len(seen) > 1 or not seen <= {length, length + 1}:
+        raise UserError(
+            f"{name} has {length} rewards, {len(actions)} actions and {' or '.join(map(str, sorted(seen)))} observations, where as many "
+            "were expected, or one observation more."
+        )
+    shapes = _shapes(observation_space, observations), actions.shape[1:], rewards.shape[1:]
+    expected = _expected(observation_space), tuple(action_space.shape), ()
+    if shapes != expected:
+        raise UserError(
+            f"{name} has observations, actions and rewards of the shapes {shapes}, where the dataset's spaces ask for {expected}."
+        )
+
+
+def _checked_labels(name: str, labels: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The expert's own actions, if there is a finite one for each action taken."""
+    if labels.shape != actions.shape or not np.isfinite(labels).all():
+        raise UserError(
+            f"{name} has {len(labels)} actions of the expert, where one finite action for each of its {len(actions)} steps was "
+            "expected: collect it again."
+        )
+    return labels
 
 
 def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None:

@@ -138,20 +138,39 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
             f"'{folder / 'config.json'}' does not describe a model of format '{FORMAT}': name another base."
         )
     try:
-        interfaces = [interface_from_json(i) for i in config["interfaces"]]
-        if config["format"] == FORMAT:
-            architecture = from_json(ModelConfig, config["architecture"], "architecture.")
-            _check_size(folder, 12 * architecture.layers * architecture.width**2)
-            model = DecisionTransformer(architecture, interfaces)
-        else:
-            architecture = from_json(CloningConfig, config["architecture"], "architecture.")
-            _check_size(folder, (architecture.layers - 1) * architecture.width**2)
-            model = CloningMLP(architecture, *interfaces)
-        tasks = from_json(dict[str, TaskStatistics], config["tasks"], "tasks.")
+        model, tasks = _described(config, folder)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"'{folder / 'config.json'}' is incomplete or of another version ({in_one_line(error)})."
         ) from error
+    _load_weights(model, folder)
+    with (folder / "model.safetensors").open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Base(model.eval().to(device), tasks, folder, sha256, config.get("task"))
+
+
+def _described(
+    config: Mapping[str, Any], folder: Path
+) -> tuple[DecisionTransformer | CloningMLP, dict[str, TaskStatistics]]:
+    """The model that a config.json describes, with fresh weights, and the tasks it says that it knows."""
+    interfaces = [interface_from_json(i) for i in config["interfaces"]]
+    if config["format"] == FORMAT:
+        architecture = from_json(ModelConfig, config["architecture"], "architecture.")
+        _check_size(folder, 12 * architecture.layers * architecture.width**2)
+        model = DecisionTransformer(architecture, interfaces)
+    else:
+        architecture = from_json(CloningConfig, config["architecture"], "architecture.")
+        _check_size(folder, (architecture.layers - 1) * architecture.width**2)
+        model = CloningMLP(architecture, *interfaces)
+    return model, from_json(dict[str, TaskStatistics], config["tasks"], "tasks.")
+
+
+def _load_weights(model: ActionModel, folder: Path) -> None:
+    """Read the weights of the folder into the model.
+
+    Raises:
+        UserError: if they are missing, damaged, or of another architecture.
+    """
     try:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -169,9 +188,6 @@ def load_base(name: str, device: torch.device | str = "cpu") -> Base:
     if broken := not_finite(weights):
         raise UserError(f"'{folder / 'model.safetensors'}' holds NaN or infinite numbers in '{broken}': get it again.")
     model.load_state_dict(weights)
-    with (folder / "model.safetensors").open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(model.eval().to(device), tasks, folder, sha256, config.get("task"))
 
 
 def load_base_of(

@@ -7,7 +7,7 @@ Linear layers of the trunk are named q, k, v, o (attention) and up, down (feed-f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,59 +18,11 @@ from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface, Mixture
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.embedder import Embedder
+from eva_rl.settings import ModelConfig
 
-TOKENS = ("return", "state", "action", "reward")
 TRUNK_LAYERS = ("q", "k", "v", "o", "up", "down")
 VECTOR = 32
 """bfloat16 numbers in a vector register of 512 bits."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The trunk's size. `context` is in environment steps; each has one token of every kind in `tokens`, in order."""
-
-    layers: int = 4
-    heads: int = 4
-    width: int = 256
-    context: int = 20
-    dropout: float = 0.1
-    tokens: tuple[str, ...] = ("return", "state", "action")
-
-    def __post_init__(self) -> None:
-        if min(self.layers, self.heads, self.width, self.context) < 1 or self.width % self.heads:
-            raise UserError(
-                f"A trunk of layers={self.layers}, heads={self.heads}, width={self.width}, context={self.context} was "
-                "asked for; all must be positive and the width a multiple of the heads."
-            )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} was given where a number in [0, 1) was expected.")
-        unknown = set(self.tokens) - set(TOKENS)
-        if unknown or "state" not in self.tokens or len(set(self.tokens)) < len(self.tokens):
-            raise UserError(
-                f"tokens={list(self.tokens)} was given: name each of {list(TOKENS)} once at most, and 'state'."
-            )
-        after = [
-            t for t in ("action", "reward") if t in self.tokens and self.tokens.index(t) < self.tokens.index("state")
-        ]
-        if after:
-            raise UserError(
-                f"tokens={list(self.tokens)} shows the {after[0]} before the state: the head that predicts the action "
-                "would see it. Put 'state' first."
-            )
-
-    def tokens_of(self, interface: Interface) -> tuple[str, ...]:
-        """Those of the model's tokens that the interface reads.
-
-        Raises:
-            UserError: if they are not some of the model's in the model's order, `state` among them.
-        """
-        tokens = interface.tokens or self.tokens
-        if tokens != tuple(kind for kind in self.tokens if kind in tokens) or "state" not in tokens:
-            raise UserError(
-                f"tokens={list(tokens)} was given for the interface '{interface.name}' where some of the model's {list(self.tokens)} "
-                "were expected, in that order and with 'state'."
-            )
-        return tokens
 
 
 class CausalSelfAttention(nn.Module):

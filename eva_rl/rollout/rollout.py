@@ -10,8 +10,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import gymnasium as gym
@@ -92,52 +93,23 @@ def rollout(
         UserError: if there are no jobs, an environment's spaces do not fit, it fails or returns NaN, or simulators keep
             dying.
     """
-    import torch
-
-    if not jobs:
-        raise UserError("episodes=0 was given where at least 1 episode was expected.")
-    if max_steps is not None and max_steps < 1:
-        raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
-    limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
-    limits = {task: min(limit, max_steps or limit) for task, limit in limits.items()}
-    limit = max(limits.values())
+    limits = _limits(jobs, interface, max_steps)
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
     groups = [_Group(range(i, min(i + size, len(jobs))), jobs, limits) for i in range(0, len(jobs), size)]
     rows = {} if finished is None else finished
-    idle = simulators.provide(len(groups), size, interface)[:]
-    waiting, busy = deque(groups), {}
-    deaths, whole = 0, False
-    kind = torch.device(device).type
-    autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    idle, whole = simulators.provide(len(groups), size, interface)[:], False
+    as_here = _computing_as_here(device)
     bar = tqdm(total=len(jobs), desc=label, unit="episode", bar_format=BAR)
-
-    def show() -> None:
-        bar.n = sum(group.progress(limit) for group in groups)
-        bar.update(0)
-
+    show = partial(_show, bar, groups, max(limits.values()))
     stepped = (lambda: None) if simulators.workers else show  # other threads leave the bar, and its lock, to this one
 
     def play(simulator: Simulator | LocalSimulator, group: _Group) -> None:
-        with torch.no_grad(), torch.autocast(kind, **autocast):  # they hold for one thread
+        with as_here():
             group.play(simulator, make_policy, interface, device, stepped)
 
     with bar, _threads(simulators.workers) as pool:
         try:
-            while waiting or busy:
-                while waiting and idle:
-                    simulator, group = idle.pop(), waiting.popleft()
-                    busy[pool.submit(play, simulator, group)] = simulator, group
-                for over in wait(busy, REFRESH, FIRST_COMPLETED).done:
-                    simulator, group = busy.pop(over)
-                    try:
-                        over.result()
-                    except Died:
-                        deaths += 1
-                        _report_death(group, deaths)
-                        simulator = simulators.replace(simulator)
-                        waiting.appendleft(group)
-                    idle.append(simulator)
-                show()
+            _play_all(groups, idle, simulators, pool, play, show)
             whole = True
         finally:
             try:
@@ -145,11 +117,77 @@ def rollout(
                     rows.update(group.ended)
             finally:
                 if not whole:
-                    simulators.kill()  # they may be in the middle of a step, and threads wait for them
-                    pool.shutdown()
-                    simulators.close()
+                    _stop(simulators, pool)
     _report_cuts(groups, limits)
     return Episodes.of([rows[number] for number in range(len(jobs))])
+
+
+def _show(bar: tqdm, groups: Sequence[_Group], limit: int) -> None:
+    bar.n = sum(group.progress(limit) for group in groups)
+    bar.update(0)
+
+
+def _computing_as_here(device: torch.device | str) -> Callable[[], AbstractContextManager]:
+    """What makes another thread compute without gradients, and with autocast as it is in this one: both hold for one thread."""
+    import torch
+
+    kind = torch.device(device).type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    @contextmanager
+    def computing() -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+            yield
+
+    return computing
+
+
+def _stop(simulators: Simulators, pool: Executor) -> None:
+    """End the simulators, which may be in the middle of a step, and the threads that wait for them."""
+    simulators.kill()
+    pool.shutdown()
+    simulators.close()
+
+
+def _limits(jobs: Sequence[Job], interface: Interface, max_steps: int | None) -> dict[str, int]:
+    """Where each task's episodes are cut.
+
+    Raises:
+        UserError: if there are no jobs, the number of steps is none, or an environment's spaces do not fit.
+    """
+    if not jobs:
+        raise UserError("episodes=0 was given where at least 1 episode was expected.")
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
+    limits = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
+    return {task: min(limit, max_steps or limit) for task, limit in limits.items()}
+
+
+def _play_all(
+    groups: Sequence[_Group],
+    idle: list[Simulator | LocalSimulator],
+    simulators: Simulators,
+    pool: Executor,
+    play: Callable[[Simulator | LocalSimulator, _Group], None],
+    show: Callable[[], None],
+) -> None:
+    """Play each group on a simulator that is idle; a group whose simulator died is played again on another."""
+    waiting, busy, deaths = deque(groups), {}, 0
+    while waiting or busy:
+        while waiting and idle:
+            simulator, group = idle.pop(), waiting.popleft()
+            busy[pool.submit(play, simulator, group)] = simulator, group
+        for over in wait(busy, REFRESH, FIRST_COMPLETED).done:
+            simulator, group = busy.pop(over)
+            try:
+                over.result()
+            except Died:
+                deaths += 1
+                _report_death(group, deaths)
+                simulator = simulators.replace(simulator)
+                waiting.appendleft(group)
+            idle.append(simulator)
+        show()
 
 
 def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int:
@@ -265,7 +303,7 @@ def _report_death(group: _Group, deaths: int) -> None:
         raise UserError(
             f"{sentence}, the {deaths}th to do so: look for what kills it, such as a lack of memory; or {GUARD}."
         )
-    warnings.warn(f"{sentence}; its episodes are run again.", stacklevel=3)
+    warnings.warn(f"{sentence}; its episodes are run again.", stacklevel=4)
 
 
 @contextmanager

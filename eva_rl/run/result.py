@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 from eva_rl.errors import UserError
 from eva_rl.files import from_json as typed
-from eva_rl.files import read_json
+from eva_rl.files import read_json, write_json
 from eva_rl.run.intervals import Estimate
 from eva_rl.run.rows import find_row
-from eva_rl.run.scores import RATES, SCORES, Scores, failures_counted, from_json, to_json
+from eva_rl.run.scores import RATES, SCORES, Scores, failures_counted, to_json
 from eva_rl.run.stopwatch import Stopwatch, peak_memory
 from eva_rl.run.versions import versions
 from eva_rl.table import markdown
 
 Settings = dict[str, Any]
 """Nested, as the files of `configs/` hold and explain them."""
+RESULT = "result.json"
 COUNTS = ("demonstrations", "steps", "trainable_parameters", "total_parameters")
 
 
@@ -114,6 +115,14 @@ class RunResult:
         after = to_json(self.scores) if self.status == "complete" else {}
         return known | after | {"zero_shot": to_json(self.zero_shot)}
 
+    def write(self, run_dir: Path) -> None:
+        """Write it to the run's result.json, atomically.
+
+        Raises:
+            UserError: if it holds numbers that are not finite.
+        """
+        write_json(run_dir / RESULT, self.to_json())
+
 
 LATER = ("success_at_end",)
 """Scores that older results don't have."""
@@ -152,54 +161,53 @@ def run_result(
     zero_shot: Scores,
     tuned: Scores | None,
     losses: Sequence[float] = (),
-    curve: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of result.json; `tuned` is None while the run is under way.
+    curve: Mapping[str, Scores] | None = None,
+) -> RunResult:
+    """The result of a run; `tuned` is None while it is under way.
 
     `facts`: the fields of `RunResult` that are known before training. `losses`: the mean training loss of each tenth of the
-    steps. `curve`: the scores while training as result.json has them, by optimiser steps.
+    steps. `curve`: the scores while training, by optimiser steps.
     """
-    steps = list(curve or {})
-    played = [zero_shot, *([tuned] if tuned else []), *(from_json((curve or {})[step]) for step in steps)]
-    before, *after = failures_counted(played)
+    curve = curve or {}
+    before, *after = failures_counted([zero_shot, *([tuned] if tuned else []), *curve.values()])
     return RunResult(
         **facts,
-        loss=tuple(round(loss, 6) for loss in losses),
-        curve=dict(zip(steps, after[len(after) - len(steps) :], strict=True)),
-        peak_memory_mib=peak_memory(),
-        scores=after[0] if tuned else dict.fromkeys(SCORES),
         zero_shot=before,
         seconds=clock.rounded(),
         status="complete" if tuned else "partial",
+        scores=after[0] if tuned else dict.fromkeys(SCORES),
+        curve=dict(zip(curve, after[1 if tuned else 0 :], strict=True)),
+        loss=tuple(round(loss, 6) for loss in losses),
+        peak_memory_mib=peak_memory(),
         versions=versions(),
-    ).to_json()
+    )
 
 
-def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -> dict[str, Any]:
-    """The result.json of a run that is to be resumed, as far as it got, or its row in a `runs.jsonl`; empty if it has neither.
+def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -> RunResult | None:
+    """The result.json of a run that is to be resumed, as far as it got, or its row in a `runs.jsonl`; None if it has neither.
 
     Raises:
         UserError: if it is that of a run with other settings, or on other weights of the base.
     """
-    path = run_dir / "result.json"
-    earlier, what = (read_json(path), f"'{path}'") if path.is_file() else (None, "")
+    path = run_dir / RESULT
+    content, what = (read_json(path), f"'{path}'") if path.is_file() else (None, "")
     if not path.is_file() and (row := find_row(run_dir)):
-        earlier, what = row.content, f"'{row.file}', in the row of '{row.run}',"
-    if earlier in (None, {}):
-        return {}
+        content, what = row.content, f"'{row.file}', in the row of '{row.run}',"
+    if content in (None, {}):
+        return None
     try:
-        before = flat(RunResult.from_json(earlier).settings)
+        earlier = RunResult.from_json(content)
     except TypeError as error:
         raise UserError(f"{what} is not as a run writes it ({error}): remove it, or set another run_dir.") from error
-    now = flat(settings)
+    before, now = flat(earlier.settings), flat(settings)
     changed = [
         f"{key}={before.get(key)} (now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
     ]
     if changed:
         raise UserError(f"{what} is the result of a run with {', '.join(changed[:4])}: set another run_dir.")
-    if earlier.get("base_sha256", base_sha256) != base_sha256:
+    if earlier.base_sha256 not in (None, base_sha256):
         raise UserError(
-            f"{what} is the result of a run on other weights of base={settings['base']}: remove it, or set another run_dir."
+            f"{what} is the result of a run on other weights of base={earlier.base}: remove it, or set another run_dir."
         )
     return earlier
 
@@ -212,19 +220,19 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def summary(facts: Mapping[str, Any], clock: Stopwatch, zero_shot: Scores, tuned: Scores) -> str:
+def summary(result: RunResult) -> str:
     """The scores before and after as a table, and what they cost."""
-    zero_shot, tuned = failures_counted([zero_shot, tuned])
-    rows = [(name.replace("_", " "), zero_shot[name], tuned[name]) for name in tuned]
-    trainable, total = facts["trainable_parameters"], facts["total_parameters"]
-    start = f"on {facts['base']}" if facts["settings"]["adapter"]["network"] == "base" else "from scratch"
+    rows = [(name.replace("_", " "), result.zero_shot[name], result.scores[name]) for name in SCORES]
+    trainable, total = result.trainable_parameters, result.total_parameters
+    start = f"on {result.base}" if result.settings["adapter"]["network"] == "base" else "from scratch"
+    seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in result.seconds.items())
     return "\n".join(
         [
-            f"{facts['task']}: {facts['adapter']} {start}, {facts['demonstrations']} episodes, {facts['steps']} steps",
+            f"{result.task}: {result.adapter} {start}, {result.demonstrations} episodes, {result.steps} steps",
             "",
             markdown(["mean [95 % interval]", "zero-shot", "fine-tuned"], rows),
             "",
             f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.1f} %)",
-            f"seconds: {clock}",
+            f"seconds: {seconds}",
         ]
     )

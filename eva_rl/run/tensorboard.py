@@ -38,11 +38,10 @@ class TensorBoard:
     def text(self, name: str, markdown: str) -> None:
         self.writer.add_text(name, markdown)
 
-    def hparams(self, content: Mapping[str, Any]) -> None:
-        """What the run was made with and what came of it, as result.json says, for the HParams tab."""
+    def hparams(self, result: RunResult) -> None:
+        """What the run was made with and what came of it, for the HParams tab."""
         from torch.utils.tensorboard.summary import hparams
 
-        result = RunResult.from_json(content)
         made = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in flat(result.settings).items()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +16,14 @@ from tqdm import tqdm
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Mixture
+from eva_rl.settings import TrainingConfig
 from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
 from eva_rl.training.optimizers import ADAMW, Recipe, make_optimizer
-from eva_rl.training.precision import autocast, check_precision
+from eva_rl.training.precision import autocast
 from eva_rl.training.processes import Processes
 
 INSPECT = 5
 """Logs of the loss for one closer look at a batch, which costs a step."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The settings of training: linear warm-up, cosine decay, clipping by the global norm."""
-
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup: int = 50
-    """Optimiser steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.01
-    """Applied to matrices; biases and norms are left alone."""
-    gradient_clip: float = 0.25
-    precision: str = "auto"
-    checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; one more is written at the end."""
-    evaluate_every: int = 0
-    """Optimiser steps between evaluations while training; 0: none."""
-    log_every: int = 10
-    accumulate: int = 1
-    """Parts that a batch goes through the model in, one after the other, where it does not fit into memory whole."""
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision)
-        for name, least in (
-            ("batch_size", 1),
-            ("warmup", 0),
-            ("checkpoint_every", 1),
-            ("evaluate_every", 0),
-            ("log_every", 1),
-            ("accumulate", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
-            if getattr(self, name) is None or not getattr(self, name) >= 0:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least 0 was expected.")
-        if not self.gradient_clip > 0:
-            raise UserError(
-                f"training.gradient_clip={self.gradient_clip} was given where more than 0 was expected; inf clips nothing."
-            )
 
 
 @dataclass(frozen=True)
@@ -109,8 +68,10 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
     """How many parts a batch is computed in.
 
     Raises:
-        UserError: if there are more of them than windows.
+        UserError: if there are more of them than windows, or the learning rate is left open.
     """
+    if config.learning_rate is None:
+        raise UserError("training.learning_rate=None was given where at least 0 was expected.")
     shares = config.accumulate * processes.count
     if config.batch_size < shares:
         raise UserError(
@@ -120,24 +81,57 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
     return shares
 
 
+@dataclass(frozen=True)
+class Saves:
+    """Where the states of a training run are kept, and whether it goes on from there."""
+
+    folder: Path
+    resume: bool = False
+    """Continue from the newest state there. With the same machine and thread count the losses are those of an uninterrupted
+    run, bit for bit (one process, on a CPU; some CUDA kernels are not deterministic). Dropout draws from torch's global
+    generators, whose states are saved; several processes draw anew."""
+    identity: Mapping[str, Any] | None = None
+    """What must be the same for a resumed run to continue this one, such as its task and seed; None: the training settings."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the method that is trained asks for, besides the schedule."""
+
+    recipe: Recipe = ADAMW
+    """How the optimiser is made."""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """Parameters whose names contain this word learn at this multiple of the learning rate."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Modules, by name, whose parameters learn at a rate of their own in its place."""
+    companion: Companion | None = None
+    """What else takes part; its penalty is not part of the losses returned and logged."""
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that training does not change and that a resumed run might not make again bit for bit."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told how training goes."""
+
+    log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None
+    """Receives scalars by step."""
+    evaluate: Callable[[int], Mapping[str, float]] | None = None
+    """Called every `evaluate_every` steps, in evaluation mode; its scalars are logged."""
+    inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None
+    """What else is worth logging of a batch, every `INSPECT` logs."""
+
+
 def train(
     model: nn.Module,
     batches: Callable[[int], Batch | Mixture],
     loss: Callable[[Batch | Mixture], Tensor],
     steps: int,
     config: TrainingConfig,
-    checkpoints: Path,
-    resume: bool = False,
-    identity: Mapping[str, Any] | None = None,
-    log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
-    evaluate: Callable[[int], Mapping[str, float]] | None = None,
-    ratios: Mapping[str, float] | None = None,
-    rates: Mapping[str, float] | None = None,
-    companion: Companion | None = None,
-    frozen: Mapping[str, Tensor] | None = None,
-    inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
-    recipe: Recipe = ADAMW,
+    saves: Saves,
+    rules: Rules = Rules(),
+    hooks: Hooks = Hooks(),
+    processes: Processes = Processes(),  # noqa: B008
 ) -> TrainingResult:
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
@@ -145,99 +139,156 @@ def train(
         batches: batch number n, a pure function of n, so that a resumed run sees what an uninterrupted one sees; called
             in a thread, one step ahead.
         loss: the scalar to minimise, a mean over the batch's real steps.
-        checkpoints: folder for the training state (trainable weights, optimiser, random state).
-        resume: continue from the newest checkpoint there; with the same machine and thread count the losses are those of
-            an uninterrupted run, bit for bit (one process, on a CPU; some CUDA kernels are not deterministic). Dropout
-            draws from torch's global generators, whose states are saved; several processes draw anew.
-        identity: what must be the same for a resumed run to continue this one, such as its task and seed; None: `config`.
-        log: receives scalars by step.
-        evaluate: called every `config.evaluate_every` steps, in evaluation mode; its scalars are logged.
-        ratios: parameters whose names contain this word learn at this multiple of the learning rate.
-        rates: modules, by name, whose parameters learn at a rate of their own in its place.
-        companion: what else takes part; its penalty is not part of the losses returned and logged.
-        frozen: tensors that training does not change and that a resumed run might not make again bit for bit.
-        inspect: what else is worth logging of a batch, every `INSPECT` logs.
         processes: those that share the work; `batches` gives each the whole batch, of which it takes its part. The losses
             are those of one process with the same batches, up to rounding and dropout.
-        recipe: how the optimiser is made.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
     """
     shares = check_shares(config, processes)
-    settings = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}  # JSON has none
-    identity = identity or {name: value for name, value in settings.items() if not name.endswith("_every")}
-    check_run(steps, checkpoints, resume, identity)
+    identity = saves.identity or _of_training(config)
+    check_run(steps, saves.folder, saves.resume, identity)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable or steps == 0:
         model.eval()
         return TrainingResult([], 0.0)
-    device = next(iter(trainable.values())).device
-    optimizer = make_optimizer(recipe, model, config.learning_rate, config.weight_decay, ratios or {}, rates or {})
-    state = TrainingState(trainable, optimizer, companion, frozen or {}, {"steps": steps, **identity})
-    losses: list[float] = []
-    started = time.perf_counter()
-    if resume:
-        saved, seconds = load_newest(checkpoints, state)
-        losses, started = saved.tolist(), started - seconds
-        if processes.count > 1:  # the saved generator is the first process's
-            torch.manual_seed(len(losses) * processes.count + processes.index)
-    _set_mode(model, optimizer, training=True)
-    first, parameters, waited, since = len(losses), list(trainable.values()), 0.0, time.perf_counter()
-    with (
-        ThreadPoolExecutor(1, "batches") as pool,
-        tqdm(total=steps, initial=first, desc="train", unit="step", disable=not processes.first) as bar,
-    ):
-        following = pool.submit(batches, first) if first < steps else None
-        for step in range(first, steps):
-            rate = learning_rate_at(step, steps, config, recipe.constant)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, with_rate(config, group["rate"]), recipe.constant)
-            asked = time.perf_counter()
-            batch = following.result()
-            waited += time.perf_counter() - asked
-            following = pool.submit(batches, step + 1) if step + 1 < steps else None
-            batch, total = batch.to(device), torch.zeros((), device=device)
-            for number in range(config.accumulate):
-                part = batch.share(processes.index * config.accumulate + number, shares) if shares > 1 else batch
-                with autocast(config.precision, device):
-                    value = loss(part)
-                if shares > 1:
-                    value = value * (part.steps / batch.steps)  # a mean over the whole batch's real steps
-                penalty = 0.0 if companion is None else companion.penalty() / shares
-                (value + penalty).backward()
-                total += value.detach()
-            losses.append(processes.sum_gradients(parameters, total).item())
-            gradient_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-            if not (math.isfinite(losses[-1]) and gradient_norm.isfinite()):
-                raise UserError(
-                    f"At step {step} the loss became {losses[-1]} and the norm of its gradient {gradient_norm.item()}: "
-                    f"lower training.learning_rate (it is {config.learning_rate:g}) or look for extreme values in the dataset."
-                )
-            optimizer.step()
-            if companion is not None:
-                companion.after_step(step + 1)
-            optimizer.zero_grad()
-            done = step + 1
-            bar.update()
-            if done % config.log_every == 0 or done == steps:
-                recent = losses[-config.log_every :]
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
-                now = time.perf_counter()
-                scalars = {"loss": sum(recent) / len(recent), "gradient_norm": gradient_norm.item()}
-                scalars |= {"learning_rate": rate, "share_of_time_waiting_for_batches": waited / (now - since)}
-                log(done, {f"train/{k}": v for k, v in scalars.items()})
-                waited, since = 0.0, now
-                if inspect and done % (INSPECT * config.log_every) == 0:
-                    with autocast(config.precision, device):
-                        log(done, inspect(batch.share(0, config.accumulate)))
-            if evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < steps:
-                _set_mode(model, optimizer, training=False)
-                paused = time.perf_counter()
-                log(done, evaluate(done))
-                started += time.perf_counter() - paused  # evaluations are no training
-                _set_mode(model, optimizer, training=True)
-            if processes.first and (done % config.checkpoint_every == 0 or done == steps):
-                save(checkpoints, state, torch.tensor(losses, dtype=torch.float64), time.perf_counter() - started)
-    _set_mode(model, optimizer, training=False)
-    return TrainingResult(losses, time.perf_counter() - started)
+    optimizer = make_optimizer(
+        rules.recipe, model, config.learning_rate, config.weight_decay, rules.ratios, rules.rates
+    )
+    state = TrainingState(trainable, optimizer, rules.companion, rules.frozen, {"steps": steps, **identity})
+    loop = _Loop(model, loss, steps, config, rules, hooks, processes, shares, saves.folder, state)
+    if saves.resume:
+        loop.go_on()
+    return loop.run(batches)
+
+
+def _of_training(config: TrainingConfig) -> dict[str, Any]:
+    """The settings of training that decide the weights, as JSON states them."""
+    settings = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
+    return {name: value for name, value in settings.items() if not name.endswith("_every")}
+
+
+@dataclass
+class _Loop:
+    """A training run under way."""
+
+    model: nn.Module
+    loss: Callable[[Batch | Mixture], Tensor]
+    steps: int
+    config: TrainingConfig
+    rules: Rules
+    hooks: Hooks
+    processes: Processes
+    shares: int
+    folder: Path
+    state: TrainingState
+    losses: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    """When training would have begun, had it gone on without a break."""
+    waited: float = 0.0
+    """Seconds that the steps since the last log waited for batches."""
+    since: float = 0.0
+    """When the last log was."""
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.state.parameters.values())
+        self.device = self.parameters[0].device
+
+    def go_on(self) -> None:
+        """Continue from the newest state."""
+        saved, seconds = load_newest(self.folder, self.state)
+        self.losses, self.started = saved.tolist(), self.started - seconds
+        if self.processes.count > 1:  # the saved generator is the first process's
+            torch.manual_seed(len(self.losses) * self.processes.count + self.processes.index)
+
+    def run(self, batches: Callable[[int], Batch | Mixture]) -> TrainingResult:
+        """All steps that are left."""
+        _set_mode(self.model, self.state.optimizer, training=True)
+        first, self.since = len(self.losses), time.perf_counter()
+        hidden = not self.processes.first
+        with (
+            ThreadPoolExecutor(1, "batches") as pool,
+            tqdm(total=self.steps, initial=first, desc="train", unit="step", disable=hidden) as bar,
+        ):
+            following = pool.submit(batches, first) if first < self.steps else None
+            for step in range(first, self.steps):
+                asked = time.perf_counter()
+                batch = following.result()
+                self.waited += time.perf_counter() - asked
+                following = pool.submit(batches, step + 1) if step + 1 < self.steps else None
+                self.step(step, batch.to(self.device), bar)
+        _set_mode(self.model, self.state.optimizer, training=False)
+        return TrainingResult(self.losses, self.seconds)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def step(self, step: int, batch: Batch | Mixture, bar: tqdm) -> None:
+        """One optimiser step, and what is due after it."""
+        rate, gradient_norm = self.set_rates(step), self.backward(step, batch)
+        self.state.optimizer.step()
+        if self.rules.companion is not None:
+            self.rules.companion.after_step(step + 1)
+        self.state.optimizer.zero_grad()
+        done, config = step + 1, self.config
+        bar.update()
+        if done % config.log_every == 0 or done == self.steps:
+            self.log(done, {"gradient_norm": gradient_norm.item(), "learning_rate": rate}, bar)
+            if self.hooks.inspect and done % (INSPECT * config.log_every) == 0:
+                with autocast(config.precision, self.device):
+                    self.hooks.log(done, self.hooks.inspect(batch.share(0, config.accumulate)))
+        if self.hooks.evaluate and config.evaluate_every and done % config.evaluate_every == 0 and done < self.steps:
+            self.evaluate(done)
+        if self.processes.first and (done % config.checkpoint_every == 0 or done == self.steps):
+            save(self.folder, self.state, torch.tensor(self.losses, dtype=torch.float64), self.seconds)
+
+    def set_rates(self, step: int) -> float:
+        """Give each group of parameters its learning rate at this step; return the schedule's own."""
+        constant = self.rules.recipe.constant
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.steps, with_rate(self.config, group["rate"]), constant)
+        return learning_rate_at(step, self.steps, self.config, constant)
+
+    def backward(self, step: int, batch: Batch | Mixture) -> Tensor:
+        """Clipped gradients of the whole batch's mean loss; return their norm before.
+
+        Raises:
+            UserError: if the loss or the norm is not finite.
+        """
+        total = torch.zeros((), device=self.device)
+        for number in range(self.config.accumulate):
+            own = self.processes.index * self.config.accumulate + number
+            part = batch.share(own, self.shares) if self.shares > 1 else batch
+            with autocast(self.config.precision, self.device):
+                value = self.loss(part)
+            if self.shares > 1:
+                value = value * (part.steps / batch.steps)  # a mean over the whole batch's real steps
+            penalty = 0.0 if self.rules.companion is None else self.rules.companion.penalty() / self.shares
+            (value + penalty).backward()
+            total += value.detach()
+        self.losses.append(self.processes.sum_gradients(self.parameters, total).item())
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        if not (math.isfinite(self.losses[-1]) and norm.isfinite()):
+            raise UserError(
+                f"At step {step} the loss became {self.losses[-1]} and the norm of its gradient {norm.item()}: "
+                f"lower training.learning_rate (it is {self.config.learning_rate:g}) or look for extreme values in the dataset."
+            )
+        return norm
+
+    def log(self, done: int, scalars: Mapping[str, float], bar: tqdm) -> None:
+        """Tell the mean loss of the last steps, and these scalars."""
+        recent, now = self.losses[-self.config.log_every :], time.perf_counter()
+        loss = sum(recent) / len(recent)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        waiting = {"share_of_time_waiting_for_batches": self.waited / (now - self.since)}
+        self.hooks.log(done, {f"train/{k}": v for k, v in ({"loss": loss} | dict(scalars) | waiting).items()})
+        self.waited, self.since = 0.0, now
+
+    def evaluate(self, done: int) -> None:
+        """Log what the evaluation says of the model as it is; its seconds are no training."""
+        _set_mode(self.model, self.state.optimizer, training=False)
+        paused = time.perf_counter()
+        self.hooks.log(done, self.hooks.evaluate(done))
+        self.started += time.perf_counter() - paused
+        _set_mode(self.model, self.state.optimizer, training=True)

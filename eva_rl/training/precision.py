@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from eva_rl.errors import UserError
+from eva_rl.settings import check_precision
 
 
 def choose_device(name: str) -> torch.device:
@@ -26,12 +27,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name} was given, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
-
-
-def check_precision(precision: str) -> None:
-    """Raise a `UserError` unless `autocast` knows this precision."""
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
 
 
 def resolved(precision: str, device: torch.device) -> str:

@@ -1,0 +1,255 @@
+"""A checkpoint, with or without an adapter, in a task or a split -> its scores, in steps.
+
+asked_for       what the settings mean; mistakes show here, before anything is written
+load            the model, and what is known of its tasks
+jobs_of         the episodes to play
+play            those that ended
+scored          their scores, by task and return asked for
+write, say      the run's result
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eva_rl.adapter import load_adapter
+from eva_rl.config import EvaluateConfig, Plan, plan
+from eva_rl.data import TaskSource, find_sources
+from eva_rl.errors import UserError
+from eva_rl.files import check_run_folder, make_folder, write_json, write_text
+from eva_rl.interface import TaskStatistics
+from eva_rl.jobs.playing import Stage
+from eva_rl.model import find_adapter, load_base, load_base_of, load_notes
+from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.run import (
+    SCORES,
+    Scores,
+    Stopwatch,
+    TensorBoard,
+    failures_counted,
+    save_film,
+    save_sweep,
+    scores,
+    to_json,
+    to_scalars,
+    versions,
+)
+from eva_rl.seeding import evaluation_seeds
+from eva_rl.table import markdown
+from eva_rl.training import check_precision, choose_device, resolved
+
+Place = tuple[str, float]
+"""A task, and a return asked for there."""
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Evaluate as the settings say; return the run's folder.
+
+    Raises:
+        UserError: for settings that make no sense, before anything is written; and whatever a user can mend later on. Episodes
+            that had ended are kept.
+        KeyboardInterrupt: after those that had ended were kept; it says so.
+    """
+    asked, clock = asked_for(config), Stopwatch("load", "rollout")
+    with clock("load"):
+        loaded = load(asked)
+    for source in asked.sources:
+        if source.interface not in loaded.model.interfaces:
+            raise UserError(
+                f"The checkpoint '{loaded.name}' knows no interface '{source.interface}': fine-tune it first."
+            )
+        check_spaces(source.make_env, loaded.model.interfaces[source.interface])
+    jobs = jobs_of(asked, loaded)
+    write_text(make_folder(asked.run.folder) / "config.yaml", asked.run.yaml)
+    with clock("rollout"):
+        played = play(asked, loaded, jobs)
+    found = scored(asked, jobs, played)
+    results = write(asked, loaded, jobs, played, found, clock)
+    if played.stopped is not None:
+        kept = f"The {len(played.finished)} episodes that had ended are in '{asked.run.folder / 'result.json'}'."
+        interrupted = isinstance(played.stopped, KeyboardInterrupt)
+        raise KeyboardInterrupt(kept) if interrupted else UserError(f"{played.stopped} {kept}")
+    say(asked, found, results, clock)
+    return asked.run.folder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the settings of an evaluation mean."""
+
+    config: EvaluateConfig
+    run: Plan
+    sources: Sequence[TaskSource]
+    target: TargetReturn
+    stage: Stage
+
+
+def asked_for(config: EvaluateConfig) -> Asked:
+    """What the settings mean.
+
+    Raises:
+        UserError: if they make no sense, alone or together with what is in the run's folder.
+    """
+    if config.episodes < 1:
+        raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
+    sources, device = find_sources(config.task, config.trust_environment), choose_device(config.device)
+    check_precision(config.precision)
+    target = TargetReturn(config.target_return)
+    run = plan(config, "evaluate", config.task)
+    check_run_folder(run.folder)
+    return Asked(config, run, sources, target, Stage(device, config.precision, config.max_episode_steps))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that acts."""
+
+    name: str
+    model: nn.Module
+    known: Mapping[str, TaskStatistics]
+    """The tasks it was trained on."""
+
+
+def load(asked: Asked) -> Loaded:
+    """The checkpoint, with the adapter in its weights if one was named.
+
+    Raises:
+        UserError: if neither was named, or one can't be loaded.
+    """
+    config, device = asked.config, asked.stage.device
+    if config.adapter is None:
+        if config.checkpoint is None:
+            raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
+        base = load_base(config.checkpoint, device)
+        return Loaded(config.checkpoint, base.model, dict(base.tasks))
+    folder = find_adapter(Path(config.adapter))
+    notes = load_notes(folder)
+    base = load_base_of(folder, notes, "checkpoint", config.checkpoint, device)
+    base.model.connect(notes.interface, f"The adapter in '{folder}'")
+    model = load_adapter(base.model, folder)
+    return Loaded(config.checkpoint or notes.base, model, dict(base.tasks) | {notes.task: notes.statistics})
+
+
+def jobs_of(asked: Asked, loaded: Loaded) -> Sequence[Job]:
+    """The episodes to play: of each task, for each return asked for, one for each seed."""
+    config, embedders = asked.config, loaded.model.embedders
+    return [
+        Job(source.task, source.make_env, seed, target)
+        for source in asked.sources
+        for target in asked.target.wanted(
+            source.task, loaded.known.get(source.task), embedders[source.interface].tokens
+        )
+        for seed in evaluation_seeds(source.task, config.seed, config.episodes)
+    ]
+
+
+@dataclass(frozen=True)
+class Played:
+    """Episodes that ended."""
+
+    finished: Mapping[int, tuple]
+    """Return, length and successes, by the numbers of their jobs."""
+    stopped: UserError | KeyboardInterrupt | None
+    """What the others were broken off by."""
+
+
+def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
+    """Play the episodes, those of one interface together; what breaks off keeps those that had ended."""
+    finished: dict[int, tuple] = {}
+    interface_of = {source.task: source.interface for source in asked.sources}
+    with Simulators(asked.config.workers) as simulators:
+        try:
+            for interface in dict.fromkeys(interface_of.values()):
+                numbers = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface]
+                own, ended = [jobs[i] for i in numbers], {}
+                try:
+                    asked.stage.play(loaded.model, interface, own, simulators, asked.config.task, ended)
+                finally:
+                    finished |= {numbers[i]: row for i, row in ended.items()}
+        except (UserError, KeyboardInterrupt) as error:
+            return Played(finished, error)
+    return Played(finished, None)
+
+
+def scored(asked: Asked, jobs: Sequence[Job], played: Played) -> Mapping[Place, Scores]:
+    """The scores of the episodes that ended. What a task has is decided over all returns asked for."""
+    parts: dict[Place, list[tuple]] = {}
+    for i, row in sorted(played.finished.items()):
+        parts.setdefault((jobs[i].task, jobs[i].target_return), []).append(row)
+    scales = {source.task: source.score_scale for source in asked.sources}
+    found = {place: scores(Episodes.of(own), scales[place[0]]) for place, own in parts.items()}
+    for task in scales:
+        places = [place for place in found if place[0] == task]
+        found |= zip(places, failures_counted([found[place] for place in places]), strict=True)
+    return found
+
+
+def write(
+    asked: Asked,
+    loaded: Loaded,
+    jobs: Sequence[Job],
+    played: Played,
+    found: Mapping[Place, Scores],
+    clock: Stopwatch,
+) -> Mapping[str, Any]:
+    """Write result.json, TensorBoard, and the films if they were asked for; return the scores by task, as they are written."""
+    results: dict[str, Any] = {}
+    with TensorBoard(asked.run.folder) as tensorboard:
+        for number, ((task, target), own) in enumerate(found.items()):
+            tensorboard.log(number, to_scalars(own))
+            results.setdefault(task, []).append({"target_return": target, **to_json(own)})
+        if asked.target.sweeps:
+            tensorboard.figures(0, {"evaluation/sweep": save_sweep(asked.run.folder, results)})
+        else:
+            results = {task: own for task, [own] in results.items()}
+        write_json(asked.run.folder / "result.json", _result(asked, results, clock, played.stopped is None))
+        if asked.config.video and played.stopped is None:
+            _film(asked, loaded, jobs, tensorboard)
+    return results
+
+
+def _result(asked: Asked, results: Mapping[str, Any], clock: Stopwatch, complete: bool) -> dict[str, Any]:
+    config, stage = asked.config, asked.stage
+    return {
+        "checkpoint": config.checkpoint,
+        "adapter": config.adapter,
+        "task": config.task,
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "device": stage.device.type,
+        "precision": resolved(stage.precision, stage.device),
+        "tasks": results,
+        "seconds": clock.rounded(),
+        "status": "complete" if complete else "partial",
+        "versions": versions(),
+    }
+
+
+def _film(asked: Asked, loaded: Loaded, jobs: Sequence[Job], tensorboard: TensorBoard) -> None:
+    """Film each task's first episode."""
+    interface_of = {source.task: source.interface for source in asked.sources}
+    for job in {job.task: job for job in reversed(jobs)}.values():
+        frames = asked.stage.film(loaded.model, interface_of[job.task], job)
+        save_film(asked.run.folder, tensorboard, 0, job.task, job.seed, frames)
+
+
+def say(asked: Asked, found: Mapping[Place, Scores], results: Mapping[str, Any], clock: Stopwatch) -> None:
+    """Print the scores as a table, and their means over the tasks."""
+    sweeps = asked.target.sweeps
+    rows = [
+        (task, *([f"{target:.1f}"] if sweeps else []), *(own[name] for name in SCORES))
+        for (task, target), own in found.items()
+    ]
+    header = ["mean [95 % interval]", *(["asked for"] if sweeps else [])]
+    print("\n" + markdown([*header, *(name.replace("_", " ") for name in SCORES)], rows))
+    if len(asked.sources) > 1 and not sweeps:
+        for name in SCORES:
+            means = [result[name]["mean"] for result in results.values() if result[name] is not None]
+            if len(means) == len(asked.sources):
+                print(f"mean {name.replace('_', ' ')} over {len(means)} tasks: {sum(means) / len(means):.3f}")
+    print(f"seconds: {clock}\n{asked.run.folder / 'result.json'}")

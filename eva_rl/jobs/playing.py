@@ -1,0 +1,42 @@
+"""A model's episodes in a task's environments, played or filmed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eva_rl.model import policy_of
+from eva_rl.model.action_model import ActionModel
+from eva_rl.rollout import Episodes, Job, Simulators, film, rollout
+from eva_rl.training import autocast
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How models are played: where they compute, in which precision, and where their episodes are cut."""
+
+    device: torch.device
+    precision: str
+    max_steps: int | None
+
+    def play(
+        self,
+        model: ActionModel,
+        interface: str,
+        jobs: Sequence[Job],
+        simulators: Simulators,
+        label: str = "roll out",
+        finished: dict[int, tuple] | None = None,
+    ) -> Episodes:
+        """One episode for each job, see `rollout`."""
+        make_policy, own = policy_of(model, interface), model.interfaces[interface]
+        with autocast(self.precision, self.device):
+            return rollout(make_policy, own, jobs, simulators, self.device, label, finished, self.max_steps)
+
+    def film(self, model: ActionModel, interface: str, job: Job) -> np.ndarray:
+        """(T, height, width, 3) uint8: the job's episode, see `film`."""
+        with autocast(self.precision, self.device):
+            return film(policy_of(model, interface), model.interfaces[interface], job, self.device, self.max_steps)
