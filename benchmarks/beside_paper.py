@@ -14,9 +14,8 @@ import numpy as np
 
 from benchmarks.eva_init import RESULTS
 from eva_rl.files import write_text
-from eva_rl.report import markdown
-from eva_rl.report.methods import Study, studies
-from eva_rl.report.runs import read_results
+from eva_rl.study import Study, compare
+from eva_rl.table import markdown
 
 TASKS = (
     "faucet-close",
@@ -89,11 +88,10 @@ def protocols(study: Study) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folder = RESULTS / "cw10"
-    results, left_out = read_results([folder])
-    found = studies(results)
-    if len(found) != 1:
-        sys.exit(f"error: runs of {len(found)} protocols are in '{folder}' where those of one were expected.")
-    [study] = found
+    found = compare([folder])
+    if len(found.studies) != 1:
+        sys.exit(f"error: runs of {len(found.studies)} protocols are in '{folder}' where those of one were expected.")
+    [study] = found.studies
     if study.score != "success_rate" or not any(f"metaworld/{task}-v3" in study.tasks for task in TASKS):
         sys.exit(f"error: '{folder}' has no success rates that all methods share on tasks of the paper.")
     absent = [f"{name}: no such method among {', '.join(study.methods)}" for name in PAPER if name not in study.methods]
@@ -106,7 +104,7 @@ def main() -> None:
         protocols(study),
         *(
             ["Not in the table:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)]
-            if (missing := [*left_out, *study.amiss, *absent])
+            if (missing := [*found.amiss, *absent])
             else []
         ),
         "All methods, pictures and runs: [report](cw10/report/report.md), made by `python -m eva_rl.report benchmarks/results/cw10`.",

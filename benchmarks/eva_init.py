@@ -48,7 +48,8 @@ from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig, load_base
-from eva_rl.report import markdown, versions
+from eva_rl.run import versions
+from eva_rl.table import markdown
 
 TASK = "metaworld/peg-unplug-side-v3"
 BATCH_SIZES = {"small": 32, "paper": 8}

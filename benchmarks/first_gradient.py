@@ -25,7 +25,8 @@ from eva_rl.adapter import EvaSettings, attach, starts
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer
-from eva_rl.report import markdown, versions
+from eva_rl.run import versions
+from eva_rl.table import markdown
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     # name                            init_lora_weights, settings of EVA

@@ -36,7 +36,8 @@ from benchmarks.eva_init import RESULTS, model_config
 from eva_rl.files import write_text
 from eva_rl.model import DecisionTransformer, ModelConfig, load_base, save_base
 from eva_rl.policy import ActingPolicy
-from eva_rl.report import markdown, versions
+from eva_rl.run import versions
+from eva_rl.table import markdown
 
 TASK = "metaworld/reach-v3"
 OBSERVATION, ACTION = 39, 4

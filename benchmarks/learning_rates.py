@@ -1,10 +1,11 @@
 """Each adapter's learning rate: the one of a few that trains best on two tasks of the base's own.
 
+    python -m eva_rl.finetune study=learning_rates
     python -m benchmarks.learning_rates
 
-For every method with an adapter, 100 steps on two tasks of Meta-World's MT40, on which CW10 has no say; the rate whose training
-loss, averaged over the last tenth of the steps and over the tasks (as a share of the best in each), is least. A rate at the
-end of the range is tried against one beyond it.
+The first command runs, the second reads. A rate's figure is its training loss, averaged over the last tenth of the steps, over that of
+the best rate on the same task and seed, and of this the mean over tasks and seeds. Where the best rate is the first or the last of
+those tried, the command that runs the next one is printed.
 """
 
 from __future__ import annotations
@@ -13,86 +14,61 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cells import run_cells
 from benchmarks.eva_init import RESULTS
-from eva_rl.config import choices
 from eva_rl.files import write_text
-from eva_rl.report import markdown
+from eva_rl.run import RunResult
+from eva_rl.study import read_results
+from eva_rl.table import markdown
 
-TASKS = ("metaworld/box-close-v3", "metaworld/assembly-v3")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-START = slice(2, 5)
-"""The rates every method is tried with."""
-STEPS = 100
 SAME_AS = {"eva_rho2": "eva", "eva_grad": "eva"}
 """Methods that start where another does, up to their ranks or directions, and take its rate."""
 FOLDER = RESULTS / "learning_rates"
 
 
-def cells(methods: Sequence[str], rates: Sequence[float]) -> dict[str, list[str]]:
-    return {
-        f"{method}/{task.rpartition('/')[2]}-{rate:g}": [
-            f"task={task}",
-            f"adapter={method}",
-            f"training.learning_rate={rate}",
-            f"steps={STEPS}",
-            "episodes=0",
-        ]
-        for method in methods
-        for rate in rates
-        for task in TASKS
-    }
+def regrets(runs: Sequence[RunResult]) -> dict[float, float]:
+    """Of one method's runs, for each rate tried on all tasks and seeds, its last losses over the best rate's, the mean over these."""
+    losses = {(run.task, run.seed, run.learning_rate): run.loss[-1] for run in runs if run.loss}
+    cells = sorted({(task, seed) for task, seed, _ in losses})
+    rates = [rate for rate in RATES if cells and all((*cell, rate) in losses for cell in cells)]
+    best = {cell: min(losses[(*cell, rate)] for rate in rates) for cell in cells if rates}
+    return {rate: sum(losses[(*cell, rate)] / best[cell] for cell in cells) / len(cells) for rate in rates}
 
 
-def regrets(found: dict[str, dict], method: str) -> dict[float, float]:
-    """For each rate tried on all tasks, its last losses over the best rate's, averaged over the tasks."""
-    losses = {
-        (task, rate): result["loss"][-1]
-        for task in TASKS
-        for rate in RATES
-        if (result := found.get(f"{method}/{task.rpartition('/')[2]}-{rate:g}"))
-    }
-    rates = [rate for rate in RATES if all((task, rate) in losses for task in TASKS)]
-    best = {task: min(losses[task, rate] for rate in rates) for task in TASKS if rates}
-    return {rate: sum(losses[task, rate] / best[task] for task in TASKS) / len(TASKS) for rate in rates}
-
-
-def beyond_the_end(found: dict[str, dict], method: str) -> dict[str, list[str]]:
-    """The cells of the next rate, where the best of those tried is the first or the last of them."""
-    tried = regrets(found, method)
+def beyond_the_end(tried: dict[float, float]) -> float | None:
+    """The rate to try next, where the best of those tried is the first or the last of them."""
     if not tried:
-        return {}
-    best = min(tried, key=tried.get)
+        return None
+    best = min(tried, key=tried.__getitem__)
     step = (best == max(tried)) - (best == min(tried))
     index = RATES.index(best) + step
-    return cells([method], [RATES[index]]) if step and 0 <= index < len(RATES) else {}
+    return RATES[index] if step and 0 <= index < len(RATES) else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [line.split()[0] for line in choices("adapter", "finetune").splitlines()]
-    parser.add_argument("--methods", nargs="+", choices=known, help="default: all with an adapter, and full and head")
-    parser.add_argument("--workers", type=int, default=2)
-    a = parser.parse_args()
-    methods = a.methods or [name for name in known if name not in ("none", "peft", *SAME_AS)]
-    found = run_cells(cells(methods, RATES[START]), FOLDER, a.workers)
-    attempted = cells(methods, RATES[START])
-    while fresh := {n: c for method in methods for n, c in beyond_the_end(found, method).items() if n not in attempted}:
-        attempted |= fresh
-        found |= run_cells(fresh, FOLDER, a.workers)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results, left_out = read_results([FOLDER])
+    methods: dict[str, list[RunResult]] = {}
+    for run in results:
+        methods.setdefault(run.adapter, []).append(run)
     rows = []
-    for method in methods:
-        tried = regrets(found, method)
-        best = min(tried, key=tried.get, default=None)
+    for method, runs in sorted(methods.items()):
+        tried = regrets(runs)
+        best = min(tried, key=tried.__getitem__, default=None)
         rows.append([method, *(f"{tried[r]:.3f}" if r in tried else None for r in RATES), best and f"{best:g}"])
+        if rate := beyond_the_end(tried):
+            params = f"{{adapter: {method}, training.learning_rate: '{rate:g}'}}"
+            print(f'python -m eva_rl.finetune study=learning_rates "hydra.sweeper.params={params}"')
     table = markdown(["adapter", *(f"{rate:g}" for rate in RATES), "chosen"], rows)
+    tasks, seeds = sorted({run.task for run in results}, reverse=True), sorted({run.seed for run in results})
     text = (
         "`python -m benchmarks.learning_rates`\n\n"
-        f"Training loss over the last tenth of {STEPS} steps, over the best rate's, mean of {' and '.join(TASKS)} (seed 0). "
+        f"Training loss over the last tenth of {results[0].steps} steps, over the best rate's, mean of {' and '.join(tasks)} "
+        f"(seed {', '.join(map(str, seeds))}). "
         f"{', '.join(f'{a} takes the rate of {b}' for a, b in SAME_AS.items())}.\n\n{table}\n"
     )
     write_text(Path(f"{FOLDER}.md"), text)
-    print(table)
+    print(table, *left_out, sep="\n")
 
 
 if __name__ == "__main__":

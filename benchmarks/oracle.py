@@ -15,8 +15,9 @@ from tqdm import tqdm
 from benchmarks.eva_init import RESULTS
 from eva_rl.envs import expand_tasks, find_task
 from eva_rl.files import write_text
-from eva_rl.report import markdown, versions
+from eva_rl.run import versions
 from eva_rl.seeding import evaluation_seeds
+from eva_rl.table import markdown
 
 
 def solved(task: str, seeds: list[int]) -> float:

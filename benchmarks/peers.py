@@ -28,9 +28,10 @@ from benchmarks.eva_init import RESULTS
 from eva_rl.data import Trajectories, find_source, interface_of, load_dataset
 from eva_rl.envs import expand_tasks
 from eva_rl.files import write_text
-from eva_rl.report import markdown, versions
 from eva_rl.rollout import Job, Policy, Simulators, TargetReturn, rollout
+from eva_rl.run import versions
 from eva_rl.seeding import evaluation_seeds
+from eva_rl.table import markdown
 
 if TYPE_CHECKING:
     from d3rlpy.algos.base import LearnableBase

@@ -35,8 +35,9 @@ from eva_rl.data import find_source
 from eva_rl.files import write_text
 from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, Decoder, load_base
-from eva_rl.report import markdown, versions
 from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.run import versions
+from eva_rl.table import markdown
 from eva_rl.training import autocast
 
 TASK = "metaworld/push-v3"

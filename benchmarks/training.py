@@ -34,7 +34,8 @@ from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
 from eva_rl.model import DecisionTransformer, ModelConfig
-from eva_rl.report import markdown, versions
+from eva_rl.run import versions
+from eva_rl.table import markdown
 from eva_rl.training import autocast
 
 TASK = "metaworld/push-back-v3"

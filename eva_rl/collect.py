@@ -7,7 +7,7 @@ from eva_rl.config import CollectConfig, entry_point
 def main(config: CollectConfig) -> None:
     from eva_rl.data import Recipe, collect, load_dataset
     from eva_rl.envs import expand_tasks
-    from eva_rl.report import markdown
+    from eva_rl.table import markdown
 
     recipes = [Recipe(task, config.episodes, config.noise, config.seed) for task in expand_tasks(config.task)]
     rows = []

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -167,6 +167,9 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
         hints = get_type_hints(kind)
         if unknown := sorted(map(str, value.keys() - hints.keys())):
             raise TypeError(f"there is no {place}{unknown[0]}")
+        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        if absent := [name for name in needed if name not in value]:
+            raise TypeError(f"{place}{absent[0]} is missing")
         return kind(**{name: from_json(hints[name], own, f"{place}{name}.") for name, own in value.items()})
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(from_json(options[0], own, f"{place}{number}.") for number, own in enumerate(value))

@@ -1,8 +1,12 @@
 """Results of fine-tuning runs that never ran, for the report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from eva_rl.run import RunResult
+from eva_rl.study import Comparison, compared
 
 SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
 
@@ -21,7 +25,7 @@ def result(
     curve: Mapping[int, float] | None = None,
     settings: Mapping[str, object] | None = None,
     **changes: object,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A result.json; `settings` are those of the command line, with dots."""
     nested = {"base": "tiny", "task": task, "seed": seed, "steps": 100, "episodes": 20, "target_return": "max"}
     nested |= {"adapter": {"name": adapter, "rank": 8}, "training": {"batch_size": 32, "learning_rate": None}}
@@ -52,6 +56,15 @@ def result(
         "versions": {"torch": "2"},
         **changes,
     }
+
+
+def typed(contents: Iterable[Mapping[str, Any]]) -> list[RunResult]:
+    """Results as they are read; `run` among their contents is their place."""
+    return [RunResult.from_json(dict(own), str(own.get("run", ""))) for own in contents]
+
+
+def comparison(contents: Iterable[Mapping[str, Any]]) -> Comparison:
+    return compared(typed(contents))
 
 
 def write_run(folder: Path, content: object) -> Path:

@@ -11,7 +11,6 @@ LINES = 40
 LONGER = {
     "adapter/eva/drop_in.py: get_eva_state_dict": "its signature is peft's, and takes a third of it",
     "adapter/eva/engine.py: eva_init": "the loop over batches; to be split with the engine's next change",
-    "report/methods.py: _study": "to be split with the comparison of methods",
 }
 """Functions that are longer, and why. It shrinks: nothing is added, and what got short is taken out."""
 

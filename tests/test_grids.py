@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from eva_rl.config import FinetuneConfig, parse, run_folder
+from eva_rl.config import FinetuneConfig, choices, parse, run_folder
 from eva_rl.errors import UserError
 from eva_rl.files import InUseError, alone_in
+from eva_rl.study import pack
 
 TASK = "dummy/Steps-v0"
 QUICK = ["steps=2", "episodes=2", "workers=0", "training.batch_size=4", "training.warmup=1", "resume=true"]
@@ -49,6 +51,34 @@ def test_a_grid_has_a_run_for_each_combination_and_finished_ones_are_not_run_aga
     assert status == 0, err
     assert out.count("finished earlier") == 4
     assert {path: path.stat().st_mtime_ns for path in Path("grid").rglob("result.json")} == before
+
+
+def test_a_run_that_stands_in_a_row_is_finished_and_refused_where_it_differs(run, base):
+    arguments = ["-m", f"task={TASK}", f"base={base}", "adapter=lora", "seed=0,1", FOLDERS, *QUICK]
+    status, _, err = run("finetune", *arguments)
+    assert status == 0, err
+    assert pack(Path("grid")) == ["grid/runs.jsonl: 2 runs were added"]
+    shutil.rmtree("grid/lora-0")
+    shutil.rmtree("grid/lora-1")
+    status, out, err = run("finetune", *arguments)
+    assert status == 0, err
+    assert out.count("finished earlier") == 2
+    assert [path.name for path in Path("grid").iterdir()] == ["runs.jsonl"]
+    status, _, err = run("finetune", *arguments, "training.batch_size=3")
+    assert status == 1
+    assert "grid/runs.jsonl', in the row of 'lora-0', is the result of a run with training.batch_size=4 (now 3)" in err
+    alone = [f"task={TASK}", f"base={base}", "adapter=lora", "run_dir=grid/lora-0", *QUICK, "resume=false"]
+    status, _, err = run("finetune", *alone)
+    assert status == 1
+    assert "grid/runs.jsonl' has the result of 'lora-0': set another run_dir, or resume=true." in err
+    assert [path.name for path in Path("grid").iterdir()] == ["runs.jsonl"]
+
+
+def test_the_study_of_adapters_has_every_adapter_that_works_on_a_base():
+    with initialize_config_module("eva_rl.configs", version_base="1.3"):
+        config = compose("finetune", ["study=adapters"], return_hydra_config=True)
+    known = {line.split()[0] for line in choices("adapter", "finetune").splitlines()}
+    assert set(config.hydra.sweeper.params.adapter.split(",")) == known - {"bc", "peft", "scratch"}
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
@@ -156,7 +186,8 @@ def test_a_learning_curve_that_was_lost_is_not_begun_in_the_middle(run, base):
 def test_a_study_is_one_word(run, base, monkeypatch):
     status, out, _ = run("finetune", "study=?")
     assert status == 0
-    assert out.startswith("cw10  ")
+    assert out.startswith("adapters ")
+    assert "\ncw10 " in out
     grid = [f"task={TASK}", f"base={base}", "study=cw10", "hydra.sweeper.params={adapter: 'none,lora', seed: '0,1'}"]
     status, _, err = run("finetune", *grid, FOLDERS, *QUICK, "training.evaluate_every=1", "demonstrations=4")
     assert status == 0, err

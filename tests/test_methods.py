@@ -2,15 +2,26 @@
 
 import pytest
 from hydra import compose, initialize_config_module
-from results import result
+from results import comparison, result, typed
 
 from eva_rl.config import FinetuneConfig, choices, parse, protocol
-from eva_rl.report import Estimate
-from eva_rl.report.document import document
-from eva_rl.report.methods import area, improvement, method_table, steps_to, studies, task_table, told_apart, varied
-from eva_rl.report.plots import _spread, pareto_front, plots, to_png, varied_plot
+from eva_rl.run import Estimate
+from eva_rl.study import Study, document
+from eva_rl.study.compare import Varied
+from eva_rl.study.curves import area, steps_to
+from eva_rl.study.plots import _spread, pareto_front, plots, to_png, varied_plot
+from eva_rl.study.study import improvement, told_apart
+from eva_rl.study.tables import method_table, task_table
 
 CELLS = [(task, seed) for task in ("d/a", "d/b") for seed in range(3)]
+
+
+def studies(contents: list[dict]) -> list[Study]:
+    return comparison(contents).studies
+
+
+def varied(contents: list[dict]) -> Varied | None:
+    return comparison(contents).varied
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -49,7 +60,7 @@ def test_runs_of_other_protocols_are_never_compared_with_each_other(setting):
     assert sorted(study.title.partition("=")[0] for study in found) == [setting, setting]
     assert f"{setting}=7" in {study.title for study in found}
     for study in found:
-        assert {run["success_rate"]["mean"] for runs in study.methods.values() for run in runs} in ({0.5}, {1.0})
+        assert {run.scores["success_rate"].mean for runs in study.methods.values() for run in runs} in ({0.5}, {1.0})
 
 
 def test_methods_of_one_name_are_told_apart_by_what_differs():
@@ -76,7 +87,7 @@ def test_methods_of_one_name_are_told_apart_across_protocols_too():
     results = [
         result("eva", *cell, settings={"adapter.rank": rank} | own) for rank, own in variant.items() for cell in CELLS
     ]
-    found = varied(studies(results))
+    found = varied(results)
     assert {name: [value for value, _ in line] for name, line in found.lines.items()} == {
         "eva, eva.rho=1": [8],
         "eva, eva.rho=2": [4],
@@ -98,7 +109,7 @@ def test_what_follows_from_the_rank_is_not_named_beside_what_tells_variants_apar
         for alpha in (1, 2)
         for cell in CELLS
     ]
-    assert set(varied(studies(results)).lines) == {"lora, config.alpha=1", "lora, config.alpha=2"}
+    assert set(varied(results).lines) == {"lora, config.alpha=1", "lora, config.alpha=2"}
 
 
 def test_words_and_switches_of_an_adapters_config_tell_variants_apart_across_protocols():
@@ -108,7 +119,7 @@ def test_words_and_switches_of_an_adapters_config_tell_variants_apart_across_pro
             for steps, value in zip((100, 200), values, strict=True)
             for cell in CELLS
         ]
-        assert set(varied(studies(results)).lines) == {f"lora, config.bias={value}" for value in values}
+        assert set(varied(results).lines) == {f"lora, config.bias={value}" for value in values}
 
 
 def test_a_size_that_follows_from_the_rank_makes_no_variant():
@@ -118,7 +129,7 @@ def test_a_size_that_follows_from_the_rank_makes_no_variant():
         for rank in (2, 4)
         for cell in CELLS
     ]
-    assert set(varied(studies(results)).lines) == {"eva", "lora"}
+    assert set(varied(results).lines) == {"eva", "lora"}
 
 
 @pytest.mark.parametrize("setting", ["adapter.eva", "adapter.ratios"])
@@ -187,7 +198,8 @@ def test_every_shipped_method_is_compared_with_every_other_under_one_protocol():
             for seed in range(2):
                 run = result(name, "d/a", seed)
                 config = compose("finetune", ["task=d/a", f"adapter={name}", f"seed={seed}"])
-                results.append(run | {"settings": protocol(parse(config, FinetuneConfig))})
+                settings = protocol(parse(config, FinetuneConfig))
+                results.append(run | {"settings": settings, "steps": settings["steps"]})
     [study] = studies(results)
     assert set(study.methods) == set(names) - {"peft"}
     assert study.amiss == []
@@ -231,7 +243,7 @@ def test_an_evaluation_that_does_not_say_whether_it_succeeded_is_no_point_of_the
     run = result(curve={25: 0.4, 50: 0.6})
     run["curve"]["25"]["success_rate"] = None
     [study] = studies([run, result("lora")])
-    assert study.curve(run) == [(0, 0.0), (50, 0.6), (100, 0.5)]
+    assert study.curve(*typed([run])) == [(0, 0.0), (50, 0.6), (100, 0.5)]
 
 
 def test_methods_without_a_common_cell_are_not_compared():
@@ -328,6 +340,8 @@ def test_curves_are_measured_by_full_fine_tuning_if_there_is_one(rates, half):
 
 def test_no_curve_is_measured_by_a_reference_that_ends_at_nothing():
     results = [result(name, *cell, -0.5, curve={50: -0.7}, before=-0.9) for name in ("full", "eva") for cell in CELLS]
+    for group in (group for run in results for group in (run, run["zero_shot"], *run["curve"].values())):
+        group |= {"success_rate": None, "success_at_end": None}
     [study] = studies(results)
     header, *_ = method_table(study).splitlines()
     half = [cell.strip() for cell in header.strip("|").split("|")].index("steps to half of full") - 1
@@ -358,7 +372,7 @@ def test_however_many_methods_there_are_each_has_its_line():
         for steps in (50, 100)
         for cell in CELLS[:1]
     ]
-    [axes] = varied_plot(varied(studies(results))).axes
+    [axes] = varied_plot(varied(results)).axes
     assert len(axes.get_legend().get_texts()) == 70
 
 
@@ -381,13 +395,13 @@ def test_values_of_a_number_are_compared_on_the_tasks_and_seeds_that_all_of_them
         for rank in (2, 4)
     ]
     task, seed = CELLS[-1]
-    found = varied(studies(results[:-1]))  # without the last cell of rank 4
+    found = varied(results[:-1])  # without the last cell of rank 4
     assert found.left_out == f"{task} seed {seed}"
     means = [estimate.mean for _, estimate in found.lines["eva"]]
     assert means == [pytest.approx((0.3 + 0.25) / 2), pytest.approx((0.5 + 0.45) / 2)]
-    assert f"has them: {task} seed {seed}." in document(results[:-1], studies(results[:-1]))
+    assert f"has them: {task} seed {seed}." in document(comparison(results[:-1]))
     apart = [result("eva", "d/a", seed, settings={"adapter.rank": 2 + seed}) for seed in range(2)]
-    assert varied(studies(apart)) is None
+    assert varied(apart) is None
 
 
 def test_a_pareto_front_holds_what_nothing_cheaper_reaches():
@@ -402,7 +416,7 @@ def test_studies_that_differ_in_one_number_make_a_line_a_method():
         for cell in CELLS
         for rank in (2, 4, 8)
     ]
-    found = varied(studies(results))
+    found = varied(results)
     assert found.setting == "adapter.rank"
     assert [(value, estimate.mean) for value, estimate in found.lines["lora"]] == [
         (2, pytest.approx(0.2)),
@@ -410,4 +424,4 @@ def test_studies_that_differ_in_one_number_make_a_line_a_method():
         (8, pytest.approx(0.8)),
     ]
     assert found.left_out == ""
-    assert varied(studies([*results, result(settings={"adapter.rank": 2, "base": "other"})])) is None
+    assert varied([*results, result(settings={"adapter.rank": 2, "base": "other"})]) is None

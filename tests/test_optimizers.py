@@ -11,7 +11,7 @@ import pytest
 import scipy.fft
 import torch
 from hydra import compose, initialize_config_module
-from results import result
+from results import result, typed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from eva_rl.config import ADAMW, FinetuneConfig, OptimizerSettings, PretrainConf
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
-from eva_rl.report.labels import labels
+from eva_rl.study.labels import labelled
 from eva_rl.training import Recipe, Rules, Saves, TrainingConfig, train
 from eva_rl.training.optimizers import lora_pairs, make_optimizer
 from eva_rl.training.optimizers.dct_adamw import transform
@@ -126,9 +126,10 @@ def test_pretraining_takes_an_optimiser_too():
 def test_reports_name_the_optimiser_where_it_is_not_the_default():
     chosen = {"optimizer.name": "adan", "optimizer.rate": 1.0}
     runs = [result("lora"), result("lora", settings=chosen), result("lora", settings=chosen | {"optimizer.rate": 2.0})]
-    assert labels(runs)[0] == "lora"
-    assert labels(runs[:2])[1] == "lora, optimizer=adan"
-    assert len(set(labels(runs))) == 3
+    methods = [own.method for own in labelled(typed(runs))]
+    assert methods[0] == "lora"
+    assert labelled(typed(runs[:2]))[1].method == "lora, optimizer=adan"
+    assert len(set(methods)) == 3
 
 
 def test_an_optimiser_whose_package_is_missing_names_the_extra(monkeypatch):

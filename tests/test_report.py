@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from results import estimate, result, write_run
+from results import comparison, estimate, result, typed, write_run
 
 from eva_rl.errors import UserError
-from eva_rl.report import Stopwatch, markdown, run_result, scores, to_json
-from eva_rl.report.document import document, save_report
-from eva_rl.report.methods import studies
-from eva_rl.report.runs import _runs_below, read_results, table, to_csv
-from eva_rl.report.tensorboard import write_hparams
+from eva_rl.run import Estimate, Scores, Stopwatch, run_result, scores
+from eva_rl.run.tensorboard import write_hparams
+from eva_rl.study import compare, compared, document, read_results, save_report
+from eva_rl.study.labels import labelled
+from eva_rl.study.read import _runs_below
+from eva_rl.study.runs import table, to_csv
+from eva_rl.table import markdown
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def test_the_table_has_a_row_a_run(tmp_path):
     write_run(tmp_path / "b", result(task="dummy/Other-v0", success=1.0))
     results, left_out = read_results([tmp_path])
     assert left_out == []
-    lines = table(results).splitlines()
+    lines = table(labelled(results)).splitlines()
     assert len(lines) == 2 + 2
     assert "0.50 [0.40, 0.60]" in lines[3]
 
@@ -47,39 +49,49 @@ def test_a_run_without_success_counts_as_failed_where_another_run_of_its_task_kn
     write_run(tmp_path / "a", result("eva", success=1.0))
     write_run(tmp_path / "b", result("lora", **SILENT))
     write_run(tmp_path / "c", result("eva", task="dummy/Other-v0", **SILENT))
-    results = {(r["adapter"], r["task"]): r for r in read_results([tmp_path])[0]}
-    failed = results["lora", "dummy/Steps-v0"]["success_rate"]
-    assert (failed["mean"], failed["low"], failed["n"]) == (0.0, 0.0, 20)
-    assert failed["high"] == pytest.approx(0.1611, abs=1e-4)  # Wilson's for none of twenty
-    [study] = studies([run for run in results.values() if run["task"] == "dummy/Steps-v0"])
+    results = {(r.adapter, r.task): r for r in read_results([tmp_path])[0]}
+    failed = results["lora", "dummy/Steps-v0"].scores["success_rate"]
+    assert (failed.mean, failed.low, failed.n) == (0.0, 0.0, 20)
+    assert failed.high == pytest.approx(0.1611, abs=1e-4)  # Wilson's for none of twenty
+    [study] = compared([run for run in results.values() if run.task == "dummy/Steps-v0"]).studies
     assert study.scores("lora") == {"dummy/Steps-v0": [0.0]}
     # Its zero-shot scores say success.
-    assert results["eva", "dummy/Other-v0"]["success_rate"]["mean"] == 0.0
+    assert results["eva", "dummy/Other-v0"].scores["success_rate"].mean == 0.0
 
 
 def test_where_no_run_of_a_task_knows_success_it_stays_unknown(tmp_path):
     for number, name in enumerate(("eva", "lora")):
         silent = dict(result()["zero_shot"], **SILENT)
         write_run(tmp_path / name, result(name, seed=number, **SILENT, zero_shot=silent))
-    assert [run["success_rate"] for run in read_results([tmp_path])[0]] == [None, None]
+    assert [run.scores["success_rate"] for run in read_results([tmp_path])[0]] == [None, None]
+
+
+FACTS = ("task", "adapter", "base", "demonstrations", "dataset", "target_return", "steps", "learning_rate", "seed")
+FACTS += ("trainable_parameters", "total_parameters", "settings")
+
+
+def outcome(zero_shot: Scores, tuned: Scores, curve: dict[str, Scores] | None = None) -> dict:
+    """The result.json of a run with these scores."""
+    facts = {name: result()[name] for name in FACTS}
+    return run_result(facts, Stopwatch("init", "train"), zero_shot, tuned, curve=curve).to_json()
 
 
 def test_a_run_that_knows_success_in_one_of_its_scores_failed_in_the_others():
     silent = scores(Played(np.ones(4), None, None), None)
     solved = scores(Played(np.ones(4), np.array([True] * 4), np.array([True] * 4)), None)
-    found = run_result({}, Stopwatch("train"), silent, solved, curve={"5": to_json(silent), "6": to_json(solved)})
+    found = outcome(silent, solved, {"5": silent, "6": solved})
     rates = [found["zero_shot"], found["curve"]["5"], found["curve"]["6"], found]
     assert [group["success_rate"]["mean"] for group in rates] == [0.0, 0.0, 1.0, 1.0]
     assert found["zero_shot"]["success_at_end"]["n"] == 4
     assert found["zero_shot"]["normalized_score"] is None
-    assert run_result({}, Stopwatch("train"), silent, silent)["success_rate"] is None
-    assert run_result({}, Stopwatch("train"), scores(None, None), solved)["zero_shot"]["success_rate"] is None
+    assert outcome(silent, silent)["success_rate"] is None
+    assert outcome(scores(None, None), solved)["zero_shot"]["success_rate"] is None
 
 
 def test_what_was_not_rolled_out_has_no_success(tmp_path):
     write_run(tmp_path / "a", result(before=None))
     [run] = read_results([tmp_path])[0]
-    assert run["zero_shot"]["success_rate"] is None
+    assert run.zero_shot["success_rate"] is None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_the_table_names_what_tells_runs_apart(tmp_path, settings):
     write_run(tmp_path / "a", result())
     write_run(tmp_path / "b", result(settings=settings))
     [name] = [key.removeprefix("adapter.eva.") for key in settings]
-    lines = table(read_results([tmp_path])[0]).splitlines()
+    lines = table(labelled(read_results([tmp_path])[0])).splitlines()
     place = 2 if "eva" in next(iter(settings)) else [cell.strip() for cell in lines[0].split("|")].index(name)
     assert len({line.split("|")[place] for line in lines[2:]}) == 2
 
@@ -112,9 +124,10 @@ WRONG = [
     {"success_rate": {"mean": 0.5, "low": None, "high": None, "n": 0}},
     {"success_at_end": {"mean": 0.5, "low": -0.2, "high": 0.9, "n": 3}},
     {"learning_rate": None},
-    {"precision": None},
+    {"precision": 16},
     {"trainable_parameters": None},
     {"trainable_parameters": 10**400},
+    {"trainable_parameters": -1},
     {"steps": 3},
     {"task": "dummy/Other-v0"},
     {"base_sha256": 1},
@@ -160,7 +173,7 @@ def test_of_several_folders_one_without_runs_is_named_and_runs_have_their_folder
     write_run(tmp_path / "mine" / "a", result())
     [found], [sentence] = read_results([tmp_path / "empty", tmp_path / "mine"])
     assert sentence == f"{tmp_path / 'empty'}: there are no runs below it"
-    assert found["run"] == str(tmp_path / "mine" / "a")
+    assert found.run == str(tmp_path / "mine" / "a")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "", "{", "[]", '{"status": "partial"}', '{"status": "complete"}'])
@@ -184,7 +197,7 @@ def test_the_same_run_twice_counts_once_and_is_named(tmp_path):
     write_run(tmp_path / "a", result())
     write_run(tmp_path / "b", result(success=0.9))
     [kept], [sentence] = read_results([tmp_path])
-    assert kept["success_rate"]["mean"] == 0.5
+    assert kept.scores["success_rate"].mean == 0.5
     assert f"{tmp_path / 'b'}: the same run as {tmp_path / 'a'}" in sentence
 
 
@@ -193,8 +206,8 @@ def test_the_zero_shot_scores_a_run_left_to_the_untrained_one_are_taken_from_the
     write_run(tmp_path / "eva", result("eva", before=None))
     write_run(tmp_path / "elsewhere", result("eva", "dummy/Other-v0", before=None))
     write_run(tmp_path / "other-return", result("lora", before=None, target_return=7.0))
-    found = {(r["adapter"], r["task"]): r["zero_shot"]["success_rate"] for r in read_results([tmp_path])[0]}
-    assert found["eva", "dummy/Steps-v0"] == estimate(0.3)
+    found = {(r.adapter, r.task): r.zero_shot["success_rate"] for r in read_results([tmp_path])[0]}
+    assert found["eva", "dummy/Steps-v0"] == Estimate(**estimate(0.3))
     assert found["eva", "dummy/Other-v0"] is None
     assert found["lora", "dummy/Steps-v0"] is None
 
@@ -206,8 +219,8 @@ def test_runs_on_other_weights_of_a_base_lend_each_other_no_scores(tmp_path):
     write_run(tmp_path / "other", result("dora", before=None, base_sha256="b"))
     write_run(tmp_path / "z", result("eva", before=None, base_sha256="b"))
     results, [sentence] = read_results([tmp_path])
-    found = {r["adapter"]: r["zero_shot"]["success_rate"] for r in results}
-    assert found["eva"] == found["lora"] == estimate(0.3)
+    found = {r.adapter: r.zero_shot["success_rate"] for r in results}
+    assert found["eva"] == found["lora"] == Estimate(**estimate(0.3))
     assert found["dora"] is None
     assert (
         sentence == f"{tmp_path / 'z'}: the same run as {tmp_path / 'same'}, but for the weights of its base, left out"
@@ -244,7 +257,7 @@ def test_the_report_of_a_folder_is_the_same_bytes_when_it_is_made_again(study, t
         assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
     names = {"scores", "curves", "pareto", "improvement"}
-    assert set(files) == {"report.md", "runs.csv", *(f"{n}.{kind}" for n in names for kind in ("png", "svg"))}
+    assert set(files) == {"report.md", "runs.csv", *(f"{name}.png" for name in names)}
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
@@ -287,7 +300,7 @@ def test_tensorboard_gets_every_runs_settings_and_scores(tmp_path):
     few = result("none", normalized_score=None)
     more = result("eva", settings={"adapter.eva.rho": 2, "adapter.budget": 5, "training.learning_rate": 1e-3})
     most = result("eva", seed=1, settings={"adapter.eva.rho": 1.5, "adapter.budget": "params"})
-    write_hparams(tmp_path, [few, more, most])
+    write_hparams(tmp_path, typed([few, more, most]))
     columns = []
     for folder, own in zip(sorted(tmp_path.iterdir()), (few, more, most), strict=True):
         events = EventAccumulator(str(folder)).Reload()
@@ -351,7 +364,7 @@ def test_a_folder_hparams_that_is_not_a_reports_is_not_replaced(study):
 def test_runs_that_were_not_made_alike_are_compared_and_counted():
     def sentence(facts):
         runs = [result(name, seed=seed, **own) for name in ("eva", "lora") for seed, own in enumerate(map(dict, facts))]
-        return document(runs, studies(runs)).partition("\n\n|")[0]
+        return document(comparison(runs)).partition("\n\n|")[0]
 
     bfloat16, float32 = {"precision": "bfloat16"}, {"precision": "float32"}
     assert "differ" not in sentence([bfloat16, bfloat16])
@@ -369,7 +382,7 @@ def test_runs_that_were_not_made_alike_are_compared_and_counted():
 
 def test_a_csv_has_scores_and_settings_of_every_run():
     runs = [result(run="a"), result("lora", seed=1, settings={"adapter.rank": 4}, normalized_score=None, run="b/c")]
-    header, first, second = (line.split(",") for line in to_csv(runs).splitlines())
+    header, first, second = (line.split(",") for line in to_csv(labelled(typed(runs))).splitlines())
     assert dict(zip(header, second, strict=True))["run"] == "b/c"
     assert dict(zip(header, first, strict=True))["success_rate_mean"] == "0.5"
     assert dict(zip(header, second, strict=True))["adapter.rank"] == "4"
@@ -407,7 +420,6 @@ COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 
 @pytest.mark.parametrize("name", sorted(path.parents[1].name for path in COMMITTED.glob("*/report/report.md")))
 def test_a_committed_report_is_what_its_runs_make(name, tmp_path):
-    results, left_out = read_results([COMMITTED / name])
-    save_report(tmp_path, results, studies(results), left_out)
+    save_report(tmp_path, compare([COMMITTED / name]))
     for file in ("report.md", "runs.csv"):
         assert (tmp_path / file).read_bytes() == (COMMITTED / name / "report" / file).read_bytes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eva_rl.report.statistics import Estimate, mean, proportion
+from eva_rl.run.intervals import Estimate, mean, proportion
 
 
 def trials(successes: int, n: int) -> list[bool]:

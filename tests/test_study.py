@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eva_rl.report.study import (
+from eva_rl.study.bootstrap import (
     average,
     difference,
     interquartile_mean,

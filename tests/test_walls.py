@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module of the project belongs to one place: a leaf, config (a package, too), a room (a package) or an entry point.
-LEAVES = {"cores", "errors", "files", "interface", "prepared", "seeding", "settings", "spaces"}
+LEAVES = {"cores", "errors", "files", "interface", "prepared", "seeding", "settings", "spaces", "table"}
 SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {
     "adapter",
@@ -24,8 +24,9 @@ ROOMS = {
     "jobs",
     "model",
     "policy",
-    "report",
     "rollout",
+    "run",
+    "study",
     "training",
 } | SMALL_ROOMS
 ENTRY_POINTS = {
@@ -37,7 +38,7 @@ ENTRY_POINTS = {
     "pretrain",
     "publish",
     "tasks",
-    "report.__main__",
+    "report",
     "convert.__main__",
 }
 
@@ -46,9 +47,11 @@ MAY_NOT_IMPORT = {
     "adapter":  {"data", "envs", "model", "rollout", "training"},             # any module, any iterable of batches
     "training": {"rollout"},                                                  # it is handed an `evaluate` function
     "rollout":  {"training"},
-    "convert":  {"adapter", "envs", "model", "report", "rollout", "training"},  # files -> a dataset
+    "convert":  {"adapter", "envs", "model", "rollout", "run", "study", "training"},  # files -> a dataset
     "envs":     (ROOMS - {"envs"}) | (LEAVES - {"errors"}),                   # numpy, gymnasium and its simulator
-    "baselines": {"adapter", "envs", "report", "rollout", "training"},        # trajectories -> an untrained network
+    "baselines": {"adapter", "envs", "rollout", "run", "study", "training"},  # trajectories -> an untrained network
+    "run":      ROOMS - {"run"},                                              # plain values, arrays and figures
+    "study":    ROOMS - {"run", "study"},                                     # results -> tables; no run, no model
     "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
@@ -66,8 +69,8 @@ ONLY_IMPORTED_BY = {
     "omegaconf":             {"config"},
     "peft":                  {"adapter"},
     "minari":                {"data", "collect"},
-    "tensorboard":           {"report"},
-    "torch.utils.tensorboard": {"report"},
+    "tensorboard":           {"run"},
+    "torch.utils.tensorboard": {"run"},
     "envs":                  set(),  # it is `eva_rl.envs`: a user's own folder may be called envs
     "configs":               set(),
 }  # fmt: skip
@@ -179,13 +182,15 @@ def test_exactly_the_entry_points_can_be_run():
         ("eva_rl.training.loop", "from torch.utils import tensorboard"),
         ("eva_rl.finetune", "from eva_rl.collect import main"),
         ("eva_rl.finetune", "from eva_rl import pretrain"),
-        ("eva_rl.evaluate", "from eva_rl.report.__main__ import main"),
+        ("eva_rl.evaluate", "from eva_rl.report import main"),
+        ("eva_rl.run.result", "from eva_rl.study import compare"),
+        ("eva_rl.study.compare", "from torch.utils.tensorboard import SummaryWriter"),
         ("eva_rl.finetune", "import peft"),
         ("eva_rl.jobs.finetuning", "import peft"),
         ("eva_rl.jobs.finetuning", "import hydra"),
         ("eva_rl.jobs.finetuning", "from eva_rl.finetune import main"),
         ("eva_rl.policy.load", "from eva_rl.jobs.finetuning import finetune"),
-        ("eva_rl.report.runs", "from eva_rl import jobs"),
+        ("eva_rl.study.runs", "from eva_rl import jobs"),
         ("eva_rl.finetune", "import hydra"),
         ("eva_rl.finetune", "from envs.metaworld import MT40"),
         ("eva_rl.config.parse", "from eva_rl.model import ModelConfig"),

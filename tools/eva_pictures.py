@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from eva_rl.report.eva import GROUP, eva_figures
+from eva_rl.run.eva import GROUP, eva_figures
 
 PICTURES = {"eva": ("spectrum", "batches"), "eva_rho2": ("rank",)}
 """Of each run, in the order of the command line."""

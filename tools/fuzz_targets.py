@@ -149,16 +149,27 @@ def make_run(folder: Path) -> None:
 
 
 def use_run(folder: Path) -> None:
-    from eva_rl.report.document import document
-    from eva_rl.report.methods import studies
-    from eva_rl.report.runs import read_results, to_csv
+    from eva_rl.study import compare, document, pack
+    from eva_rl.study.runs import to_csv
 
-    results, left_out = read_results([folder])
-    if results:
-        document(results, studies(results))
-        to_csv(results)
-    if left_out:
-        raise UserError(left_out[0])
+    comparison = compare([folder])
+    if comparison.runs:
+        document(comparison)
+        to_csv(comparison.runs)
+    if comparison.left_out:
+        raise UserError(comparison.left_out[0])
+    pack(folder)
+
+
+def make_rows(folder: Path) -> None:
+    from eva_rl.study import pack
+
+    make_run(folder)
+    pack(folder)
+    for file in folder.rglob("result.json"):
+        file.unlink()
+        (file.parent / "config.yaml").unlink()
+        file.parent.rmdir()
 
 
 def make_dataset(folder: Path) -> None:
@@ -279,6 +290,7 @@ TARGETS = {
     "adapter": Target(make_adapter, use_adapter),
     "training_state": Target(make_state, use_state),
     "run": Target(make_run, use_run),
+    "rows": Target(make_rows, use_run),
     "dataset": Target(make_dataset, use_dataset),
     "command": Target(lambda folder: folder.mkdir(), use_words, draw_words),
 }

@@ -54,7 +54,7 @@ def _mapping(file: str | None) -> Columns:
 def _show(found: Found) -> None:
     from statistics import median
 
-    from eva_rl.report import markdown
+    from eva_rl.table import markdown
 
     summary = found.summary
     print(

@@ -39,20 +39,19 @@ def compare(runs: str | Path | Run | Iterable[str | Path | Run]) -> list[Compare
     Raises:
         UserError: if a folder is not there, or holds no complete fine-tuning run.
     """
-    from eva_rl.report import methods
-    from eva_rl.report import runs as of_runs
-    from eva_rl.report import study as statistics
+    from eva_rl import study
+    from eva_rl.study.bootstrap import interquartile_mean
 
     given = [runs] if isinstance(runs, str | Path | Run) else list(runs)
-    results, _ = of_runs.read_results([own.folder if isinstance(own, Run) else Path(own) for own in given])
-    if not results:
+    found = study.compare([own.folder if isinstance(own, Run) else Path(own) for own in given])
+    if not found.runs:
         raise UserError("There is no complete fine-tuning run in these folders.")
     rows = []
-    for study in methods.studies(results):
-        for name in study.ranked():
-            own, scores = study.methods[name], study.scores(name)
-            mean, middle = study.estimate(scores), study.estimate(scores, statistics.interquartile_mean)
-            weights = fmean(run["trainable_parameters"] for run in own)
+    for own in found.studies:
+        for name in own.ranked():
+            scores = own.scores(name)
+            mean, middle = own.estimate(scores), own.estimate(scores, interquartile_mean)
+            weights = fmean(run.trainable_parameters for run in own.methods[name])
             interval = mean.mean, mean.low, mean.high, middle.mean
-            rows.append(Compared(study.title, name, study.score, *interval, len(own), weights))
+            rows.append(Compared(own.title, name, own.score, *interval, len(own.methods[name]), weights))
     return rows

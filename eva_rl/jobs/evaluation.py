@@ -25,13 +25,13 @@ from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.playing import Stage
 from eva_rl.model import find_adapter, load_base, load_base_of, load_notes
-from eva_rl.report import (
+from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.run import (
     SCORES,
     Scores,
     Stopwatch,
     TensorBoard,
     failures_counted,
-    markdown,
     save_film,
     save_sweep,
     scores,
@@ -39,8 +39,8 @@ from eva_rl.report import (
     to_scalars,
     versions,
 )
-from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
 from eva_rl.seeding import evaluation_seeds
+from eva_rl.table import markdown
 from eva_rl.training import check_precision, choose_device, resolved
 
 Place = tuple[str, float]

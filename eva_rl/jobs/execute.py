@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eva_rl.config.words import Job, completed
 from eva_rl.errors import UserError
 from eva_rl.files import read_json
+from eva_rl.run.rows import find_row
 from eva_rl.settings import EvaluateConfig, FinetuneConfig, PretrainConfig
 
 if TYPE_CHECKING:
@@ -23,12 +24,15 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What its result.json states, as far as it got.
+        """What its result.json states, as far as it got, or its row in a `runs.jsonl`.
 
         Raises:
             UserError: if there is none, or it is damaged.
         """
-        return read_json(self.folder / "result.json")
+        path = self.folder / "result.json"
+        if not path.is_file() and (row := find_row(self.folder)):
+            return row.content
+        return read_json(path)
 
     def policy(self, task: str | None = None, **options: Any) -> ActingPolicy:
         """What it trained, as a policy that acts in a loop of your own; see `load_policy`."""

@@ -43,26 +43,27 @@ from eva_rl.data import (
     load_dataset,
 )
 from eva_rl.errors import UserError
-from eva_rl.files import InUseError, alone_in, check_run_folder, make_folder, write_json, write_text
+from eva_rl.files import InUseError, alone_in, make_folder, write_json, write_text
 from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.playing import Stage
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name, load_base, save_base
 from eva_rl.model.action_model import ActionModel
-from eva_rl.report import (
+from eva_rl.rollout import Job, Simulators, TargetReturn, check_spaces, warn_if_far
+from eva_rl.run import (
     EVA_CLAIM,
+    RunResult,
     Scores,
     Stopwatch,
     TensorBoard,
+    check_run_folder,
     eva_figures,
     read_earlier,
     run_result,
     save_film,
     scores,
     summary,
-    to_json,
     to_scalars,
 )
-from eva_rl.rollout import Job, Simulators, TargetReturn, check_spaces, warn_if_far
 from eva_rl.seeding import evaluation_seeds
 from eva_rl.training import (
     Hooks,
@@ -112,7 +113,7 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
     with clock("load"):
         base = load_base(asked.config.base, asked.device)
     earlier = earlier_result(asked, base)
-    if earlier.get("status") == "complete":
+    if earlier and earlier.status == "complete":
         return print(
             f"{asked.run.folder}: finished earlier, its result stays; `python -m eva_rl.evaluate` scores it again"
         )
@@ -123,7 +124,7 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
     zero_shot = player.play(learner.model) if scores_base else scores(None, None)
     adapter = initialised(asked, learner, clock)
     facts = facts_of(asked, base, task, learner, player.target_return)
-    record = Record(asked.run.folder, facts, clock, zero_shot, dict(earlier.get("curve", {})))
+    record = Record(asked.run.folder, facts, clock, zero_shot, dict(earlier.curve) if earlier else {})
     write_text(make_folder(asked.run.folder) / "config.yaml", asked.run.yaml)
     record.write()
     print(f"run folder: {asked.run.folder}")
@@ -200,8 +201,8 @@ def training_of(config: FinetuneConfig) -> TrainingConfig:
     return TrainingConfig(**asdict(replace(config.training, learning_rate=rate)))
 
 
-def earlier_result(asked: Asked, base: Base) -> Mapping[str, Any]:
-    """The result.json of the run that this one resumes, as far as it got; empty if there is none.
+def earlier_result(asked: Asked, base: Base) -> RunResult | None:
+    """The result of the run that this one resumes, as far as it got; None if there is none.
 
     Raises:
         UserError: if the run can't go on with what is in its folder, or its base is none to adapt.
@@ -212,12 +213,12 @@ def earlier_result(asked: Asked, base: Base) -> Mapping[str, Any]:
             f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
         )
     if not config.resume:
-        return {}
+        return None
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)
-    if earlier.get("status") == "complete":
+    if earlier and earlier.status == "complete":
         interface = find_source(config.task, config.dataset, config.trust_environment).interface
         wanted = asked.plays_zero_shot(fresh=interface not in base.model.embedders)
-        if wanted and asked.seeds and earlier["zero_shot"]["episode_return"] is None:
+        if wanted and asked.seeds and earlier.zero_shot["episode_return"] is None:
             raise UserError(
                 f"'{folder}' was finished without zero-shot scores: set zero_shot=false, or another run_dir."
             )
@@ -383,12 +384,12 @@ class Record:
     facts: Mapping[str, Any]
     clock: Stopwatch
     zero_shot: Scores
-    curve: dict[str, Any]
+    curve: dict[str, Scores]
     """The scores while training, by optimiser steps."""
 
-    def write(self, tuned: Scores | None = None, losses: Sequence[float] = ()) -> Mapping[str, Any]:
+    def write(self, tuned: Scores | None = None, losses: Sequence[float] = ()) -> RunResult:
         result = run_result(self.facts, self.clock, self.zero_shot, tuned, losses, self.curve)
-        write_json(self.folder / "result.json", result)
+        result.write(self.folder)
         return result
 
 
@@ -436,7 +437,7 @@ def _evaluation(
 
     def evaluate(step: int) -> Mapping[str, float]:
         found = player.play(adapter.merged() if adapter else model)
-        record.curve[str(step)] = to_json(found)
+        record.curve[str(step)] = found
         record.write()
         return to_scalars(found)
 
@@ -464,8 +465,8 @@ def finish(
     config, zero_shot = asked.config, record.zero_shot
     tuned = player.play(policy) if record.facts["trainable_parameters"] else zero_shot
     tensorboard.log(config.steps, to_scalars(tuned))
-    told = summary(record.facts, record.clock, zero_shot, tuned)
     result = record.write(tuned, losses.tenths())
+    told = summary(result)
     tensorboard.text("run", f"{told}\n\n```yaml\n{asked.run.yaml}```")
     tensorboard.hparams(result)
     print("\n" + told)

@@ -36,7 +36,7 @@ from eva_rl.errors import UserError, did_you_mean
 from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
-from eva_rl.report import TensorBoard, versions
+from eva_rl.run import TensorBoard, versions
 from eva_rl.training import (
     Hooks,
     Processes,

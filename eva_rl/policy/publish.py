@@ -57,7 +57,7 @@ class Card:
         )
 
     def _scores(self) -> Iterator[str]:
-        from eva_rl.report.table import markdown
+        from eva_rl.table import markdown
 
         found, before = self.result.get("status") == "complete" and self.result, self.result.get("zero_shot") or {}
         rows = [

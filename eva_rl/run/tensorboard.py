@@ -1,0 +1,87 @@
+"""TensorBoard: scalars by step and pictures, in the run's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eva_rl.run.result import RunResult, flat
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class TensorBoard:
+    """Writes scalars of a run to `<run>/events.out.tfevents...`; use it as a context manager."""
+
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+        self.writer = SummaryWriter(str(run_dir))
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
+        for name, figure in figures.items():
+            self.writer.add_figure(name, figure, step)
+
+    def animation(self, name: str, step: int, gif: bytes, size: tuple[int, int]) -> None:
+        """An animated GIF of this width and height; the browser plays it among the images."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def text(self, name: str, markdown: str) -> None:
+        self.writer.add_text(name, markdown)
+
+    def hparams(self, result: RunResult) -> None:
+        """What the run was made with and what came of it, for the HParams tab."""
+        from torch.utils.tensorboard.summary import hparams
+
+        made = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat(result.settings).items()
+        }
+        for summary in hparams(made, _outcome(result)):
+            self.writer.file_writer.add_summary(summary)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
+
+def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
+    """What each run was made with and what came of it, for TensorBoard's HParams tab, in a folder of its own a run."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    made = [flat(result.settings) for result in results]
+    values = {name: [own[name] for own in made if name in own] for name in sorted(set().union(*made))}
+    numeric = {name for name, own in values.items() if all(isinstance(value, int | float) for value in own)}
+    made = [{name: value if name in numeric else str(value) for name, value in own.items()} for own in made]
+    found = [_outcome(result) for result in results]
+    columns, _, _ = hparams(_merged(made), _merged(found))  # TensorBoard reads one run's, whichever it meets first
+    for number, (result, settings, scores) in enumerate(zip(results, made, found, strict=True)):
+        _, start, end = hparams(settings, scores)
+        name = f"{number:04d}-{result.adapter}-{result.task.replace('/', '-')}-{result.seed}"
+        with SummaryWriter(str(folder / name)) as writer:
+            for summary in (columns, start, end):
+                writer.file_writer.add_summary(summary)
+            for score, value in scores.items():
+                writer.add_scalar(score, value)
+
+
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _outcome(result: RunResult) -> dict[str, float]:
+    found = {f"result/{name}": own.mean for name, own in result.scores.items() if own is not None}
+    found |= {f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
+    return found | {"trainable_parameters": float(result.trainable_parameters)}
