@@ -20,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from eva_rl.policy import load_policy
 
         return load_policy
+    if name == "Library":
+        from eva_rl.library import Library
+
+        return Library
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

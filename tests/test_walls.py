@@ -21,6 +21,7 @@ ROOMS = {
     "convert",
     "data",
     "envs",
+    "library",
     "model",
     "policy",
     "report",
@@ -36,6 +37,7 @@ ENTRY_POINTS = {
     "pretrain",
     "publish",
     "tasks",
+    "library.__main__",
     "report.__main__",
     "convert.__main__",
 }
@@ -51,7 +53,8 @@ MAY_NOT_IMPORT = {
     "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
-    "eva_rl":   ROOMS - {"policy"},                                           # but for the Python API
+    "library":  {"baselines", "convert", "envs", "training"},                 # adapters that are there
+    "eva_rl":   ROOMS - {"library", "policy"},                                           # but for the Python API
 }  # fmt: skip
 NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT = {"config"}  # rooms receive plain values
 NO_PLACE_MAY_IMPORT = ENTRY_POINTS
