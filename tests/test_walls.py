@@ -53,7 +53,7 @@ MAY_NOT_IMPORT = {
     "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
-    "library":  {"baselines", "convert", "envs", "training"},                 # adapters that are there
+    "library":  {"baselines", "convert", "envs"},                             # adapters that are there
     "eva_rl":   ROOMS - {"library", "policy"},                                           # but for the Python API
 }  # fmt: skip
 NO_PLACE_BUT_ENTRY_POINTS_MAY_IMPORT = {"config"}  # rooms receive plain values
