@@ -280,6 +280,7 @@ class FinetuneConfig:
 class EvaluateConfig:
     checkpoint: str | None
     adapter: str | None
+    library: str | None
     task: str
     episodes: int
     seed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from eva_rl.config import EvaluateConfig, entry_point, run_folder, to_yaml
@@ -13,6 +14,7 @@ def main(config: EvaluateConfig) -> None:
     from eva_rl.adapter import load_adapter
     from eva_rl.data import find_sources
     from eva_rl.files import check_run_folder, make_folder, write_json, write_text
+    from eva_rl.library.serve import adapters_of
     from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_of
     from eva_rl.report import (
         SCORES,
@@ -27,7 +29,7 @@ def main(config: EvaluateConfig) -> None:
         to_scalars,
         versions,
     )
-    from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, film, rollout
+    from eva_rl.rollout import Episodes, ForJobs, Job, Simulators, TargetReturn, check_spaces, film, rollout
     from eva_rl.seeding import evaluation_seeds
     from eva_rl.training import autocast, check_precision, choose_device, resolved
 
@@ -42,8 +44,12 @@ def main(config: EvaluateConfig) -> None:
     check_run_folder(run_dir)
 
     with clock("load"):
-        folder, notes = None, None
-        if config.adapter is not None:
+        folder, notes, served = None, None, None
+        if config.library is not None:
+            served = adapters_of(
+                config.library, [source.task for source in sources], config.adapter, config.checkpoint, device
+            )
+        elif config.adapter is not None:
             folder = find_adapter(Path(config.adapter))
             notes = load_notes(folder)
             base = load_base_of(folder, notes, "checkpoint", config.checkpoint, device)
@@ -51,8 +57,8 @@ def main(config: EvaluateConfig) -> None:
             base = load_base(config.checkpoint, device)
         else:
             raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
-        name = config.checkpoint or notes.base
-        model, known = base.model, dict(base.tasks)
+        name = config.checkpoint or (notes.base if notes else config.library)
+        model, known = (base.model, dict(base.tasks)) if served is None else (served.model, served.known)
         if notes is not None:
             model.connect(notes.interface, f"The adapter in '{folder}'")
             model = load_adapter(model, folder)
@@ -77,6 +83,7 @@ def main(config: EvaluateConfig) -> None:
             for interface in dict.fromkeys(interface_of.values()):
                 numbers, ended = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface], {}
                 own, policy = [jobs[i] for i in numbers], policy_of(model, interface)
+                policy = policy if served is None else ForJobs(served.policy_of)
                 try:
                     rollout(
                         policy,
@@ -114,9 +121,8 @@ def main(config: EvaluateConfig) -> None:
         for job in {job.task: job for job in reversed(jobs)}.values() if config.video and stopped is None else ():
             interface = interface_of[job.task]
             with autocast(config.precision, device):
-                frames = film(
-                    policy_of(model, interface), model.interfaces[interface], job, device, config.max_episode_steps
-                )
+                policy = policy_of(model, interface) if served is None else partial(served.alone, job.task)
+                frames = film(policy, model.interfaces[interface], job, device, config.max_episode_steps)
             save_film(run_dir, tensorboard, 0, job.task, job.seed, frames)
     if stopped is not None:
         kept = f"The {len(finished)} episodes that had ended are in '{run_dir / 'result.json'}'."
@@ -137,6 +143,7 @@ def _result(
     return {
         "checkpoint": config.checkpoint,
         "adapter": config.adapter,
+        **({} if config.library is None else {"library": config.library}),
         "task": config.task,
         "seed": config.seed,
         "episodes": config.episodes,

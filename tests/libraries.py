@@ -1,7 +1,7 @@
 """A tiny base and runs with random adapters, for tests of libraries."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -29,8 +29,10 @@ def make_run(folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4) ->
     trajectories = episodes("dummy/Steps-v0", np.array([1.0, 0, 0]), count=5)
     if not (folder / "base").exists():
         torch.manual_seed(0)
+        interface = interface_of("dummy", [trajectories])
+        interface = replace(interface, observation_mean=(0.0,) * 3, observation_std=(1.0,) * 3)  # wide enough for all
         config = ModelConfig(layers=2, heads=2, width=32, context=8, dropout=0.0, tokens=("state",))
-        model = DecisionTransformer(config, [interface_of("dummy", [trajectories])])
+        model = DecisionTransformer(config, [interface])
         for parameter in model.parameters():  # so that no branch is near zero
             torch.nn.init.normal_(parameter, std=0.2)
         save_base(folder / "base", model, {TASK: trajectories.statistics()})

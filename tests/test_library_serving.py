@@ -1,11 +1,12 @@
 """Many adapters at once: as each of them merged, whoever acts beside it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from libraries import make_run
+from libraries import TASK, make_run
 
 import eva_rl
 from eva_rl.adapter import load_adapter
@@ -134,3 +135,31 @@ def test_an_adapter_that_is_more_than_lora_is_refused(library, tmp_path):
     other.add(tmp_path / "run", "dora", sketch=False)
     with pytest.raises(UserError, match="not LoRA alone"):
         other.policy()
+
+
+def test_a_rollout_with_each_tasks_adapter_scores_as_each_run_does(run, library, dummy_domain):
+    status, _, err = run(
+        "evaluate", f"library={library.folder}", f"task={TASK}", "episodes=3", "workers=0", "run_dir=all"
+    )
+    assert status == 0, err
+    found = json.loads(Path("all/result.json").read_text())["tasks"][TASK]
+    settings = [f"task={TASK}", "episodes=3", "workers=0", "run_dir=one"]
+    status, _, err = run("evaluate", f"adapter={library.path('c')}", *settings)  # all score the same: the last by name
+    assert status == 0, err
+    expected = json.loads(Path("one/result.json").read_text())["tasks"][TASK]
+    assert found["episode_return"] == pytest.approx(expected["episode_return"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["library=nowhere"], "is no library"),
+        (["task=dummy/all"], "holds no adapter for 'dummy/Broken-v0'"),
+        (["adapter=x"], "name one of them"),
+    ],
+)
+def test_a_library_that_cannot_be_evaluated_is_refused(run, library, dummy_domain, words, said):
+    status, _, err = run("evaluate", f"library={library.folder}", f"task={TASK}", "run_dir=x", *words)
+    assert status == 1
+    assert said in err
+    assert not Path("x").exists()

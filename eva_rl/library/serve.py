@@ -5,8 +5,10 @@ As S-LoRA does it for language models (Sheng et al. 2023, arXiv 2311.03285, sect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eva_rl.adapter.factors import lora_factors
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, did_you_mean
 from eva_rl.model import DecisionTransformer, Decoder, load_notes
 from eva_rl.model.decoder import BlockWeights
 from eva_rl.policy import ActingPolicy
@@ -24,7 +26,7 @@ from eva_rl.spaces import spaces_from_text
 
 if TYPE_CHECKING:
     from eva_rl.interface import TaskStatistics
-    from eva_rl.library.index import Library
+    from eva_rl.library.index import Entry, Library
     from eva_rl.rollout import Job
 
 ATTENTION = ("q", "k", "v")
@@ -98,10 +100,47 @@ class Adapters:
             raise UserError(f"There is no adapter '{unknown[0]}' among those loaded: {', '.join(self.names)}.")
         return [self.names.index(name) for name in names]
 
+    @property
+    def known(self) -> dict[str, TaskStatistics]:
+        """What is known of each adapter's task."""
+        return dict(zip(self.tasks, self.statistics, strict=True))
+
     def policy_of(self, jobs: Sequence[Job]) -> MixedDecoder:
         """The policy of a group of episodes, each with the adapter of its own task."""
-        rows = [self.tasks.index(job.task) for job in jobs]
-        return MixedDecoder(self, rows)
+        return MixedDecoder(self, [self.tasks.index(job.task) for job in jobs])
+
+    def alone(self, task: str, episodes: int) -> MixedDecoder:
+        """The policy of episodes of one task."""
+        return MixedDecoder(self, [self.tasks.index(task)] * episodes)
+
+
+def adapters_of(
+    folder: str, tasks: Sequence[str], adapter: str | None, base: str | None, device: torch.device | str = "cpu"
+) -> Adapters:
+    """The adapters of a library for these tasks, one each: of several for a task, the one with the best score.
+
+    Raises:
+        UserError: if one has none, or an adapter was named beside the library.
+    """
+    from eva_rl.library.index import INDEX, Library
+
+    if adapter is not None:
+        raise UserError(f"adapter={adapter} was given beside library={folder}: name one of them.")
+    if not (Path(folder) / INDEX).is_file():
+        raise UserError(
+            f"'{folder}' is no library (there is no {INDEX} in it): `python -m eva_rl.library add` makes one."
+        )
+    library = Library(folder, base)
+    best = {entry.task: entry.name for entry in sorted(library.entries, key=_score)}
+    if missing := [task for task in tasks if task not in best]:
+        hint = did_you_mean(missing[0], best)
+        raise UserError(f"'{folder}' holds no adapter for '{missing[0]}'. {hint}".rstrip())
+    return Adapters.load(library, [best[task] for task in tasks], device)
+
+
+def _score(entry: Entry) -> tuple[float, float]:
+    """Success rate, then return; less than any where they are unknown."""
+    return tuple(-math.inf if own is None else own.mean for own in (entry.success_rate, entry.episode_return))
 
 
 def _block(

@@ -165,10 +165,7 @@ def load_sketch(path: Path, interface: Interface, widths: dict[str, int]) -> Ske
             f"'{path}' is missing or damaged ({in_one_line(error)[:200]}): add the adapter again."
         ) from error
     fits = all(
-        widths.get(name) == len(mean)
-        and sketch.components[name].ndim == 2
-        and sketch.components[name].shape[1] == len(mean)
-        and sketch.values[name].shape == sketch.components[name].shape[:1]
+        widths.get(name) == len(mean) and sketch.components[name].shape == (min(RANK, len(mean)), len(mean))
         for name, mean in sketch.means.items()
     )
     if not fits or sketch.observations.ndim != 2 or sketch.observations.shape[1] != interface.observation_size:

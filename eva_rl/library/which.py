@@ -117,18 +117,16 @@ def distances(sketches: Sequence[Sketch], seen: Mapping[str, Tensor]) -> Distanc
     """How far activations (n, d) of each layer lie from each task's subspace, and from the mean over tasks."""
     errors, totals = [], []
     for layer, x in seen.items():
-        x = x.double()
         means = torch.stack([sketch.means[layer] for sketch in sketches]).double()  # (A, d)
-        totals.append((x - means.mean(0)).square().sum(-1))
-        errors.append(torch.stack([_residuals(sketch, layer, x) for sketch in sketches]))  # (A, n)
+        basis = torch.stack([sketch.components[layer] for sketch in sketches]).double()  # (A, k, d)
+        center = means.mean(0)
+        x, means = x.double() - center, means - center
+        totals.append(x.square().sum(-1))  # (n,)
+        to_mean = totals[-1] - 2 * means @ x.T + means.square().sum(-1)[:, None]  # (A, n)
+        inside = (x @ basis.flatten(0, 1).T).view(len(x), *basis.shape[:2])  # (n, A, k)
+        inside = inside - (basis @ means[..., None])[..., 0]
+        errors.append((to_mean - inside.square().sum(-1).T).clamp(min=0))
     return Distances(torch.stack(errors, 1), torch.stack(totals))
-
-
-def _residuals(sketch: Sketch, layer: str, x: Tensor) -> Tensor:
-    """(n,) squared distances of rows (n, d) to the affine subspace."""
-    centred = x - sketch.means[layer].double()
-    inside = centred @ sketch.components[layer].double().T  # (n, k)
-    return (centred.square().sum(-1) - inside.square().sum(-1)).clamp(min=0)
 
 
 def calibrate(

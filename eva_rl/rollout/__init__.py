@@ -1,6 +1,6 @@
 """Policies and environments -> episodes."""
 
-from eva_rl.rollout.actor import Actor, Policy
+from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.film import film
 from eva_rl.rollout.rollout import Episodes, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
@@ -9,6 +9,7 @@ from eva_rl.rollout.target import TargetReturn, warn_if_far
 __all__ = [
     "Actor",
     "Episodes",
+    "ForJobs",
     "Job",
     "Policy",
     "Simulators",
