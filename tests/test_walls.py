@@ -18,6 +18,7 @@ SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {
     "adapter",
     "configs",
+    "continual",
     "convert",
     "data",
     "envs",
@@ -37,6 +38,7 @@ ENTRY_POINTS = {
     "pretrain",
     "publish",
     "tasks",
+    "continual.__main__",
     "library.__main__",
     "report.__main__",
     "convert.__main__",
@@ -53,6 +55,7 @@ MAY_NOT_IMPORT = {
     "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
+    "continual": {"baselines", "convert", "envs", "policy"},                  # tasks in sequence
     "library":  {"baselines", "convert", "envs"},                             # adapters that are there
     "eva_rl":   ROOMS - {"library", "policy"},                                           # but for the Python API
 }  # fmt: skip

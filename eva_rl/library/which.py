@@ -228,3 +228,16 @@ def rows_of(data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, interfa
     if not np.isfinite(rows).all():
         raise UserError("Observations with NaN or infinite numbers were given: leave them out.")
     return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def nearest(library: Library, observations: np.ndarray) -> list[str]:
+    """For each observation (n, obs) by itself, the name of the adapter whose task explains most of it, whether it fits or not.
+
+    Raises:
+        UserError: see `Library.which`.
+    """
+    sketches, rows, interface = _matching(library, observations)
+    names, layers = list(sketches), list(next(iter(sketches.values())).means)
+    found = distances(list(sketches.values()), activations(library.base.model, interface, rows, layers))
+    shares = 1 - (found.errors / found.spread.clamp(min=1e-30)).mean(1)  # (A, n)
+    return [names[number] for number in shares.argmax(0).tolist()]
