@@ -228,12 +228,12 @@ class Apart:
             model.interfaces[stage.interface],
             own.statistics(),
         )
-        save_adapter(adapter, lessons.folder / "adapter", notes.base, {NOTES: asdict(notes)})
+        save_adapter(adapter, lessons.folder / "trained", notes.base, {NOTES: asdict(notes)})
         name = self.name(number)
         if name in {entry.name for entry in self.library.entries}:  # the run was interrupted right here
             self.library.remove(name)
-        self.library.add(lessons.folder / "adapter", name, own)
-        shutil.rmtree(lessons.folder / "adapter")
+        self.library.add(lessons.folder / "trained", name, own)
+        shutil.rmtree(lessons.folder / "trained")
         return curve
 
     def name(self, number: int) -> str:

@@ -279,7 +279,7 @@ class LibraryPolicy(ActingPolicy):
     def reset(self, target_return: Any = None, adapter: str | Sequence[str] | None = None) -> None:
         """Begin an episode, or several, with this adapter, or one for each; else as `ActingPolicy.reset`."""
         if adapter is not None:
-            self._name(adapter)
+            self.use(adapter)
             if target_return is None and len(self._numbers) > 1:
                 target_return = [self._typical(number) for number in self._numbers]
         super().reset(target_return)
@@ -296,13 +296,13 @@ class LibraryPolicy(ActingPolicy):
         Within an episode, what the adapter before made of past steps is computed again.
         """
         if adapter is not None:
-            self._name(adapter)
+            self.use(adapter)
         return super().act(observation)
 
     def act_batch(self, observations: Any, adapter: str | Sequence[str] | None = None) -> np.ndarray:
         """As `ActingPolicy.act_batch`; `adapter`: a name for all episodes, or one for each."""
         if adapter is not None:
-            self._name(adapter)
+            self.use(adapter)
         return super().act_batch(observations)
 
     def keep(self, episodes: Sequence[int]) -> None:
@@ -310,7 +310,12 @@ class LibraryPolicy(ActingPolicy):
         if len(self._numbers) > 1:
             self._numbers = [self._numbers[episode] for episode in episodes]
 
-    def _name(self, adapter: str | Sequence[str]) -> None:
+    def use(self, adapter: str | Sequence[str]) -> None:
+        """Act with this adapter from here on, or with one for each episode.
+
+        Raises:
+            UserError: if there is none of this name.
+        """
         numbers = self.adapters.numbers([adapter] if isinstance(adapter, str) else adapter)
         if not numbers:
             raise UserError("adapter=[] was given where a name, or one for each episode, was expected.")
