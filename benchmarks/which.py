@@ -27,12 +27,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+import eva_rl
 from benchmarks.eva_init import RESULTS
 from eva_rl.data import Trajectories, load_dataset
 from eva_rl.envs import expand_tasks, splits
 from eva_rl.files import replacing, write_text
+from eva_rl.interface import Batch
 from eva_rl.library.sketch import Sketch, activations, make_sketch
-from eva_rl.library.which import Distances, calibrate, distances
+from eva_rl.library.which import Distances, calibrate, distances, losses
 from eva_rl.model import load_base
 from eva_rl.report import markdown, versions
 
@@ -43,6 +45,8 @@ EPISODES = (20, 25)
 TRANSITIONS = (1, 10, 50, 200)
 RUNS = 20
 """Of each task and number of transitions."""
+LOSS_RUNS = 4
+"""Of each episode, where losses are compared too: those take as many forward passes as there are adapters."""
 RIVALS = ("share", "nearest mean", "nearest mean of observations")
 
 
@@ -106,8 +110,13 @@ def fits(found: Distances, chosen: Sequence[tuple[int, slice]], threshold: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument(
+        "--library", help="of adapters of CW10: compare with the choice by their losses, and nothing else"
+    )
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.library:
+        return by_loss(eva_rl.Library(arguments.library))
     base = load_base(BASE)
     model, tasks = base.model.requires_grad_(False), expand_tasks("metaworld/mt50")
     whole = [trajectories_of(task) for task in tqdm(tasks, "read")]
@@ -144,6 +153,50 @@ def main() -> None:
             told = threshold, *fits(half, runs(sizes, count), threshold)
             rejected.append((demonstrations, count, *(f"{value:.3f}" for value in told)))
     write(rows, rejected, curves)
+
+
+def by_loss(library: eva_rl.Library) -> None:
+    """Right answers of a library's own tasks, by the share and by the loss of each adapter on the same windows."""
+    entries, context = library.entries, library.base.model.config.context
+    whole = [trajectories_of(entry.task) for entry in entries]
+    rows = []
+    for count in TRANSITIONS:
+        asked = [
+            (task, slice(int(own.starts[e]) + start, int(own.starts[e]) + start + count))
+            for task, own in enumerate(whole)
+            for e in EPISODES
+            for start in np.linspace(0, 200 - count, LOSS_RUNS, dtype=int)[: 1 if count == 200 else None]
+        ]
+        found = losses(
+            library, [e.name for e in entries], [windows(whole[task], part, context) for task, part in asked]
+        )
+        chosen = [library.which(whole[task].observations[part].numpy()).matches[0].name for task, part in asked]
+        by_share = np.mean([name == entries[task].name for name, (task, _) in zip(chosen, asked, strict=True)])
+        by_losses = np.mean([int(best) == task for best, (task, _) in zip(found.argmin(0), asked, strict=True)])
+        rows.append((count, len(asked), f"{by_share:.3f}", f"{by_losses:.3f}"))
+    demonstrations = sorted({entry.demonstrations for entry in entries})
+    text = [
+        "# By activations or by losses?",
+        f"`python -m benchmarks.which --library LIB`: {len(entries)} adapters of tasks the base has not seen, trained on "
+        f"{', '.join(map(str, demonstrations))} demonstrations each. Right answers:",
+        markdown(["transitions", "runs", "share", "least loss"], rows),
+    ]
+    write_text(RESULTS / "which_losses.md", "\n\n".join(text) + "\n")
+    print(text[-1])
+
+
+def windows(own: Trajectories, part: slice, context: int) -> Batch:
+    """The steps as windows of `context`, the last one padded."""
+    count = part.stop - part.start
+    spare = -count % min(context, count)
+    width = min(context, count)
+
+    def cut(values: Tensor) -> Tensor:
+        rows = torch.cat([values[part], torch.zeros_like(values[:spare])])
+        return rows.view(-1, width, *values.shape[1:])
+
+    mask = cut(torch.ones(len(own.rewards))) > 0
+    return Batch(cut(own.observations), cut(own.actions), cut(own.returns_to_go), cut(own.rewards), mask, INTERFACE)
 
 
 def write(rows: Sequence[tuple], rejected: Sequence[tuple], curves: Mapping[str, Sequence[float]]) -> None:

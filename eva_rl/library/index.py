@@ -80,6 +80,8 @@ class Library:
 
     def __init__(self, folder: str | Path, base: str | None = None):
         self.folder, self._given_base = Path(folder), base
+        self.calibrations: dict[tuple, tuple[float, list[float]]] = {}
+        """What `which` has found of itself: by adapters and number of observations, see `eva_rl.library.which.calibrate`."""
         if not (self.folder / INDEX).is_file() and self.folder.exists():
             others = [path.name for path in self.folder.iterdir() if path.name not in ("adapters", ".lock")]
             if others or not self.folder.is_dir():

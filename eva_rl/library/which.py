@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eva_rl.adapter import load_adapter
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.library.sketch import ROWS, Sketch, activations, load_sketch, spread
+from eva_rl.model import load_notes
 from eva_rl.spaces import flatten, parts_of, spaces_from_text
 
 if TYPE_CHECKING:
-    from eva_rl.interface import Interface
+    from eva_rl.interface import Batch, Interface
     from eva_rl.library.index import Library
 
 DRAWS = 20
@@ -89,13 +92,18 @@ def rank(
     Raises:
         UserError: see `Library.which`.
     """
+    from eva_rl.library.index import INDEX
+
     sketches, observations, interface = _matching(library, data)
     observations = spread(observations[:transitions], ROWS)
     model, names = library.base.model, list(sketches)
     layers = list(next(iter(sketches.values())).means)
     found = distances(list(sketches.values()), activations(model, interface, observations, layers))
-    kept = [activations(model, interface, sketch.observations, layers) for sketch in sketches.values()]
-    threshold, spreads = calibrate(list(sketches.values()), kept, len(observations))
+    known = (*names, (library.folder / INDEX).stat().st_mtime_ns, len(observations))
+    if known not in library.calibrations:
+        kept = [activations(model, interface, sketch.observations, layers) for sketch in sketches.values()]
+        library.calibrations[known] = calibrate(list(sketches.values()), kept, len(observations))
+    threshold, spreads = library.calibrations[known]
     losses, entries = found.losses(), {entry.name: entry for entry in library.entries}
     matches = []
     for name, own, known in zip(names, losses, spreads, strict=True):
@@ -180,7 +188,6 @@ def threshold_between(fitting: np.ndarray, others: np.ndarray) -> float:
 def _matching(library: Library, data: Any) -> tuple[dict[str, Sketch], Tensor, str]:
     """The sketches, by name, of adapters that read such observations; the observations, flat; and their interface."""
     from eva_rl.library.index import SKETCH
-    from eva_rl.model import load_notes
 
     entries = [entry for entry in library.entries if entry.sketch]
     if not entries:
@@ -228,6 +235,23 @@ def rows_of(data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, interfa
     if not np.isfinite(rows).all():
         raise UserError("Observations with NaN or infinite numbers were given: leave them out.")
     return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def losses(library: Library, names: Sequence[str], batches: Sequence[Batch]) -> Tensor:
+    """The loss of each of these adapters in each batch, (A, batches): the other way to choose, which needs actions and runs every adapter.
+
+    Raises:
+        UserError: if an adapter can't be loaded.
+    """
+    found = torch.zeros(len(names), len(batches))
+    for number, name in enumerate(names):
+        model = copy.deepcopy(library.base.model)
+        folder = library.path(name)
+        model.connect(load_notes(folder).interface, f"The adapter in '{folder}'")
+        model = load_adapter(model, folder).eval()
+        with torch.no_grad():
+            found[number] = torch.stack([model.loss(batch) for batch in batches])
+    return found
 
 
 def nearest(library: Library, observations: np.ndarray) -> list[str]:
