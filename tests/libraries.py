@@ -24,11 +24,11 @@ from eva_rl.model import (
 TASK = "dummy/Steps-v0"
 
 
-def make_run(folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4) -> Path:
+def make_run(folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4, base_seed: int = 0) -> Path:
     """Write a base, if there is none yet, and a run with a LoRA whose weights are random."""
     trajectories = episodes("dummy/Steps-v0", np.array([1.0, 0, 0]), count=5)
     if not (folder / "base").exists():
-        torch.manual_seed(0)
+        torch.manual_seed(base_seed)
         interface = interface_of("dummy", [trajectories])
         interface = replace(interface, observation_mean=(0.0,) * 3, observation_std=(1.0,) * 3)  # wide enough for all
         config = ModelConfig(layers=2, heads=2, width=32, context=8, dropout=0.0, tokens=("state",))

@@ -13,6 +13,7 @@ from libraries import TASK, episodes, make_run
 from safetensors.torch import load_file, save_file
 
 import eva_rl
+from eva_rl.data import pack
 from eva_rl.errors import UserError
 from eva_rl.library.index import Entry
 from eva_rl.library.sketch import make_sketch
@@ -20,6 +21,7 @@ from eva_rl.library.which import Distances, distances, threshold_between
 from eva_rl.model import (
     load_base,
 )
+from eva_rl.spaces import spaces_from_text
 
 QUICK = ["steps=2", "episodes=2", "workers=0", "training.batch_size=4", "training.warmup=1", "zero_shot=false"]
 
@@ -95,8 +97,22 @@ def test_an_adapter_of_a_library_is_one_that_evaluate_and_load_policy_take(libra
     assert policy.act(np.zeros(3, np.float32)).shape == (2,)
 
 
-def test_a_sketch_is_a_few_hundred_kilobytes_at_most(library):
-    assert (library.path("left") / "sketch.safetensors").stat().st_size < 400_000
+def test_a_sketch_of_the_default_base_is_a_few_hundred_kilobytes():
+    base = load_base("mt40-small")
+    rng, spec = np.random.default_rng(0), base.model.interfaces["metaworld"]
+    spaces = spaces_from_text(spec.spaces)
+    made = {"actions": np.zeros((300, 4)), "rewards": np.zeros(300), "success": None}
+    own = [made | {"observations": rng.standard_normal((300, 39))} for _ in range(4)]
+    sketch = make_sketch(base.model, "metaworld", pack("metaworld/x", own, *spaces))
+    assert 200_000 < sum(tensor.numel() * tensor.element_size() for tensor in sketch.tensors().values()) < 300_000
+
+
+def test_an_emptied_library_takes_adapters_of_another_base(library, tuned, tmp_path):
+    for name in MEANS:
+        library.remove(name)
+    make_run(tmp_path / "elsewhere", base_seed=1)
+    library.add(tmp_path / "elsewhere" / "tuned", "other", episodes("other", MEANS["up"]))
+    assert library.which(episodes("other", MEANS["up"])).best.name == "other"
 
 
 @pytest.mark.parametrize(

@@ -148,15 +148,19 @@ class Shared:
         tensors = {f"weights.{name}": p.detach() for name, p in self.trainable.items()}
         if self.elastic is not None:
             tensors |= self.elastic.state_dict()
-        with replacing(self.lessons.folder / "learned.safetensors") as temporary:
+        with replacing(self._file(number)) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        self._file(number - 2).unlink(missing_ok=True)  # the last but one may be where the result stands still
 
     def load(self, number: int) -> None:
-        tensors = load_file(self.lessons.folder / "learned.safetensors")
+        tensors = load_file(self._file(number))
         for name, parameter in self.trainable.items():
             parameter.data.copy_(tensors[f"weights.{name}"])
         if self.elastic is not None:
             self.elastic.load_state_dict({n: t.to(self.lessons.stage.device) for n, t in tensors.items()})
+
+    def _file(self, number: int) -> Path:
+        return self.lessons.folder / f"learned-{number}.safetensors"
 
     def _acting(self) -> DecisionTransformer:
         return self.model.eval() if self.adapter is None else self.adapter.merged().eval()
@@ -194,7 +198,10 @@ class Alone:
     def learn(self, number: int) -> list[tuple[int, float]]:
         lessons = self.lessons
         self.model = copy.deepcopy(lessons.base.model).requires_grad_(True)
-        score = lambda: lessons.stage.score(number, self.model.eval())  # noqa: E731
+
+        def score() -> float:
+            return lessons.stage.score(number, self.model.eval())
+
         return lessons.train(self.model, lessons.sampler(number).batch, number, score)
 
     def scores(self, number: int, before: list[float]) -> list[float]:

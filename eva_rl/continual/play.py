@@ -68,7 +68,8 @@ class Stage:
         """The score in task `number` of the adapters that are found by each episode's first observation."""
         adapters = Adapters.load(library, [entry.name for entry in library.entries], self.device)
         jobs = self.jobs(number, adapters.model.embedders[self.interface].tokens)
-        names = nearest(library, np.stack([_first_observation(job) for job in jobs]))
+        first = np.stack([_first_observation(job) for job in jobs])  # (n, obs)
+        names = nearest(library, torch.from_numpy(first))
         chosen = dict(zip([job.seed for job in jobs], adapters.numbers(names), strict=True))
         make = ForJobs(lambda group: MixedDecoder(adapters, [chosen[job.seed] for job in group]))
         return self.score(number, adapters.model, make)

@@ -202,7 +202,10 @@ class Library:
                 shutil.copy(folder / file, temporary / file)
             if sketch is not None:
                 save_file(sketch.tensors(), temporary / SKETCH)
-        index = self._index() or Index(FORMAT, base_name(notes.base), notes.base_sha256, ())
+        index = self._index()
+        if index is None or not index.entries:
+            index = Index(FORMAT, base_name(notes.base), notes.base_sha256, ())
+            vars(self).pop("base", None)
         write_json(self.folder / INDEX, asdict(replace(index, entries=(*index.entries, entry))))
 
     def remove(self, name: str) -> None:
@@ -245,7 +248,7 @@ class Library:
 
     def _check_new(self, name: str, notes: AdapterNotes, folder: Path) -> None:
         index = self._index()
-        if index is None:
+        if index is None or not index.entries:  # an empty library takes any base
             return
         if notes.base_sha256 != index.base_sha256:
             raise UserError(

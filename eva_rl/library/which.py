@@ -208,8 +208,8 @@ def _matching(library: Library, data: Any) -> tuple[dict[str, Sketch], Tensor, s
     raise refusal
 
 
-def rows_of(data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, interface: Interface) -> Tensor:
-    """Observations, flat, (n, obs).
+def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple, interface: Interface) -> Tensor:
+    """Observations, flat, (n, obs); a tensor is flat already.
 
     Raises:
         UserError: if they are not the interface's, there are none, or they are not finite.
@@ -222,7 +222,11 @@ def rows_of(data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, interfa
         return data.observations
     space = spaces_from_text(interface.spaces)[0] if interface.spaces else None
     try:
-        if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) or (space is not None and len(space.shape or ()) != 1):
+        if isinstance(data, Tensor):
+            rows = data.cpu().numpy()
+        elif isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) or (
+            space is not None and len(space.shape or ()) != 1
+        ):
             rows = flatten(space, data)
         else:
             rows = np.asarray(data, np.float32)
@@ -254,8 +258,8 @@ def losses(library: Library, names: Sequence[str], batches: Sequence[Batch]) -> 
     return found
 
 
-def nearest(library: Library, observations: np.ndarray) -> list[str]:
-    """For each observation (n, obs) by itself, the name of the adapter whose task explains most of it, whether it fits or not.
+def nearest(library: Library, observations: Tensor) -> list[str]:
+    """For each flat observation (n, obs) by itself, the name of the adapter whose task explains most of it, whether it fits or not.
 
     Raises:
         UserError: see `Library.which`.
