@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from libraries import TASK, make_run
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 import eva_rl
-from eva_rl.adapter import load_adapter
+from eva_rl.adapter import attach, load_adapter
+from eva_rl.adapter.combine import COMBINATIONS, start_from
 from eva_rl.errors import UserError
 from eva_rl.library.serve import Adapters, MixedDecoder
 from eva_rl.model import Decoder, load_base
@@ -163,3 +166,39 @@ def test_a_library_that_cannot_be_evaluated_is_refused(run, library, dummy_domai
     assert status == 1
     assert said in err
     assert not Path("x").exists()
+
+
+def factors_of(folder: Path, layer: str) -> torch.Tensor:
+    """s B A of a saved adapter of rank r and alpha 8."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{layer}.{part}.weight"] for part in ("lora_A", "lora_B"))
+    return 8 / len(a) * b @ a
+
+
+@pytest.mark.parametrize(("names", "weights"), [(["a"], [1.0]), (["a", "b"], [0.7, 0.3])])
+def test_an_adapter_that_starts_from_others_adds_their_weighted_sum(library, names, weights):
+    model = load_base(str(library.folder.parent / "base")).model
+    config = LoraConfig(r=6, lora_alpha=3, target_modules=["q", "up"])
+    adapter = attach(model, config, start=start_from([library.path(name) for name in names], weights))
+    for layer in ("trunk.blocks.0.attention.q", "trunk.blocks.1.feed_forward.up"):
+        found = model.get_submodule(layer).get_delta_weight("default")
+        expected = sum(w * factors_of(library.path(n), layer) for n, w in zip(names, weights, strict=True))
+        assert torch.allclose(found, expected, atol=1e-4)
+    trainable = {name for name, p in adapter.model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".default." in name for name in trainable)
+
+
+def test_a_start_that_is_none_is_refused(library):
+    with pytest.raises(UserError, match="one each"):
+        start_from([library.path("a")], [0.5, 0.5])
+    with pytest.raises(UserError, match="one of cat"):
+        start_from([library.path("a")], [1.0], "sum")
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_every_combination_of_adapters_of_one_rank_gives_a_start(library, combination):
+    model = load_base(str(library.folder.parent / "base")).model
+    start = start_from([library.path("a"), library.path("c")], [0.5, 0.5], combination)
+    attach(model, LoraConfig(r=4, target_modules=["q"]), start=start)
+    assert model.get_submodule("trunk.blocks.0.attention.q").get_delta_weight("default").abs().sum() > 0

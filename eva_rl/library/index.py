@@ -21,6 +21,7 @@ from eva_rl.report import Estimate
 if TYPE_CHECKING:
     import numpy as np
 
+    from eva_rl.adapter.starts import Start
     from eva_rl.data import Trajectories
     from eva_rl.library.serve import LibraryPolicy
     from eva_rl.library.sketch import Sketch
@@ -235,6 +236,28 @@ class Library:
         from eva_rl.library.which import rank
 
         return rank(self, data, transitions)
+
+    def start(
+        self, data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, nearest: int = 1, combination: str = "cat"
+    ) -> Start:
+        """A start for `eva_rl.adapter.attach`: the new adapter begins as the nearest one, or as a sum weighted by the shares.
+
+        Args:
+            data: of the new task, as `which` takes it.
+            nearest: how many adapters are combined.
+            combination: see `eva_rl.adapter.combine.start_from`.
+
+        Raises:
+            UserError: see `which`; or if `nearest` is not from 1 to the number of adapters with a sketch.
+        """
+        from eva_rl.adapter.combine import start_from
+
+        matches = self.which(data).matches
+        if not 1 <= nearest <= len(matches):
+            raise UserError(f"nearest={nearest} was given where a number from 1 to {len(matches)} was expected.")
+        shares = [max(match.share, 0.0) for match in matches[:nearest]]
+        weights = [share / sum(shares) for share in shares] if sum(shares) else [1 / nearest] * nearest
+        return start_from([self.path(match.name) for match in matches[:nearest]], weights, combination)
 
     def policy(self, names: tuple[str, ...] | list[str] | None = None, device: str = "cpu") -> LibraryPolicy:
         """A policy that acts with any of these adapters (None: all that can be served), a name in each call of `act`.
