@@ -440,6 +440,7 @@ class EvaluateConfig:
 
     checkpoint: str | None = None
     adapter: str | None = None
+    library: str | None = None
     task: str
     """A task, a split such as `metaworld/mt40`, or `minari/<dataset id>`."""
     episodes: int = 100

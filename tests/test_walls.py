@@ -18,10 +18,12 @@ SMALL_ROOMS = {"baselines"}  # of one file
 ROOMS = {
     "adapter",
     "configs",
+    "continual",
     "convert",
     "data",
     "envs",
     "jobs",
+    "library",
     "model",
     "policy",
     "rollout",
@@ -39,6 +41,8 @@ ENTRY_POINTS = {
     "publish",
     "tasks",
     "report",
+    "continual.__main__",
+    "library.__main__",
     "convert.__main__",
 }
 
@@ -55,7 +59,9 @@ MAY_NOT_IMPORT = {
     "policy":   {"baselines", "data"},                                        # acts without datasets
     "config":   ROOMS,                                                        # --help answers before anything heavy
     **dict.fromkeys(LEAVES, ROOMS),                                           # everyone imports them
-    "eva_rl":   ROOMS - {"adapter", "jobs", "policy"},                        # but for the Python API
+    "continual": {"baselines", "convert", "envs", "policy"},                  # tasks in sequence
+    "library":  {"baselines", "convert", "envs"},                             # adapters that are there
+    "eva_rl":   ROOMS - {"adapter", "jobs", "library", "policy"},             # but for the Python API
 }  # fmt: skip
 ONLY_FOR_ENTRY_POINTS_AND = {
     "config": {"jobs", "settings"},  # other rooms receive plain values; what settings name is made there, when it is asked for

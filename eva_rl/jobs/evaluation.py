@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from eva_rl.errors import UserError
 from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.playing import Stage
+from eva_rl.library.serve import Adapters, adapters_of
 from eva_rl.model import find_adapter, load_base, load_base_of, load_notes
-from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.rollout import Episodes, ForJobs, Job, Simulators, TargetReturn, check_spaces
 from eva_rl.run import (
     SCORES,
     Scores,
@@ -113,15 +115,21 @@ class Loaded:
     model: nn.Module
     known: Mapping[str, TaskStatistics]
     """The tasks it was trained on."""
+    served: Adapters | None = None
+    """A library's adapters, one for each task, which act on the model as the base."""
 
 
 def load(asked: Asked) -> Loaded:
-    """The checkpoint, with the adapter in its weights if one was named.
+    """The checkpoint, with the adapter in its weights if one was named, or under those of a library.
 
     Raises:
         UserError: if neither was named, or one can't be loaded.
     """
     config, device = asked.config, asked.stage.device
+    if config.library is not None:
+        tasks = [source.task for source in asked.sources]
+        served = adapters_of(config.library, tasks, config.adapter, config.checkpoint, device)
+        return Loaded(config.checkpoint or config.library, served.model, served.known, served)
     if config.adapter is None:
         if config.checkpoint is None:
             raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
@@ -162,13 +170,14 @@ def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
     """Play the episodes, those of one interface together; what breaks off keeps those that had ended."""
     finished: dict[int, tuple] = {}
     interface_of = {source.task: source.interface for source in asked.sources}
+    policy = ForJobs(loaded.served.policy_of) if loaded.served else None
     with Simulators(asked.config.workers) as simulators:
         try:
             for interface in dict.fromkeys(interface_of.values()):
                 numbers = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface]
                 own, ended = [jobs[i] for i in numbers], {}
                 try:
-                    asked.stage.play(loaded.model, interface, own, simulators, asked.config.task, ended)
+                    asked.stage.play(loaded.model, interface, own, simulators, asked.config.task, ended, policy)
                 finally:
                     finished |= {numbers[i]: row for i, row in ended.items()}
         except (UserError, KeyboardInterrupt) as error:
@@ -218,6 +227,7 @@ def _result(asked: Asked, results: Mapping[str, Any], clock: Stopwatch, complete
     return {
         "checkpoint": config.checkpoint,
         "adapter": config.adapter,
+        **({} if config.library is None else {"library": config.library}),
         "task": config.task,
         "seed": config.seed,
         "episodes": config.episodes,
@@ -234,7 +244,8 @@ def _film(asked: Asked, loaded: Loaded, jobs: Sequence[Job], tensorboard: Tensor
     """Film each task's first episode."""
     interface_of = {source.task: source.interface for source in asked.sources}
     for job in {job.task: job for job in reversed(jobs)}.values():
-        frames = asked.stage.film(loaded.model, interface_of[job.task], job)
+        policy = partial(loaded.served.alone, job.task) if loaded.served else None
+        frames = asked.stage.film(loaded.model, interface_of[job.task], job, policy)
         save_film(asked.run.folder, tensorboard, 0, job.task, job.seed, frames)
 
 

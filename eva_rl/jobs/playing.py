@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from eva_rl.model import policy_of
 from eva_rl.model.action_model import ActionModel
-from eva_rl.rollout import LONGEST, Episodes, Job, Simulators, film, rollout
+from eva_rl.rollout import LONGEST, Episodes, ForJobs, Job, Policy, Simulators, film, rollout
 from eva_rl.training import autocast
 
 
@@ -32,17 +32,19 @@ class Stage:
         simulators: Simulators,
         label: str = "roll out",
         finished: dict[int, tuple] | None = None,
+        make_policy: ForJobs | None = None,
     ) -> Episodes:
-        """One episode for each job, see `rollout`."""
-        make_policy, own = policy_of(model, interface), model.interfaces[interface]
+        """One episode for each job, see `rollout`. `make_policy`: None: of the model."""
+        make_policy, own = make_policy or policy_of(model, interface), model.interfaces[interface]
         with autocast(self.precision, self.device):
             return rollout(
                 make_policy, own, jobs, simulators, self.device, label, finished, self.max_steps, self.longest
             )
 
-    def film(self, model: ActionModel, interface: str, job: Job) -> np.ndarray:
+    def film(
+        self, model: ActionModel, interface: str, job: Job, make_policy: Callable[[int], Policy] | None = None
+    ) -> np.ndarray:
         """(T, height, width, 3) uint8: the job's episode, see `film`."""
         with autocast(self.precision, self.device):
-            return film(
-                policy_of(model, interface), model.interfaces[interface], job, self.device, self.max_steps, self.longest
-            )
+            make_policy, own = make_policy or policy_of(model, interface), model.interfaces[interface]
+            return film(make_policy, own, job, self.device, self.max_steps, self.longest)

@@ -49,7 +49,7 @@ class Decoder:
         self.dtype = model.trunk.positions.weight.dtype
         if torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
-        self.blocks = [_Weights.of(block, self.dtype) for block in model.trunk.blocks]
+        self.blocks = [BlockWeights.of(block, self.dtype) for block in model.trunk.blocks]
         self.least = 1 if alone else LEAST
         rows = max(episodes, self.least)
         self.now = Batch(
@@ -152,16 +152,16 @@ class Decoder:
         with torch.autocast(tokens.device.type, enabled=False) if autocast else nullcontext():
             x = (tokens + self.places[start:end]).view(n * m, d)
             for block, cache in blocks:
-                qkv = torch.addmm(block.qkv_bias, block.attention_norm(x), block.qkv)  # (n m, 3 d)
+                qkv = block.queries_keys_values(block.attention_norm(x))  # (n m, 3 d)
                 qkv = qkv.view(n, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, h, m, e)
                 cache[..., start:end, :] = qkv[1:]
                 x = block.write(x, self._attend(qkv[0], cache, start))
             block, cache = last  # the outputs of all tokens but the last would go nowhere
             normed = block.attention_norm(x)
-            kv = torch.addmm(block.qkv_bias[d:], normed, block.qkv[:, d:])  # (n m, 2 d)
+            kv = block.keys_values(normed)  # (n m, 2 d)
             cache[..., start:end, :] = kv.view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
             x, normed = (y.view(n, m, d)[:, -1].contiguous() for y in (x, normed))  # (n, d)
-            q = torch.addmm(block.qkv_bias[:d], normed, block.qkv[:, :d])
+            q = block.queries(normed)
             x = block.write(x, self._attend(q.view(n, self.heads, 1, -1), cache, end - 1))
         self.kept[window] = end
         return x
@@ -180,7 +180,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class BlockWeights:
     """A block's weights as the decoder multiplies by them: queries, keys and values in one product."""
 
     attention_norm: _Norm
@@ -195,7 +195,7 @@ class _Weights:
     down_bias: Tensor
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> _Weights:
+    def of(cls, block: Block, dtype: torch.dtype) -> BlockWeights:
         attention, feed_forward = block.attention, block.feed_forward
         layers = {"o": attention.o, "up": feed_forward.up, "down": feed_forward.down}
         inputs = [attention.q, attention.k, attention.v]
@@ -206,6 +206,20 @@ class _Weights:
         biases = {f"{name}_bias": layer.bias.to(dtype) for name, layer in layers.items()}
         norms = {name: _Norm.of(getattr(block, name), dtype) for name in ("attention_norm", "feed_forward_norm")}
         return cls(qkv=qkv.t(), qkv_bias=qkv_bias, **plain, **biases, **norms)
+
+    def queries_keys_values(self, x: Tensor) -> Tensor:
+        """(r, d) -> (r, 3 d)."""
+        return torch.addmm(self.qkv_bias, x, self.qkv)
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        """(r, d) -> (r, 2 d)."""
+        d = x.shape[1]
+        return torch.addmm(self.qkv_bias[d:], x, self.qkv[:, d:])
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(r, d) -> (r, d)."""
+        d = x.shape[1]
+        return torch.addmm(self.qkv_bias[:d], x, self.qkv[:, :d])
 
     def write(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream (r, d) behind the block."""

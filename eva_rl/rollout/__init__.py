@@ -1,6 +1,6 @@
 """Policies and environments -> episodes."""
 
-from eva_rl.rollout.actor import Actor, Policy
+from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.film import film
 from eva_rl.rollout.rollout import LONGEST, Episodes, check_spaces, rollout
 from eva_rl.rollout.simulators import Job, Simulators
@@ -10,6 +10,7 @@ __all__ = [
     "LONGEST",
     "Actor",
     "Episodes",
+    "ForJobs",
     "Job",
     "Policy",
     "Simulators",

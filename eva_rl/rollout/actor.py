@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # simulators' processes import this package, and start sooner
     from torch import Tensor
 
     from eva_rl.interface import Interface
+    from eva_rl.rollout.simulators import Job
 
 
 class Policy(Protocol):
@@ -25,6 +27,13 @@ class Policy(Protocol):
 
     def keep(self, episodes: Tensor) -> None:
         """The others have ended: go on with these (m,)."""
+
+
+@dataclass(frozen=True)
+class ForJobs:
+    """Makes policies that depend on what the episodes are of: given in place of a function of their number."""
+
+    make: Callable[[Sequence[Job]], Policy]
 
 
 class Actor:

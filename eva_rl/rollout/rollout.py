@@ -22,7 +22,7 @@ from tqdm import tqdm
 from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
 from eva_rl.prepared import PreparedEnv
-from eva_rl.rollout.actor import Actor, Policy
+from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of, spaces_from_text
 
@@ -67,7 +67,7 @@ class Episodes:
 
 
 def rollout(
-    make_policy: Callable[[int], Policy],
+    make_policy: Callable[[int], Policy] | ForJobs,
     interface: Interface,
     jobs: Sequence[Job],
     simulators: Simulators,
@@ -84,7 +84,7 @@ def rollout(
     waits while the group's environments step in their process: so every core has work, be it a model's or a simulator's.
 
     Args:
-        make_policy: a policy for n episodes that begin. Policies of several groups act at the same time.
+        make_policy: a policy for n episodes that begin, or for these jobs. Policies of several groups act at the same time.
         interface: which the environments' spaces must fit.
         finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
             the rollout breaks off.
@@ -241,7 +241,7 @@ class _Group:
     def play(
         self,
         simulator: Simulator | LocalSimulator,
-        make_policy: Callable[[int], Policy],
+        make_policy: Callable[[int], Policy] | ForJobs,
         interface: Interface,
         device: torch.device | str,
         stepped: Callable[[], None],
@@ -249,7 +249,8 @@ class _Group:
         """Run the episodes, anew if they had begun; `stepped` is called after every step."""
         self._begin()
         targets = [job.target_return for job in self.jobs]
-        self.actor = Actor(make_policy(len(self.jobs)), interface, targets, device)
+        policy = make_policy.make(self.jobs) if isinstance(make_policy, ForJobs) else make_policy(len(self.jobs))
+        self.actor = Actor(policy, interface, targets, device)
         simulator.send(self.jobs)
         simulator.receive()
         while self.advance(simulator.board):

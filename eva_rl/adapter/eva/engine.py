@@ -69,6 +69,7 @@ class LayerResult:
     """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
     """The first of the layers that read the same tensor."""
+    mean: Tensor  # (d,) float32: of the rows seen; zero if not centred
 
     def facts(self) -> dict[str, Any]:
         """What a reader of `eva.json` wants to know, as plain numbers; the spectrum in shares of the total variance."""
@@ -519,6 +520,7 @@ def _share_out(
             captured=float(stream.captured[given[name] - 1]) if given[name] else 0.0,
             angle=angles[i],
             group=stream.group.layers[0],
+            mean=moments.mean[index].float().cpu(),
         )
     return results
 

@@ -1,0 +1,56 @@
+"""An adapter's folder -> the two factors of each layer, without making a model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eva_rl.adapter.attach import WEIGHTS
+from eva_rl.adapter.safe import check_adapter_config
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.files import not_finite
+
+PREFIX = "base_model.model."
+
+
+def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, in) and s B (out, r) of each layer, s being LoRA's scale: the layer's weight with the adapter is W + s B A.
+
+    Args:
+        shapes: of the weights (out, in) of the layers that may have an adapter, by their names.
+
+    Raises:
+        UserError: if the adapter is no LoRA, or does more than add products to these layers' weights.
+    """
+    from peft import LoraConfig, PeftConfig
+    from peft.utils.other import get_pattern_key
+
+    check_adapter_config(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    refusal = f"The adapter in '{folder}' can't be served beside others"
+    if not isinstance(config, LoraConfig) or config.use_dora or config.fan_in_fan_out or config.lora_bias:
+        raise UserError(f"{refusal}: it is not LoRA alone, which has two factors; `python -m eva_rl.merge` merges it.")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{folder / WEIGHTS}' is missing or damaged ({in_one_line(error)[:200]}).") from error
+    if broken := not_finite(tensors):
+        raise UserError(f"'{folder / WEIGHTS}' holds NaN or infinite numbers in '{broken}': train it again.")
+    factors = {}
+    for name, (out, width) in shapes.items():
+        key_a, key_b = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
+        if key_a not in tensors or key_b not in tensors:
+            continue
+        a, b = tensors.pop(key_a).float(), tensors.pop(key_b).float()
+        if a.shape[1:] != (width,) or b.shape != (out, len(a)):
+            raise UserError(f"{refusal}: the factors of '{name}' are not those of a weight of {out} x {width}.")
+        pattern = config.alpha_pattern
+        alpha = pattern.get(get_pattern_key(pattern.keys(), name), config.lora_alpha)
+        factors[name] = (a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a))))
+    if tensors:
+        raise UserError(f"{refusal}: it also has '{min(tensors)}', which is no factor of a layer of the trunk.")
+    return factors

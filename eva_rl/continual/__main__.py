@@ -1,0 +1,192 @@
+"""Continual World's sequence with one base: `python -m eva_rl.continual tasks=metaworld/cw10 method=told`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eva_rl.config import AdapterSettings, entry_point, run_folder
+from eva_rl.errors import UserError, did_you_mean
+from eva_rl.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from eva_rl.adapter import Adapter
+    from eva_rl.data import WindowSampler
+    from eva_rl.model import DecisionTransformer
+
+WHOLE_RATE = 1e-3
+"""The learning rate of all weights, as in configs/adapter/full.yaml."""
+
+
+@dataclass(frozen=True)
+class ContinualConfig:
+    tasks: tuple[str, ...]
+    reverse: bool
+    method: str
+    base: str
+    adapter: AdapterSettings
+    demonstrations: int
+    steps: int
+    evaluations: int
+    episodes: int
+    replay_share: float
+    ewc_strength: float
+    reference: str | None
+    seed: int
+    max_episode_steps: int | None
+    workers: int | None
+    device: str
+    run_dir: str | None
+    resume: bool
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "steps", "evaluations", "episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} was given where at least 1 was expected.")
+        if not 0 < self.replay_share < 1 or not self.ewc_strength >= 0:
+            raise UserError(
+                f"replay_share={self.replay_share} and ewc_strength={self.ewc_strength} were given where a share between 0 and 1 and "
+                "at least 0 were expected."
+            )
+        if not self.adapter.is_lora:
+            raise UserError(f"adapter={self.adapter.name} was given where LoRA was expected, such as lora or eva.")
+
+
+@entry_point(ContinualConfig, "continual")
+def main(config: ContinualConfig) -> None:
+    from eva_rl.continual.learners import METHODS
+    from eva_rl.continual.sequence import reference_curves, run_sequence, table
+    from eva_rl.data import find_sources
+    from eva_rl.files import alone_in, check_run_folder
+    from eva_rl.rollout import Simulators
+
+    if config.method not in METHODS:
+        raise UserError(
+            f"method={config.method} was given where one of {', '.join(METHODS)} was expected. {did_you_mean(config.method, METHODS)}"
+        )
+    sources = [source for task in config.tasks for source in find_sources(task)]
+    sources = sources[::-1] if config.reverse else sources
+    tasks = [source.task for source in sources]
+    if len(set(tasks)) < max(len(tasks), 2):
+        raise UserError(f"tasks={','.join(config.tasks)} was given where two tasks at least, each once, were expected.")
+    reference = reference_curves(Path(config.reference), tasks, config.steps) if config.reference else None
+    run_dir = run_folder(config.run_dir, "continual", f"{config.method}-{config.seed}")
+    check_run_folder(run_dir, config.resume)
+    with alone_in(run_dir), Simulators(config.workers) as simulators:
+        result = run_sequence(_lessons(config, sources, simulators, run_dir), _facts(config), reference)
+    print(f"\n{table(result)}\n\n{run_dir / 'result.json'}")
+
+
+def _facts(config: ContinualConfig) -> dict[str, Any]:
+    """What must be the same for one run to go on with another."""
+    names = ("method", "base", "reverse", "demonstrations", "steps", "evaluations", "episodes", "seed")
+    facts = {name: getattr(config, name) for name in names} | {"split": list(config.tasks)}
+    if config.method in ("lora", "told", "found"):
+        facts["adapter"] = config.adapter.name
+    facts |= {"replay": {"replay_share": config.replay_share}, "ewc": {"ewc_strength": config.ewc_strength}}.get(
+        config.method, {}
+    )
+    rates = {"learning_rate": _rate(config), "batch_size": config.training.batch_size}
+    return facts | rates
+
+
+def _rate(config: ContinualConfig) -> float:
+    if config.training.learning_rate is not None:
+        return config.training.learning_rate
+    return config.adapter.learning_rate if config.method in ("lora", "told", "found") else WHOLE_RATE
+
+
+def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: Path) -> Any:
+    """The trajectories, the base and the settings of training."""
+    from eva_rl.continual.learners import Lessons
+    from eva_rl.continual.play import Stage
+    from eva_rl.data import datasets, load_dataset
+    from eva_rl.model import DecisionTransformer, load_base
+    from eva_rl.rollout import check_spaces
+    from eva_rl.training import choose_device
+
+    device = choose_device(config.device)
+    base, interfaces = load_base(config.base, device), {source.interface for source in sources}
+    if not isinstance(base.model, DecisionTransformer):
+        raise UserError(
+            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
+        )
+    if len(interfaces) > 1 or not interfaces <= base.model.interfaces.keys():
+        raise UserError(
+            f"The tasks act through {', '.join(sorted(interfaces))}, where one interface of the base was expected: "
+            f"{', '.join(sorted(base.model.interfaces))}."
+        )
+    interface = interfaces.pop()
+    for source in sources:
+        check_spaces(source.make_env, base.model.interfaces[interface])
+    ids = datasets(sources, config.demonstrations, config.seed)
+    own = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
+    every = max(1, config.steps // config.evaluations)
+    training = replace(config.training, learning_rate=_rate(config), evaluate_every=every)
+    stage = Stage(
+        sources,
+        own,
+        interface,
+        config.episodes,
+        config.seed,
+        simulators,
+        device,
+        training.precision,
+        config.max_episode_steps,
+    )
+    return Lessons(
+        method=config.method,
+        base=replace(base, model=base.model.requires_grad_(False)),
+        stage=stage,
+        attach=_attach(config),
+        training=training,
+        steps=config.steps,
+        ratios=config.adapter.ratios if config.method in ("lora", "told", "found") else {},
+        replay_share=config.replay_share,
+        ewc=config.ewc_strength,
+        seed=config.seed,
+        folder=run_dir,
+    )
+
+
+def _attach(config: ContinualConfig) -> Callable[[DecisionTransformer, WindowSampler], Adapter]:
+    """What puts the adapter of the settings on a model, as finetune does."""
+    from eva_rl.adapter import EvaSettings, attach, starts, within_budget
+
+    method, start = config.adapter, config.adapter.start_function()
+    options = asdict(method.eva) if method.eva else {}
+    tokens = options.pop("tokens", "all")
+    if options:
+        start = partial(start or starts.eva, settings=EvaSettings(**options, seed=config.seed))
+
+    def put_on(model: DecisionTransformer, sampler: WindowSampler) -> Adapter:
+        import torch
+
+        torch.manual_seed(config.seed)
+        device = model.trunk.positions.weight.device
+        peft_config = within_budget(
+            model, method.peft_config, method.budget, method.rank, method.tolerance, method.sizes
+        )
+        model.requires_grad_(False)
+        return attach(
+            model,
+            peft_config,
+            (sampler.spread(n).to(device) for n in count()),
+            partial(model.token_masks, kind=tokens),
+            (),
+            start,
+            model.loss,
+            method.start_batches,
+            forward=lambda observed, batch: observed.as_trained(batch, tokens),
+        )
+
+    return put_on
+
+
+if __name__ == "__main__":
+    main()
