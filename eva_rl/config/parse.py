@@ -33,16 +33,18 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
     if unknown:
         raise UserError(f"There is no setting '{prefix}{unknown[0]}'. {did_you_mean(unknown[0], names)}".rstrip())
     for f in fields(schema):
-        if f.name not in values and not _has_default(f, hints[f.name]):
+        if f.name not in values and not _has_default(f):
             raise UserError(f"'{prefix}{f.name}' is not set: add {prefix}{f.name}=... to the command line.")
     return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
 
 
-def _has_default(field: Field, hint: Any) -> bool:
-    """Whether a setting may be left out. A default that stands for another file's value, as Python's callers may give, is none."""
-    if field.default is None:
-        return type(None) in get_args(hint)
-    return field.default is not MISSING and (isinstance(field.default, hint) if is_dataclass(hint) else True)
+ADDED = frozenset({"optimizer"})
+"""Settings that the files of earlier runs do not have."""
+
+
+def _has_default(field: Field) -> bool:
+    """Whether a setting may be left out of a file. What is given by keyword has its default for Python's callers alone."""
+    return field.default is not MISSING and (not field.kw_only or field.name in ADDED)
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
