@@ -87,7 +87,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators | None = None) -> Pa
     try:
         with (
             alone_in(run.folder),
-            nullcontext(simulators) if simulators else Simulators(config.workers) as own,
+            nullcontext(simulators) if simulators is not None else Simulators(config.workers) as own,
         ):
             _finetune(asked_for(config, run), own)
     except InUseError:
