@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
-from eva_rl.model.decision_transformer import Trunk, attend
+from eva_rl.model.attention import attend
+from eva_rl.model.decision_transformer import Trunk
 
 PRESETS = files("eva_rl.configs") / "model"
 TINY = ModelConfig(layers=2, heads=2, width=32, context=5, dropout=0.0)

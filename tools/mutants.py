@@ -76,7 +76,7 @@ KNOWN = (
         ("tests/test_entry_points.py", "-k", "drawn_before"),
     ),
     Mutant(
-        "eva_rl/adapter/allocator.py",
+        "eva_rl/adapter/adalora.py",
         "return self.config.orth_reg_weight * torch",
         "return 0 * torch",
         ("tests/test_adapters.py", "-k", "orthonormal"),

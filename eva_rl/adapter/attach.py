@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_rl.adapter.allocator import Allocator
+from eva_rl.adapter.adalora import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.restore import restored

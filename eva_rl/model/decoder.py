@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eva_rl.interface import Batch
-from eva_rl.model.decision_transformer import Block, DecisionTransformer, padded, unseen
+from eva_rl.model.attention import padded, unseen
+from eva_rl.model.decision_transformer import Block, DecisionTransformer
 
 PIECES = 4
 """So many parts the next window is computed in, where it is computed ahead."""
