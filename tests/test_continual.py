@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from libraries import make_run
 from torch import nn
 
 from eva_rl.continual import learners
@@ -24,6 +25,17 @@ QUICK = [
     "training.batch_size=4",
     "training.warmup=1",
 ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made")) / "base"
+
+
+@pytest.fixture
+def base(made, dummy_domain) -> Path:
+    """A tiny checkpoint that knows the dummy domain, without its pretraining."""
+    return made
 
 
 def result_of(folder: str) -> dict:

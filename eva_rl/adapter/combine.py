@@ -58,7 +58,7 @@ def start_from(
                 f"combination={combination} can't combine these adapters ({in_one_line(error)})."
             ) from error
         for _, layer in lora_layers(model):
-            if SUM in layer.lora_A:
+            if SUM in layer.lora_A and "default" in layer.lora_A:  # others may adapt more layers
                 _take_over(layer)
         for name in (*names, SUM):
             peft_model.delete_adapter(name)
