@@ -331,7 +331,8 @@ def ours(kind: Kind) -> str:
 def main() -> None:
     from benchmarks.eva_init import RESULTS  # what tests take from this file needs no datasets
     from eva_rl.files import write_text
-    from eva_rl.report import markdown, versions
+    from eva_rl.run import versions
+    from eva_rl.table import markdown
 
     logging.set_verbosity_error()
     rows = [[name, best_of_pefts(kind), outcome(lambda kind=kind: ours(kind))] for name, kind in SITUATIONS.items()]

@@ -15,8 +15,8 @@ from eva_rl.settings import TrainingConfig
 
 if TYPE_CHECKING:
     from eva_rl.adapter import Adapter
-    from eva_rl.data import WindowSampler
-    from eva_rl.model import DecisionTransformer
+    from eva_rl.data import TaskSource, WindowSampler
+    from eva_rl.model import Base, DecisionTransformer
 
 WHOLE_RATE = 1e-3
 """The learning rate of all weights, as in configs/adapter/full.yaml."""
@@ -106,24 +106,12 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
     from eva_rl.continual.learners import Lessons
     from eva_rl.continual.play import Stage
     from eva_rl.data import datasets, load_dataset
-    from eva_rl.model import DecisionTransformer, load_base
-    from eva_rl.rollout import check_spaces
+    from eva_rl.model import load_base
     from eva_rl.training import choose_device
 
     device = choose_device(config.device)
-    base, interfaces = load_base(config.base, device), {source.interface for source in sources}
-    if not isinstance(base.model, DecisionTransformer):
-        raise UserError(
-            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
-        )
-    if len(interfaces) > 1 or not interfaces <= base.model.interfaces.keys():
-        raise UserError(
-            f"The tasks act through {', '.join(sorted(interfaces))}, where one interface of the base was expected: "
-            f"{', '.join(sorted(base.model.interfaces))}."
-        )
-    interface = interfaces.pop()
-    for source in sources:
-        check_spaces(source.make_env, base.model.interfaces[interface])
+    base = load_base(config.base, device)
+    interface = _interface(config, base, sources)
     ids = datasets(sources, config.demonstrations, config.seed)
     own = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
     every = max(1, config.steps // config.evaluations)
@@ -152,6 +140,31 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
         seed=config.seed,
         folder=run_dir,
     )
+
+
+def _interface(config: ContinualConfig, base: Base, sources: list[TaskSource]) -> str:
+    """The interface of the base that all tasks act through.
+
+    Raises:
+        UserError: if there is none, or an environment is another than it expects.
+    """
+    from eva_rl.model import DecisionTransformer
+    from eva_rl.rollout import check_spaces
+
+    interfaces = {source.interface for source in sources}
+    if not isinstance(base.model, DecisionTransformer):
+        raise UserError(
+            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
+        )
+    if len(interfaces) > 1 or not interfaces <= base.model.interfaces.keys():
+        raise UserError(
+            f"The tasks act through {', '.join(sorted(interfaces))}, where one interface of the base was expected: "
+            f"{', '.join(sorted(base.model.interfaces))}."
+        )
+    interface = interfaces.pop()
+    for source in sources:
+        check_spaces(source.make_env, base.model.interfaces[interface])
+    return interface
 
 
 def _attach(config: ContinualConfig) -> Callable[[DecisionTransformer, WindowSampler], Adapter]:

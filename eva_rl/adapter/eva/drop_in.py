@@ -196,15 +196,20 @@ def initialize_lora_eva_weights(
             strict=strict,
         )
     components = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
+    _check_names(model, adapter_name, components, complete=dataloader is None)
+    load_components(model, components, adapter_name)
+
+
+def _check_names(model: nn.Module, adapter_name: str, components: Mapping[str, Tensor], complete: bool) -> None:
+    """Raise a `UserError` if there are rows for no layer of the adapter; warn of layers without, where there should be `complete` rows."""
     layers = [name.removeprefix(PREFIX) for name, _ in lora_layers(model, adapter_name)]
     if not components.keys() & set(layers):
         raise UserError(
             f"The state dict names no layer of the adapter '{adapter_name}': it has {_some(components)}, the adapter {_some(layers)}."
         )
     missing = [name for name in layers if name not in components]
-    if missing and dataloader is None:
-        warnings.warn(f"The state dict has no rows for {_some(missing)}: they stay as they are.", stacklevel=2)
-    load_components(model, components, adapter_name)
+    if missing and complete:
+        warnings.warn(f"The state dict has no rows for {_some(missing)}: they stay as they are.", stacklevel=3)
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

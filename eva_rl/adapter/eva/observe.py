@@ -219,17 +219,18 @@ def gradient_weights(
     flat = [output for name in names for output in outputs[name]]
     if not flat or not value.requires_grad:
         raise UserError("weighting=gradient needs a loss that depends on the adapted layers; this one does not.")
-    gradients = dict(zip(map(id, flat), torch.autograd.grad(value, flat, allow_unused=True), strict=True))
+    gradients = iter(torch.autograd.grad(value, flat, allow_unused=True))
     seen, weights = {}, {}
     for name in names:
-        squares = []
-        for output in outputs[name]:
-            gradient = gradients[id(output)]
-            squared = torch.zeros_like(output[..., :1]) if gradient is None else gradient.square().sum(-1, keepdim=True)
-            squares.append(rows((squared.detach(),), name)[:, 0])
+        squares = [rows((_squared(next(gradients), output),), name)[:, 0] for output in outputs[name]]
         seen[name] = Seen(_joined(collected[name], readers[name].width), len(outputs[name]))
         weights[name] = _joined(squares, 1).flatten()
     return seen, weights
+
+
+def _squared(gradient: Tensor | None, output: Tensor) -> Tensor:
+    """The squared norms (..., 1) of the gradient (..., d) at an output; zeros where there is none."""
+    return torch.zeros_like(output[..., :1]) if gradient is None else gradient.square().sum(-1, keepdim=True)
 
 
 @contextmanager
