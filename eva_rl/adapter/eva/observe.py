@@ -193,8 +193,7 @@ def gradient_weights(
     One forward and one backward pass; no parameter gets a gradient.
     """
     names = [group.layers[0] for group in groups]
-    collected: dict[str, list[Tensor]] = {name: [] for name in names}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    collected, outputs = ({name: [] for name in names} for _ in range(2))
 
     def before(name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in (*arguments, *keywords.values()))
