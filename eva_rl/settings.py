@@ -299,6 +299,7 @@ class PretrainConfig:
     steps: int = 4000
     seed: int = 0
     device: str = "auto"
+    tracker: str = "tensorboard"
     run_dir: str | None = None
     resume: bool = False
     output: str | None = None
@@ -422,6 +423,7 @@ class FinetuneConfig:
     trust_environment: bool = False
     workers: int | None = None
     device: str = "auto"
+    tracker: str = "tensorboard"
     run_dir: str | None = None
     resume: bool | None = None
     optimizer: OptimizerSettings = ADAMW
@@ -452,6 +454,7 @@ class EvaluateConfig:
     workers: int | None = None
     precision: str = "auto"
     device: str = "auto"
+    tracker: str = "tensorboard"
     run_dir: str | None = None
 
 

@@ -66,6 +66,7 @@ def to_yaml(config: Any) -> str:
 FREE = frozenset(
     [
         "run_dir",
+        "tracker",
         "output",
         "resume",
         "device",

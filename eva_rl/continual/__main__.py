@@ -191,10 +191,9 @@ def _attach(config: ContinualConfig) -> Callable[[DecisionTransformer, WindowSam
             peft_config,
             (sampler.spread(n).to(device) for n in count()),
             partial(model.token_masks, kind=tokens),
-            (),
-            start,
-            model.loss,
-            method.start_batches,
+            start=start,
+            loss=model.loss,
+            few=method.start_batches,
             forward=lambda observed, batch: observed.as_trained(batch, tokens),
         )
 

@@ -33,7 +33,9 @@ from eva_rl.run import (
     Scores,
     Stopwatch,
     TensorBoard,
+    check_tracker,
     failures_counted,
+    open_tracker,
     save_film,
     save_sweep,
     scores,
@@ -101,6 +103,7 @@ def asked_for(config: EvaluateConfig) -> Asked:
         raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
     sources, device = find_sources(config.task, config.trust_environment), choose_device(config.device)
     check_precision(config.precision)
+    check_tracker(config.tracker)
     target = TargetReturn(config.target_return)
     run = plan(config, "evaluate", config.task)
     check_run_folder(run.folder)
@@ -208,7 +211,8 @@ def write(
 ) -> Mapping[str, Any]:
     """Write result.json, TensorBoard, and the films if they were asked for; return the scores by task, as they are written."""
     results: dict[str, Any] = {}
-    with TensorBoard(asked.run.folder) as tensorboard:
+    settings = {name: own for name, own in vars(asked.config).items() if own is not None}
+    with open_tracker(asked.config.tracker, asked.run.folder, settings) as tensorboard:
         for number, ((task, target), own) in enumerate(found.items()):
             tensorboard.log(number, to_scalars(own))
             results.setdefault(task, []).append({"target_return": target, **to_json(own)})

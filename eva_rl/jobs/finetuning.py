@@ -56,7 +56,9 @@ from eva_rl.run import (
     Stopwatch,
     TensorBoard,
     check_run_folder,
+    check_tracker,
     eva_figures,
+    open_tracker,
     read_earlier,
     run_result,
     save_film,
@@ -132,7 +134,7 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
         print(
             "zero-shot: left out, since the base has no trained embedder and head for this task; zero_shot=true plays it"
         )
-    with TensorBoard(asked.run.folder) as tensorboard:
+    with open_tracker(asked.config.tracker, asked.run.folder, asked.run.protocol) as tensorboard:
         show_start(asked, adapter, zero_shot, tensorboard)
         losses = trained(asked, learner, adapter, player, record, tensorboard)
         save(asked, base, task, learner, adapter, record)
@@ -188,6 +190,7 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     if target.sweeps:
         raise UserError("target_return=sweep is for `python -m eva_rl.evaluate`: name one return here.")
     check_shares(training, Processes())
+    check_tracker(config.tracker)
     check_run(config.steps, run.checkpoints, bool(config.resume), run.identity)
     check_run_folder(run.folder, bool(config.resume))
     return Asked(config, run, training, recipe, start, tokens, device, seeds, target)

@@ -36,7 +36,7 @@ from eva_rl.errors import UserError, did_you_mean
 from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
-from eva_rl.run import TensorBoard, versions
+from eva_rl.run import check_tracker, open_tracker, versions
 from eva_rl.training import (
     Hooks,
     Processes,
@@ -100,6 +100,7 @@ def asked_for(config: PretrainConfig, group: Processes) -> Asked:
     model, training = ModelConfig(**asdict(config.model)), TrainingConfig(**asdict(config.training))
     recipe = Recipe(**config.optimizer.recipe())
     check_shares(training, group)
+    check_tracker(config.tracker)
     if config.labels not in ("actions", "expert"):
         raise UserError(f"labels={config.labels} was given where actions or expert was expected.")
     for name in config.tokens or ():
@@ -232,7 +233,7 @@ def trained(asked: Asked, mixture: Mixed, model: DecisionTransformer, group: Pro
     config, run = asked.config, asked.run
     torch.manual_seed(config.seed + group.index)  # each process its own dropout
     saves, rules = Saves(run.checkpoints, config.resume, run.identity), Rules(asked.recipe)
-    with TensorBoard(run.folder) if group.first else nullcontext() as tensorboard:
+    with open_tracker(config.tracker, run.folder, run.identity) if group.first else nullcontext() as tensorboard:
         hooks = Hooks()
         if tensorboard:
             several = len(mixture.shares) > 1

@@ -8,6 +8,7 @@ from eva_rl.run.scores import SCORES, Scores, failures_counted, scores, to_json,
 from eva_rl.run.stopwatch import Stopwatch
 from eva_rl.run.sweep import save_sweep
 from eva_rl.run.tensorboard import TensorBoard
+from eva_rl.run.trackers import check_tracker, open_tracker
 from eva_rl.run.versions import versions
 from eva_rl.run.video import save_film
 
@@ -20,9 +21,11 @@ __all__ = [
     "Stopwatch",
     "TensorBoard",
     "check_run_folder",
+    "check_tracker",
     "eva_figures",
     "failures_counted",
     "mean",
+    "open_tracker",
     "proportion",
     "read_earlier",
     "run_result",

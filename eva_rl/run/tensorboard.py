@@ -46,7 +46,7 @@ class TensorBoard:
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in flat(result.settings).items()
         }
-        for summary in hparams(made, _outcome(result)):
+        for summary in hparams(made, outcome(result)):
             self.writer.file_writer.add_summary(summary)
 
     def __enter__(self) -> TensorBoard:
@@ -65,7 +65,7 @@ def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
     values = {name: [own[name] for own in made if name in own] for name in sorted(set().union(*made))}
     numeric = {name for name, own in values.items() if all(isinstance(value, int | float) for value in own)}
     made = [{name: value if name in numeric else str(value) for name, value in own.items()} for own in made]
-    found = [_outcome(result) for result in results]
+    found = [outcome(result) for result in results]
     columns, _, _ = hparams(_merged(made), _merged(found))  # TensorBoard reads one run's, whichever it meets first
     for number, (result, settings, scores) in enumerate(zip(results, made, found, strict=True)):
         _, start, end = hparams(settings, scores)
@@ -81,7 +81,8 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def _outcome(result: RunResult) -> dict[str, float]:
+def outcome(result: RunResult) -> dict[str, float]:
+    """What came of a run: scores, seconds and weights, by name."""
     found = {f"result/{name}": own.mean for name, own in result.scores.items() if own is not None}
     found |= {f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
     return found | {"trainable_parameters": float(result.trainable_parameters)}
