@@ -24,6 +24,7 @@ from eva_rl.adapter.attach import _at_risk, _linear_layers
 from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
 from eva_rl.adapter.eva import eva_init
 from eva_rl.adapter.eva.moments import principal_angle
+from eva_rl.adapter.lora_da import Moments, directions, lora_da
 from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
 from eva_rl.errors import UserError
 from eva_rl.interface import Batch, Interface
@@ -37,7 +38,8 @@ WITHOUT_ADAPTER = ["none", "full", "head", "bc", "scratch"]
 METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
 BUDGETED = [name for name in METHODS if name not in ("c3a", "ia3", "road", "tinylora", "vblora", "vera")]
 START_AWAY_FROM_THE_BASE = [
-    "lora_one",  # a step away
+    "lora_da",  # a step away
+    "lora_one",  # likewise
     "unilora",  # one vector makes A and B, so that it can't be zero
     "vblora",  # A and B are mixtures of one bank of vectors, likewise
 ]
@@ -463,6 +465,38 @@ def test_lora_one_starts_at_the_best_low_rank_step_against_the_mean_gradient():
     found = layer.get_delta_weight("default").detach()
     torch.testing.assert_close(found, 16 / 4**0.5 / 128 * (u[:, :4] * s[:4] / s[0] @ vt[:4]), rtol=1e-3, atol=1e-5)
     assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
+    before, after = (sum(m.loss(batch) for batch in batches).item() for m in (base.eval(), model.eval()))
+    assert after < before
+
+
+def test_lora_da_lies_between_the_inputs_directions_and_the_newton_step():
+    """Without a gradient A is uncentred EVA's; without regard to variance B A is the best approximation of the step."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 12, generator=rng) * torch.linspace(3, 0.5, 12)
+    g = torch.randn(4000, 5, generator=rng) * torch.linspace(1, 2, 5) + 0.1 * x[:, 3:8]
+    quiet, moved = Moments(), Moments()
+    quiet.add(x, 1e-9 * torch.randn(4000, 5, generator=rng))
+    moved.add(x, g)
+    a, _ = directions(quiet, 4, beta=1e6)
+    assert principal_angle(a, torch.linalg.svd(x, full_matrices=False).Vh[:4]) < 1
+    a, b = directions(moved, 3, beta=0.0)
+    step = np.linalg.solve((x.T @ x / 4000).numpy(), (x.T @ g / 4000).numpy()) / (g.numpy() ** 2).mean(0)  # (in, out)
+    u, s, vt = np.linalg.svd(-step.T, full_matrices=False)
+    np.testing.assert_allclose((b @ a).numpy(), u[:, :3] * s[:3] / s[0] @ vt[:3], atol=1e-4)
+    torch.testing.assert_close(a @ a.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_lora_da_sees_the_gradient_of_full_fine_tuning_and_lowers_the_loss():
+    base, model = make_model(), make_model()
+    batches = [make_batch(n) for n in range(3)]
+    config = settings("lora_da").peft_config(4)
+    attach(model, config, batches, model.token_mask, start=lora_da, loss=model.loss, few=3)
+    name = "trunk.blocks.0.attention.v"
+    layer = model.get_submodule(name)
+    assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
+    sum(base.loss(batch) for batch in batches).backward()
+    change = layer.get_delta_weight("default").detach()
+    assert float((change * base.get_submodule(name).weight.grad).sum()) < 0  # downhill
     before, after = (sum(m.loss(batch) for batch in batches).item() for m in (base.eval(), model.eval()))
     assert after < before
 
