@@ -57,12 +57,12 @@ class Tracked(TensorBoard):
         for name, figure in figures.items():
             if self.tracker.name == "mlflow":
                 self.tracker.log_figure(figure, f"{name}-{step}.png")
-            elif self.tracker.name == "wandb":
-                self.tracker.log_images({name: [_pixels(figure)]}, step=step)
-            else:
+            elif self.tracker.name == "trackio":
                 import trackio
 
                 self.tracker.log({name: trackio.Image(_pixels(figure))}, step=step)
+            else:
+                self.tracker.log_images({name: [_pixels(figure)]}, step=step)
         super().figures(step, figures)  # which closes them
 
     def hparams(self, result: RunResult) -> None:
