@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eva_rl.adapter import EvaSettings
 from eva_rl.adapter.eva import eva_init
+from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.eva.observe import discover, masked_rows
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite
@@ -142,13 +143,13 @@ def activations(
     model: DecisionTransformer, interface: str, observations: Tensor, layers: list[str]
 ) -> dict[str, Tensor]:
     """What these layers read of observations (n, obs): (n, d) float32 each."""
-    widths = {name: model.get_submodule(name).in_features for name in layers}
+    readers = {name: reader(model, name) for name in layers}
     parts = [
-        discover(model, widths, lambda rows=rows: states_alone(model, interface, rows), masked_rows(None))
+        discover(model, readers, lambda rows=rows: states_alone(model, interface, rows), masked_rows(None))
         for rows in observations.split(BATCH)
     ]
     names = [group.layers[0] for group in parts[0][0]]
-    return {name: torch.cat([rows[i] for _, rows in parts]) for i, name in enumerate(names)}
+    return {name: torch.cat([seen[name].rows for _, seen in parts]) for name in names}
 
 
 def load_sketch(path: Path, interface: Interface, widths: dict[str, int]) -> Sketch:
