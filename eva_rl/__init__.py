@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eva_rl.errors import UserError
     from eva_rl.jobs.comparing import Compared, compare
     from eva_rl.jobs.execute import Run, execute
+    from eva_rl.library import Library
     from eva_rl.policy import load_policy
     from eva_rl.settings import EvaluateConfig as Evaluate
     from eva_rl.settings import EvaSettings

@@ -1,6 +1,5 @@
 """Trackers are told what TensorBoard is told."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -131,4 +130,4 @@ def test_a_tracker_that_cannot_start_is_one_sentence(run, base, recorder, monkey
     status, _, err = run("finetune", f"base={base}", *QUICK, "tracker=wandb", "run_dir=run")
     assert status == 1
     assert "tracker=wandb can't start (no key)" in err
-    assert json.loads(Path("run/result.json").read_text())["status"] == "partial"
+    assert list(Path("run").iterdir()) == []  # so that the same command works when the tracker does

@@ -44,7 +44,11 @@ for section, settings in {"training": TrainingConfig(), "eva": EvaOptions()}.ite
 OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
 
 
-SECTIONS = {"pretrain": ("model", "optimizer"), "finetune": ("adapter", "optimizer", "study")}
+SECTIONS = {
+    "pretrain": ("model", "optimizer"),
+    "finetune": ("adapter", "optimizer", "study"),
+    "continual": ("adapter",),
+}
 """What a command has several files of settings to choose from for."""
 
 

@@ -32,13 +32,15 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
     unknown = sorted(values.keys() - set(names))
     if unknown:
         raise UserError(f"There is no setting '{prefix}{unknown[0]}'. {did_you_mean(unknown[0], names)}".rstrip())
+    if "mirror" in names and not prefix:
+        values = {"mirror": False, **values}  # the file of an earlier run, which knew no mirror
     for f in fields(schema):
         if f.name not in values and not _has_default(f):
             raise UserError(f"'{prefix}{f.name}' is not set: add {prefix}{f.name}=... to the command line.")
     return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
 
 
-ADDED = frozenset({"optimizer"})
+ADDED = frozenset({"optimizer", "tracker", "library"})
 """Settings that the files of earlier runs do not have."""
 
 

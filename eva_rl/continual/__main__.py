@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +54,12 @@ class ContinualConfig:
                 f"replay_share={self.replay_share} and ewc_strength={self.ewc_strength} were given where a share between 0 and 1 and "
                 "at least 0 were expected."
             )
+        if self.method == "replay" and self.training.batch_size < 2:
+            raise UserError("training.batch_size=1 was given where method=replay needs at least 2.")
+        if self.method in ("told", "found") and (self.adapter.config or {}).get("use_dora"):
+            raise UserError(
+                f"adapter={self.adapter.name} is DoRA, which can't be served beside others: take lora or eva."
+            )
         if not self.adapter.is_lora:
             raise UserError(f"adapter={self.adapter.name} was given where LoRA was expected, such as lora or eva.")
 
@@ -78,7 +85,9 @@ def main(config: ContinualConfig) -> None:
     run_dir = run_folder(config.run_dir, "continual", f"{config.method}-{config.seed}")
     check_run_folder(run_dir, config.resume)
     with alone_in(run_dir), Simulators(config.workers) as simulators:
-        result = run_sequence(_lessons(config, sources, simulators, run_dir), _facts(config), reference)
+        lessons = _lessons(config, sources, simulators, run_dir)
+        facts = json.loads(json.dumps(_facts(config) | {"base_sha256": lessons.base.sha256}))  # as they are read again
+        result = run_sequence(lessons, facts, reference)
     print(f"\n{table(result)}\n\n{run_dir / 'result.json'}")
 
 
@@ -88,10 +97,12 @@ def _facts(config: ContinualConfig) -> dict[str, Any]:
     facts = {name: getattr(config, name) for name in names} | {"split": list(config.tasks)}
     if config.method in ("lora", "told", "found"):
         facts["adapter"] = config.adapter.name
+        facts["adapter_settings"] = asdict(config.adapter)
     facts |= {"replay": {"replay_share": config.replay_share}, "ewc": {"ewc_strength": config.ewc_strength}}.get(
         config.method, {}
     )
     rates = {"learning_rate": _rate(config), "batch_size": config.training.batch_size}
+    facts["training"] = {k: v for k, v in asdict(config.training).items() if not k.endswith("_every")}
     return facts | rates
 
 

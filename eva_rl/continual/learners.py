@@ -58,7 +58,7 @@ class Lessons:
 
     def sampler(self, *numbers: int, batch_size: int | None = None) -> WindowSampler:
         """Windows of these tasks."""
-        context, size = self.base.model.config.context, batch_size or self.training.batch_size
+        context, size = self.base.model.config.context, self.training.batch_size if batch_size is None else batch_size
         own = [self.stage.trajectories[number] for number in numbers]
         return WindowSampler(own, self.stage.interface, context, size, self.seed)
 
@@ -119,10 +119,8 @@ class Shared:
     def __init__(self, lessons: Lessons):
         self.lessons, self.model = lessons, copy.deepcopy(lessons.base.model)
         self.adapter = lessons.attach(self.model, lessons.sampler(0)) if lessons.method == "lora" else None
-        self.model.requires_grad_(self.adapter is None)
-        if self.adapter is not None:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+        if self.adapter is None:  # else what trains is what `attach` left trainable
+            self.model.requires_grad_(True)
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.elastic = Elastic(self.trainable, lessons.ewc) if lessons.method == "ewc" else None
 
@@ -165,7 +163,7 @@ class Shared:
 
     def _replayed(self, number: int) -> Callable[[int], Batch]:
         lessons = self.lessons
-        old = round(lessons.replay_share * lessons.training.batch_size)
+        old = min(max(round(lessons.replay_share * lessons.training.batch_size), 1), lessons.training.batch_size - 1)
         fresh = lessons.sampler(number, batch_size=lessons.training.batch_size - old)
         memory = lessons.sampler(*range(number), batch_size=old)
         return lambda n: joined(fresh.batch(n), memory.batch(n))

@@ -81,6 +81,18 @@ def find_source(task: str, dataset: str | None = None, trust_environment: bool =
     )
 
 
+def has_mirror_image(task: str) -> bool:
+    """Whether the task's domain knows what it looks like in a mirror.
+
+    Raises:
+        UserError: if there is no such task.
+    """
+    if task.startswith(MINARI):
+        return False
+    domain, name = find_task(task)
+    return domain.mirror(name) is not None
+
+
 def find_sources(task: str, trust_environment: bool = False) -> list[TaskSource]:
     """The sources of all tasks that `task` stands for, which may be a split."""
     members = (task,) if task.startswith(MINARI) else expand_tasks(task)

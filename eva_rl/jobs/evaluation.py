@@ -211,16 +211,17 @@ def write(
 ) -> Mapping[str, Any]:
     """Write result.json, TensorBoard, and the films if they were asked for; return the scores by task, as they are written."""
     results: dict[str, Any] = {}
+    for (task, target), own in found.items():
+        results.setdefault(task, []).append({"target_return": target, **to_json(own)})
+    sweep = {"evaluation/sweep": save_sweep(asked.run.folder, results)} if asked.target.sweeps else {}
+    if not sweep:
+        results = {task: own for task, [own] in results.items()}
+    write_json(asked.run.folder / "result.json", _result(asked, results, clock, played.stopped is None))
     settings = {name: own for name, own in vars(asked.config).items() if own is not None}
     with open_tracker(asked.config.tracker, asked.run.folder, settings) as tensorboard:
-        for number, ((task, target), own) in enumerate(found.items()):
+        tensorboard.figures(0, sweep)
+        for number, own in enumerate(found.values()):
             tensorboard.log(number, to_scalars(own))
-            results.setdefault(task, []).append({"target_return": target, **to_json(own)})
-        if asked.target.sweeps:
-            tensorboard.figures(0, {"evaluation/sweep": save_sweep(asked.run.folder, results)})
-        else:
-            results = {task: own for task, [own] in results.items()}
-        write_json(asked.run.folder / "result.json", _result(asked, results, clock, played.stopped is None))
         if asked.config.video and played.stopped is None:
             _film(asked, loaded, jobs, tensorboard)
     return results

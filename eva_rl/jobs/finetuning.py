@@ -39,6 +39,7 @@ from eva_rl.data import (
     Trajectories,
     WindowSampler,
     find_source,
+    has_mirror_image,
     interface_of,
     load_dataset,
 )
@@ -96,6 +97,7 @@ def finetune(config: FinetuneConfig, simulators: Simulators | None = None) -> Pa
         UserError: for settings that make no sense, before anything is written; and whatever a user can mend later on.
         InUseError: if another process works in the folder, unless this run is to go on with what is there.
     """
+    config = replace(config, mirror=config.mirror and has_mirror_image(config.task))
     run = plan(config, config.task, f"{config.adapter.name}-{config.seed}")
     try:
         with (
@@ -127,14 +129,14 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
     adapter = initialised(asked, learner, clock)
     facts = facts_of(asked, base, task, learner, player.target_return)
     record = Record(asked.run.folder, facts, clock, zero_shot, dict(earlier.curve) if earlier else {})
-    write_text(make_folder(asked.run.folder) / "config.yaml", asked.run.yaml)
-    record.write()
-    print(f"run folder: {asked.run.folder}")
-    if learner.fresh_modules and player.jobs and not scores_base:
-        print(
-            "zero-shot: left out, since the base has no trained embedder and head for this task; zero_shot=true plays it"
-        )
     with open_tracker(asked.config.tracker, asked.run.folder, asked.run.protocol) as tensorboard:
+        write_text(make_folder(asked.run.folder) / "config.yaml", asked.run.yaml)
+        record.write()
+        print(f"run folder: {asked.run.folder}")
+        if learner.fresh_modules and player.jobs and not scores_base:
+            print(
+                "zero-shot: left out, as the base has no trained embedder and head for this task; zero_shot=true plays it"
+            )
         show_start(asked, adapter, zero_shot, tensorboard)
         losses = trained(asked, learner, adapter, player, record, tensorboard)
         save(asked, base, task, learner, adapter, record)
@@ -219,9 +221,8 @@ def earlier_result(asked: Asked, base: Base) -> RunResult | None:
         return None
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)
     if earlier and earlier.status == "complete":
-        interface = find_source(config.task, config.dataset, config.trust_environment).interface
-        wanted = asked.plays_zero_shot(fresh=interface not in base.model.embedders)
-        if wanted and asked.seeds and earlier.zero_shot["episode_return"] is None:
+        lacking = asked.seeds and earlier.zero_shot["episode_return"] is None
+        if lacking and config.zero_shot and config.adapter.network == "base":
             raise UserError(
                 f"'{folder}' was finished without zero-shot scores: set zero_shot=false, or another run_dir."
             )

@@ -278,10 +278,11 @@ class LibraryPolicy(ActingPolicy):
 
     def reset(self, target_return: Any = None, adapter: str | Sequence[str] | None = None) -> None:
         """Begin an episode, or several, with this adapter, or one for each; else as `ActingPolicy.reset`."""
+        self._actor = None  # no episode goes on
         if adapter is not None:
             self.use(adapter)
-            if target_return is None and len(self._numbers) > 1:
-                target_return = [self._typical(number) for number in self._numbers]
+        if target_return is None and len(self._numbers) > 1:
+            target_return = [self._typical(number) for number in self._numbers]
         super().reset(target_return)
 
     def _typical(self, number: int) -> float:
@@ -308,23 +309,30 @@ class LibraryPolicy(ActingPolicy):
     def keep(self, episodes: Sequence[int]) -> None:
         super().keep(episodes)
         if len(self._numbers) > 1:
-            self._numbers = [self._numbers[episode] for episode in episodes]
+            self._choose_adapters([self._numbers[episode] for episode in episodes])
 
     def use(self, adapter: str | Sequence[str]) -> None:
         """Act with this adapter from here on, or with one for each episode.
 
         Raises:
-            UserError: if there is none of this name.
+            UserError: if there is none of this name, or they are not one for each episode that is running.
         """
         numbers = self.adapters.numbers([adapter] if isinstance(adapter, str) else adapter)
         if not numbers:
             raise UserError("adapter=[] was given where a name, or one for each episode, was expected.")
-        if numbers == self._numbers:
-            return
+        running = len(self._actor.wanted) if self._actor is not None else None
+        if running is not None and self._acted and len(numbers) not in (1, running):
+            raise UserError(
+                f"{len(numbers)} adapters were given where one, or one for each of {running} episodes, was expected."
+            )
+        changed = numbers != self._numbers
+        self._choose_adapters(numbers)
+        if changed and running is not None and len(numbers) in (1, running):
+            self._actor.policy.use(self._spread(running))
+
+    def _choose_adapters(self, numbers: list[int]) -> None:
         self._numbers = numbers
         self.task, self.statistics = self.adapters.tasks[numbers[0]], self.adapters.statistics[numbers[0]]
-        if self._actor is not None and len(numbers) in (1, len(self._actor.wanted)):
-            self._actor.policy.use(self._spread(len(self._actor.wanted)))
 
     def _spread(self, episodes: int) -> list[int]:
         """The number of each episode's adapter."""

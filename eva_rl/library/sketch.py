@@ -125,14 +125,18 @@ def spread(rows: Tensor, count: int) -> Tensor:
 
 def states_alone(model: DecisionTransformer, interface: str, observations: Tensor) -> Tensor:
     """The trunk's features (n, 1, d) of observations (n, obs), each in a window of its own, by its state token alone."""
+    device = next(model.parameters()).device
+    observations = observations.to(device)
     n, spec = len(observations), model.interfaces[interface]
-    zeros = torch.zeros(n, 1)
+    zeros = torch.zeros(n, 1, device=device)
     batch = Batch(
         observations=observations[:, None],
-        actions=torch.zeros(n, 1, *spec.action_shape, dtype=torch.int64 if spec.choices else torch.float32),
+        actions=torch.zeros(
+            n, 1, *spec.action_shape, dtype=torch.int64 if spec.choices else torch.float32, device=device
+        ),
         returns_to_go=zeros,
         rewards=zeros,
-        mask=torch.ones(n, 1, dtype=torch.bool),
+        mask=torch.ones(n, 1, dtype=torch.bool, device=device),
         interface=interface,
     )
     return model.trunk(model.embedders[interface].embed("state", batch), tokens=("state",))
@@ -149,7 +153,7 @@ def activations(
         for rows in observations.split(BATCH)
     ]
     names = [group.layers[0] for group in parts[0][0]]
-    return {name: torch.cat([seen[name].rows for _, seen in parts]) for name in names}
+    return {name: torch.cat([seen[name].rows for _, seen in parts]).cpu() for name in names}
 
 
 def load_sketch(path: Path, interface: Interface, widths: dict[str, int]) -> Sketch:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -224,9 +223,7 @@ def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple
     try:
         if isinstance(data, Tensor):
             rows = data.cpu().numpy()
-        elif isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) or (
-            space is not None and len(space.shape or ()) != 1
-        ):
+        elif space is not None:
             rows = flatten(space, data)
         else:
             rows = np.asarray(data, np.float32)

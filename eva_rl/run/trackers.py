@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eva_rl.errors import UserError, did_you_mean, in_one_line
+from eva_rl.files import make_folder
 from eva_rl.run.result import RunResult, flat
 from eva_rl.run.tensorboard import TensorBoard, outcome
 
@@ -44,9 +45,8 @@ class Tracked(TensorBoard):
     """TensorBoard, and a tracker that is told the same."""
 
     def __init__(self, name: str, run_dir: Path, settings: Mapping[str, Any]):
+        self.tracker = _started(name, run_dir, {key: _plain(value) for key, value in flat(settings).items()})
         super().__init__(run_dir)
-        self.tracker = _started(name, run_dir)
-        self.tracker.store_init_configuration({key: _plain(value) for key, value in flat(settings).items()})
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         super().log(step, scalars)
@@ -71,13 +71,21 @@ class Tracked(TensorBoard):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.tracker.finish()
+        if error[0] is not None and self.tracker.name == "mlflow":  # accelerate has no word for a run that failed
+            import mlflow
+
+            mlflow.end_run("FAILED")
+        elif error[0] is not None and self.tracker.name == "wandb":
+            self.tracker.tracker.finish(exit_code=1)
+        else:
+            self.tracker.finish()
 
 
-def _started(name: str, run_dir: Path) -> GeneralTracker:
+def _started(name: str, run_dir: Path, settings: Mapping[str, Any]) -> GeneralTracker:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    make_folder(run_dir)
     PartialState()  # accelerate asks it which process this is
     run_name = "/".join(run_dir.resolve().parts[-2:])
     given = {
@@ -88,6 +96,7 @@ def _started(name: str, run_dir: Path) -> GeneralTracker:
     try:
         tracker = LOGGER_TYPE_TO_CLASS[name](**given)
         tracker.start()
+        tracker.store_init_configuration(settings)
     except Exception as error:
         raise UserError(
             f"tracker={name} can't start ({in_one_line(error)[:300]}): set it up as its own documentation says, or leave it out."
