@@ -1,6 +1,7 @@
 """Tasks one after the other: the measures, the methods, and going on after an interruption."""
 
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from eva_rl.continual.elastic import Elastic
 from eva_rl.continual.learners import METHODS, joined
 from eva_rl.continual.measures import area, average_performance, forgetting, forward_transfer
 from eva_rl.interface import Batch
+from eva_rl.training import TrainingConfig
 
 QUICK = [
     "tasks=[dummy/Steps-v0,dummy/Broken-v0]",
@@ -128,6 +130,23 @@ def test_an_interrupted_sequence_goes_on_and_ends_as_an_uninterrupted_one(run, b
     one, other = (Path(name, "learned-1.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == other
     assert result_of("cut")["matrix"] == result_of("whole")["matrix"]
+
+
+@pytest.mark.parametrize(("share", "old"), [(0.01, 1), (0.5, 4), (0.99, 7)])
+def test_a_batch_with_replay_has_windows_of_both_and_no_more_than_asked_for(share, old):
+    drawn = []
+
+    class Lessons:
+        replay_share = share
+        training = TrainingConfig(batch_size=8)
+
+        def sampler(self, *numbers, batch_size=None):
+            drawn.append((numbers, batch_size))
+            return types.SimpleNamespace(batch=lambda n: None)
+
+    learner = types.SimpleNamespace(lessons=Lessons())
+    learners.Shared._replayed(learner, 2)
+    assert drawn == [((2,), 8 - old), ((0, 1), old)]
 
 
 def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base):

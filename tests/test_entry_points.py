@@ -516,6 +516,17 @@ def test_the_config_of_a_run_makes_the_same_run_again(run, base):
     assert not Path("outputs").exists()
 
 
+def test_the_config_of_a_run_of_a_former_version_still_makes_it(run, base):
+    assert run("finetune", f"task={TASK}", f"base={base}", "run_dir=first", *QUICK)[0] == 0
+    lines = Path("first/config.yaml").read_text().splitlines()
+    former = [line for line in lines if not line.startswith(("mirror:", "tracker:"))]
+    assert len(former) == len(lines) - 2
+    Path("first/config.yaml").write_text("\n".join(former))
+    status, _, err = run("finetune", "--config-dir", "first", "--config-name", "config", "run_dir=second")
+    assert status == 0, err
+    assert "mirror" not in result_of(Path("second"))["settings"]
+
+
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, base, tmp_path):
     (tmp_path / "file").write_text("")
     status, _, err = run("finetune", f"task={TASK}", f"base={base}", "run_dir=file/run", *QUICK)

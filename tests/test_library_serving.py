@@ -16,6 +16,7 @@ from eva_rl.adapter.combine import COMBINATIONS, start_from
 from eva_rl.errors import UserError
 from eva_rl.library.serve import Adapters, MixedDecoder
 from eva_rl.model import Decoder, load_base
+from eva_rl.policy import ActingPolicy
 
 RANKS = {"a": 4, "b": 2, "c": 4}
 
@@ -122,6 +123,34 @@ def test_episodes_of_one_batch_take_a_name_each(library):
         assert eva_rl.load_policy(library.path(name)).act(row) == pytest.approx(action, abs=1e-4)
     policy.keep([1])
     assert policy.act_batch(seen[1:]).shape == (1, 2)
+
+
+def test_each_adapter_asks_for_its_own_tasks_return_whatever_was_before(library):
+    policy = library.policy(["a", "b", "c"])
+    returns = [1.0, 2.0, 3.0]
+    policy._typical = lambda number: returns[number]
+    asked, reset = [], ActingPolicy.reset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActingPolicy, "reset", lambda self, wanted=None: (asked.append(wanted), reset(self, wanted)))
+        policy.reset(adapter=["a", "c"])
+        policy.reset()  # the next batch of the same two
+        policy.act_batch(np.zeros((2, 3), np.float32))
+        policy.keep([1])
+    assert asked == [[1.0, 3.0], [1.0, 3.0]]
+    assert policy.task == library.entries[2].task
+    assert policy.statistics is policy.adapters.statistics[2]
+    policy.reset(adapter="c")
+    assert policy.statistics is policy.adapters.statistics[2]
+
+
+def test_as_many_adapters_as_episodes_are_running_or_one(library):
+    policy = library.policy()
+    seen = np.zeros((3, 3), np.float32)
+    policy.act_batch(seen, adapter=["a", "b", "a"])
+    with pytest.raises(UserError, match="2 adapters were given where one, or one for each of 3"):
+        policy.act_batch(seen, adapter=["b", "b"])
+    policy.keep([2])  # nothing had changed
+    policy.act_batch(seen[:1])
 
 
 @pytest.mark.parametrize("name", ["d", []])
