@@ -260,7 +260,7 @@ class Library:
         return start_from([self.path(match.name) for match in matches[:nearest]], weights, combination)
 
     def policy(self, names: tuple[str, ...] | list[str] | None = None, device: str = "cpu") -> LibraryPolicy:
-        """A policy that acts with any of these adapters (None: all that can be served), a name in each call of `act`.
+        """A policy that acts with any of these adapters (None: all of the library), a name in each call of `act`.
 
         Raises:
             UserError: see `eva_rl.library.serve.Adapters`.
