@@ -151,12 +151,12 @@ def test_a_folder_for_a_grid_that_cannot_be_is_one_sentence(run, base, folder):
 
 
 def test_a_bug_in_one_run_shows_its_traceback_and_the_others_go_on(run, base, monkeypatch):
-    from eva_rl import adapter
+    from eva_rl.jobs import finetuning
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(adapter, "attach", broken)
+    monkeypatch.setattr(finetuning, "attach", broken)
     status, _, err = run("finetune", "-m", f"task={TASK}", f"base={base}", "adapter=lora,full", FOLDERS, *QUICK)
     assert status == 1
     assert "in broken\n" in err

@@ -166,7 +166,7 @@ def make_rows(folder: Path) -> None:
 
     make_run(folder)
     pack(folder)
-    for file in folder.rglob("result.json"):
+    for file in [*folder.rglob("result.json")]:
         file.unlink()
         (file.parent / "config.yaml").unlink()
         file.parent.rmdir()
