@@ -156,6 +156,9 @@ def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base
     result = result_of("alone")
     result["curves"] = [[[0, 0.0], [4, 1.0]], [[0, 0.0], [4, 1.0]]]
     Path("alone/result.json").write_text(json.dumps(result))
+    status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=other", "seed=7")
+    assert status == 1
+    assert "reference=alone has seed=0, but this run has 7" in err
     status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=run")
     assert status == 0, err
     assert result_of("run")["forward_transfer"] == pytest.approx(1.0)

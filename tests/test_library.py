@@ -233,6 +233,8 @@ def test_a_damaged_sketch_is_refused(library, damage):
 @pytest.mark.parametrize("count", [1, 20])
 def test_the_task_that_observations_come_from_is_found(library, name, count):
     seen = episodes(name, MEANS[name], seed=1).observations[:count].numpy()
+    with pytest.raises(UserError, match="transitions=0 was given"):
+        library.which(seen, transitions=0)
     ranking = library.which(seen)
     assert ranking.best.name == name
     assert ranking.matches[0].low < ranking.matches[0].share < ranking.matches[0].high

@@ -81,7 +81,7 @@ def main(config: ContinualConfig) -> None:
     tasks = [source.task for source in sources]
     if len(set(tasks)) < max(len(tasks), 2):
         raise UserError(f"tasks={','.join(config.tasks)} was given where two tasks at least, each once, were expected.")
-    reference = reference_curves(Path(config.reference), tasks, config.steps) if config.reference else None
+    reference = reference_curves(Path(config.reference), tasks, vars(config)) if config.reference else None
     run_dir = run_folder(config.run_dir, "continual", f"{config.method}-{config.seed}")
     check_run_folder(run_dir, config.resume)
     with alone_in(run_dir), Simulators(config.workers) as simulators:

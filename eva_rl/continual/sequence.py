@@ -86,19 +86,27 @@ def _result(
     }
 
 
-def reference_curves(folder: Path, tasks: Sequence[str], steps: int) -> list[Curve]:
+SAME = ("steps", "evaluations", "episodes", "demonstrations", "seed", "base")
+"""What a run and its reference must have in common."""
+
+
+def reference_curves(folder: Path, tasks: Sequence[str], wanted: Mapping[str, Any]) -> list[Curve]:
     """Each task's curve in a finished run of method=alone.
 
+    wanted: the values of `SAME`.
+
     Raises:
-        UserError: if it is none, or has not these tasks or steps.
+        UserError: if it is none, or has not these tasks or settings.
     """
     result = read_json(folder / RESULT)
     if not isinstance(result, dict) or result.get("method") != "alone" or result.get("status") != "complete":
         raise UserError(f"reference={folder} is no finished run of method=alone: run that first.")
     curves = dict(zip(result["tasks"], result["curves"], strict=True))
-    if result.get("steps") != steps or any(task not in curves for task in tasks):
+    if missing := [task for task in tasks if task not in curves]:
+        raise UserError(f"reference={folder} has not the task '{missing[0]}': it must have these {len(tasks)}.")
+    if other := [name for name in SAME if result.get(name) != wanted[name]]:
         raise UserError(
-            f"reference={folder} has other tasks or steps: it must have these {len(tasks)} and steps={steps}."
+            f"reference={folder} has {other[0]}={result.get(other[0])}, but this run has {wanted[other[0]]}."
         )
     return [curves[task] for task in tasks]
 

@@ -93,6 +93,8 @@ def rank(
     """
     from eva_rl.library.index import INDEX
 
+    if transitions is not None and transitions < 1:
+        raise UserError(f"transitions={transitions} was given where at least 1 was expected.")
     sketches, observations, interface = _matching(library, data)
     observations = spread(observations[:transitions], ROWS)
     model, names = library.base.model, list(sketches)
