@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import as_it_was
-from eva_rl.adapter.starts import TaskData, lora_layers, plain
+from eva_rl.adapter.starts import TaskData, lora_layers, plain, start_at
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
@@ -63,9 +63,7 @@ def lora_da(
             if not own.rows:
                 raise UserError(f"LoRA-DA: the loss has no gradient at layer '{name}': leave it out of the adapter.")
             a, b = directions(own, layer.r["default"], beta)
-            pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            for parameter, value in zip(pair, (a, b), strict=True):
-                parameter.data = (value / gamma**0.5).to(parameter.dtype).contiguous()
+            start_at(layer, a / gamma**0.5, b / gamma**0.5)
     return peft_model, {}
 
 

@@ -210,9 +210,7 @@ def lora_one(
             rank = layer.r["default"]
             u, s, vt = torch.linalg.svd(-_oriented(layer, gradient).float(), full_matrices=False)
             root = (s[:rank] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
-            pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            for parameter, value in zip(pair, (root[:, None] * vt[:rank], u[:, :rank] * root), strict=True):
-                parameter.data = value.to(parameter.dtype).contiguous()
+            start_at(layer, root[:, None] * vt[:rank], u[:, :rank] * root)
     return peft_model, {}
 
 
@@ -247,11 +245,16 @@ def _oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
     return weight.T if layer.fan_in_fan_out else weight
 
 
-def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
-    """Start LoRA at A (r, in) and B (out, r), and take their product out of the base's weight."""
+def start_at(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+    """Start LoRA at A (r, in) and B (out, r)."""
     pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     for parameter, value in zip(pair, (a, b), strict=True):
         parameter.data = value.to(parameter.dtype).contiguous()
+
+
+def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+    """Start LoRA at A (r, in) and B (out, r), and take their product out of the base's weight."""
+    start_at(layer, a, b)
     base = layer.get_base_layer().weight
     base.data = (base.data.float() - layer.get_delta_weight("default")).to(base.dtype)
 

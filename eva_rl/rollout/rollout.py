@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from eva_rl.cores import GUARD
 from eva_rl.errors import UserError
-from eva_rl.prepared import PreparedEnv
+from eva_rl.prepared import Prepared, PreparedEnv, members_of
 from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, parts_of, spaces_from_text
@@ -96,7 +96,8 @@ def rollout(
             dying.
     """
     limits = _limits(jobs, interface, max_steps, longest)
-    jobs = [replace(job, make_env=prepared_for(interface, job.make_env)) for job in jobs]
+    prepared = preparing(interface)
+    jobs = [replace(job, make_env=prepared(job.make_env)) for job in jobs]
     size = min(GROUP, -(-len(jobs) // max(simulators.workers, 1)))
     groups = [_Group(range(i, min(i + size, len(jobs))), jobs, limits) for i in range(0, len(jobs), size)]
     rows = {} if finished is None else finished
@@ -125,9 +126,12 @@ def rollout(
     return Episodes.of([rows[number] for number in range(len(jobs))])
 
 
-def prepared_for(interface: Interface, make_env: Callable[..., gym.Env]) -> Callable[..., gym.Env]:
-    """Makes the environment with its text and large pictures prepared as the model's training data were."""
-    return PreparedEnv(make_env, spaces_from_text(interface.spaces)[0]) if interface.spaces else make_env
+def preparing(interface: Interface) -> Callable[[Callable[..., gym.Env]], Callable[..., gym.Env]]:
+    """From what makes an environment to what makes it with its text and large pictures prepared as the model's training data were."""
+    space = spaces_from_text(interface.spaces)[0] if interface.spaces else None
+    if space is None or not any(isinstance(member, Prepared) for member in members_of(space)):
+        return lambda make_env: make_env
+    return lambda make_env: PreparedEnv(make_env, space)
 
 
 def _show(bar: tqdm, groups: Sequence[_Group], limit: int) -> None:
@@ -205,7 +209,7 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int |
     Raises:
         UserError: unless the environment's observations and actions are those of `interface`.
     """
-    env = prepared_for(interface, make_env)()
+    env = preparing(interface)(make_env)()
     env.close()
     name = f"The environment '{env.spec.id if env.spec else env}'"
     try:
