@@ -130,6 +130,11 @@ class Attentive(nn.Module):
         return self.layer(y) + z.mean(0)[:, None]
 
 
+def vit_config() -> transformers.ViTConfig:
+    sizes = {name: size for name, size in TINY.items() if name != "vocab_size"}
+    return transformers.ViTConfig(**sizes, intermediate_size=48, image_size=16, patch_size=4)
+
+
 KINDS = {
     "gpt2": Kind(
         lambda: transformers.GPT2LMHeadModel(
@@ -151,26 +156,12 @@ KINDS = {
     "t5": Kind(t5, of_both(6), ["q", "k", "v", "wi", "wo"], mask_of_both),
     "t5 of equal lengths": Kind(t5, of_both(8), ["q", "k", "v", "wi", "wo"], mask_of_both),
     "vit": Kind(
-        lambda: transformers.ViTForImageClassification(
-            transformers.ViTConfig(
-                **{k: v for k, v in TINY.items() if k != "vocab_size"},
-                intermediate_size=48,
-                image_size=16,
-                patch_size=4,
-            )
-        ),
+        lambda: transformers.ViTForImageClassification(vit_config()),
         images,
         "all-linear",
     ),
     "vit's patches": Kind(
-        lambda: transformers.ViTModel(
-            transformers.ViTConfig(
-                **{k: v for k, v in TINY.items() if k != "vocab_size"},
-                intermediate_size=48,
-                image_size=16,
-                patch_size=4,
-            )
-        ),
+        lambda: transformers.ViTModel(vit_config()),
         images,
         ["projection"],
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -215,16 +216,7 @@ def work(process: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they found in every scenario."""
-    folder = tmp_path_factory.mktemp("distributed")
-    context = torch.multiprocessing.spawn(work, (folder,), nprocs=2, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
+    return in_two_processes(work, tmp_path_factory.mktemp("distributed"), SECONDS)
 
 
 def found_in(folder: Path, scenario: str) -> list[dict[str, torch.Tensor]]:

@@ -1,6 +1,5 @@
 """Two processes that each hold half of every weight (FSDP2) end with the same A, that of one process with all weights and rows."""
 
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import EvaConfig, LoraConfig, get_peft_model
+from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,16 +93,7 @@ def work(process: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    context = torch.multiprocessing.spawn(work, (folder,), nprocs=2, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
+    return in_two_processes(work, tmp_path_factory.mktemp("sharded"), SECONDS)
 
 
 @pytest.mark.parametrize(("name", "rho"), [("bare", 2.0), ("wrapped", 1.0)])
