@@ -160,7 +160,7 @@ class PreparedEnv:
 
 def members_of(space: gym.Space) -> list[gym.Space]:
     """The members of a Dict or Tuple that have no members, in the order of the flat observation; any other space itself."""
-    return [member for member, _ in _leaves(space, None)]
+    return [member for member, _ in leaves(space, None)]
 
 
 def _alike(space: gym.Space, known: gym.Space) -> bool:
@@ -188,7 +188,7 @@ def _with_words(space: gym.Space, members: list[gym.Space], episodes: Iterable[A
     counts: dict[int, Counter[str]] = {number: Counter() for number in texts}
     lengths = dict.fromkeys(texts, 1)
     for episode in episodes:
-        shown = [values for _, values in _leaves(space, episode)]
+        shown = [values for _, values in leaves(space, episode)]
         for number in texts:
             for text, times in Counter(np.asarray(shown[number]).ravel().tolist()).items():
                 words = words_of(text)
@@ -203,14 +203,14 @@ def _most_frequent(counts: Counter[str]) -> list[str]:
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]]
 
 
-def _leaves(space: gym.Space, observation: Any) -> Iterator[tuple[gym.Space, Any]]:
+def leaves(space: gym.Space, observation: Any) -> Iterator[tuple[gym.Space, Any]]:
     """The members that have no members, in the order of the flat observation, and what was observed in them if anything was."""
     if isinstance(space, gym.spaces.Dict):
         for key in sorted(space):
-            yield from _leaves(space[key], observation and observation[key])
+            yield from leaves(space[key], observation and observation[key])
     elif isinstance(space, gym.spaces.Tuple):
         for number, member in enumerate(space):
-            yield from _leaves(member, observation and observation[number])
+            yield from leaves(member, observation and observation[number])
     else:
         yield space, observation
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
+from eva_rl.prepared import leaves
 from eva_rl.spaces import Part, action_choices, first_choice, flatten, parts_of, spaces_to_text
 
 SMALL_PART = 0.1
@@ -196,7 +197,7 @@ def _checked_labels(name: str, labels: np.ndarray, actions: np.ndarray) -> np.nd
 def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None:
     """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
     first, lost = 0, []
-    for member, values in _leaves(space, observations):
+    for member, values in leaves(space, observations):
         numbers = np.asarray(values)
         size = sum(part.size for part in parts_of(member))
         if numbers.dtype in (np.float64, np.int64, np.uint64):
@@ -212,15 +213,6 @@ def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None
             "out.",
             stacklevel=2,
         )
-
-
-def _leaves(space: gym.Space, observations: Any) -> Iterator[tuple[gym.Space, Any]]:
-    """The members of a space that have no members, and what was observed in them, in the order of the flat observation."""
-    if not _nested(space):
-        yield space, observations
-        return
-    for key, member in sorted(_members(space), key=lambda pair: pair[0]):
-        yield from _leaves(member, observations[key])
 
 
 def _as_kept(actions: np.ndarray, space: gym.Space) -> np.ndarray:
