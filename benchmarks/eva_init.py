@@ -43,7 +43,7 @@ from tqdm import tqdm
 from benchmarks import language_model
 from benchmarks.measure import Memory, timed
 from eva_rl import configs
-from eva_rl.adapter.eva import EvaSettings, eva_init
+from eva_rl.adapter.eva import EvaSettings, Reading, eva_init
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
 from eva_rl.interface import Batch
@@ -141,7 +141,10 @@ def initialise(
         )
     settings = EvaSettings(rho=job.rho, tau=job.tau, max_batches=job.batches, method=job.engine)
     ranks = dict.fromkeys(names, job.rank)
-    return {n: x.components for n, x in eva_init(model, batches, ranks, settings, model.token_mask, forward).items()}
+    return {
+        n: x.components
+        for n, x in eva_init(model, batches, ranks, settings, Reading(forward, model.token_mask)).items()
+    }
 
 
 def captured(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from eva_rl.adapter import Adapter, EvaSettings, attach, load_adapter, save_adapter, starts, trainable_parameters
 from eva_rl.adapter.attach import _at_risk, _linear_layers
 from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
-from eva_rl.adapter.eva import eva_init
+from eva_rl.adapter.eva import Reading, eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.adapter.lora_da import Moments, directions, lora_da
 from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
@@ -385,7 +385,7 @@ def test_eva_sees_the_rows_that_training_sends_through_each_layer_and_no_others(
         handle.remove()
     eva_settings = EvaSettings(rho=1.0, max_batches=1, method="covariance")
     ranks = dict.fromkeys(layers, 4)
-    found = eva_init(model, [batch], ranks, eva_settings, model.token_masks, DecisionTransformer.as_trained)
+    found = eva_init(model, [batch], ranks, eva_settings, Reading(DecisionTransformer.as_trained, model.token_masks))
     masks = {mask.shape: mask for mask in (model.token_mask(batch), batch.mask)}
     for name in layers:
         rows = seen[name][masks[seen[name].shape[:-1]]]
@@ -402,8 +402,7 @@ def test_eva_sees_the_rows_that_training_sends_through_each_layer_and_no_others(
         [batch],
         ranks,
         eva_settings,
-        lambda b: model.token_masks(b, "action"),
-        lambda m, b: m.as_trained(b, "action"),
+        Reading(lambda m, b: m.as_trained(b, "action"), lambda b: model.token_masks(b, "action")),
     )
     assert {layer.rows for layer in chosen.values()} == {float(batch.mask.sum())}
 

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from eva_rl.adapter import EvaSettings, attach, load_adapter, save_adapter, trainable_parameters
-from eva_rl.adapter.eva import eva_init
+from eva_rl.adapter.eva import Reading, eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.adapter.eva.ranks import explained, redistribute
 from eva_rl.errors import UserError
@@ -106,7 +106,7 @@ def test_padding_does_not_enter(model):
     dirty = [torch.cat([batch, torch.full((8, 2, 12), 1e4)], 1) for batch in batches]
     settings = EvaSettings(max_batches=3)
     clean = eva_init(model, batches, {"q": 4, "down": 4}, settings)
-    masked = eva_init(model, dirty, {"q": 4, "down": 4}, settings, lambda x: x[..., 0] < 1e3)
+    masked = eva_init(model, dirty, {"q": 4, "down": 4}, settings, Reading(token_mask=lambda x: x[..., 0] < 1e3))
     for name in clean:
         torch.testing.assert_close(masked[name].components, clean[name].components, rtol=0, atol=1e-4)
 
@@ -265,7 +265,7 @@ def test_forward_passes_end_with_the_last_layer_that_still_moves(model):
         batches,
         {"body.q": 2, "body.down": 2},
         EvaSettings(tau=0.999, max_batches=20),
-        forward=lambda model, x: (runs.append(1), model(x)),
+        Reading(forward=lambda model, x: (runs.append(1), model(x))),
     )
     assert len(runs) > 3
     assert long.runs_of_tail == 1  # the first pass, which finds out what reads what
@@ -387,7 +387,7 @@ def test_weighting_by_gradient_maximises_the_expected_squared_gradient_of_b(mode
 
     def gradient(**options) -> float:
         settings = EvaSettings(rho=1.0, tau=1.0, max_batches=6, **options)
-        found = eva_init(model, batches, {"down": 2}, settings, forward=lambda model, b: model(b[0]), loss=loss)
+        found = eva_init(model, batches, {"down": 2}, settings, Reading(lambda model, b: model(b[0]), loss=loss))
         return squared_gradients(model, rows, targets, found["down"].components)
 
     weighted = gradient(weighting="gradient", center=False, method="covariance")
@@ -405,7 +405,7 @@ def test_weighting_by_gradient_needs_a_loss_that_reaches_the_layers(model):
     with pytest.raises(UserError, match="give `loss`"):
         eva_init(model, make_batches(1), {"q": 2}, settings)
     with pytest.raises(UserError, match="depends on the adapted layers"):
-        eva_init(model, make_batches(1), {"q": 2}, settings, loss=lambda x: x.sum())
+        eva_init(model, make_batches(1), {"q": 2}, settings, Reading(loss=lambda x: x.sum()))
 
 
 def test_the_ablations_change_the_directions_and_keep_the_ranks(model):

@@ -15,7 +15,7 @@ from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eva_rl.adapter.eva import EvaSettings, LayerResult, engine, eva_init
+from eva_rl.adapter.eva import EvaSettings, LayerResult, Reading, engine, eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.errors import UserError
 
@@ -120,7 +120,7 @@ class Scenario:
         settings = EvaSettings(**{"tau": 1.0, "max_batches": most} | self.settings | self.own[process])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine._Updates, "_beside", staticmethod(lambda device: self.beside))
-            return eva_init(Layers(), batches, RANKS, settings, rows=rows, together=self.together)
+            return eva_init(Layers(), batches, RANKS, settings, Reading(rows=rows), together=self.together)
 
 
 STREAMING, COVARIANCE = {"method": "streaming"}, {"method": "covariance"}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eva_rl.adapter.eva import EvaSettings, eva_init
+from eva_rl.adapter.eva import EvaSettings, Reading, eva_init
 from eva_rl.data import Trajectories, WindowSampler, pack
 from eva_rl.interface import Batch
 
@@ -207,9 +207,9 @@ def test_what_only_the_last_quarter_of_an_episode_shows_is_among_evas_directions
     sampler = WindowSampler([pack("late", episodes, space, CONTINUOUS)], "dummy", 5, 32, 0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 2))
     batches = (sampler.spread(n) for n in range(64))
-    found = eva_init(model, batches, {"0": 3}, EvaSettings(rho=1.0), lambda b: b.mask, lambda m, b: m(b.observations))[
-        "0"
-    ]
+    found = eva_init(
+        model, batches, {"0": 3}, EvaSettings(rho=1.0), Reading(lambda m, b: m(b.observations), lambda b: b.mask)
+    )["0"]
     rows = np.concatenate([episode["observations"] for episode in episodes])
     values = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
     held = np.trace(found.components.numpy() @ np.cov(rows.T) @ found.components.numpy().T) / values[:3].sum()

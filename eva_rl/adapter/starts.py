@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eva_rl.adapter.eva import EvaSettings, LayerResult, eva_init
+from eva_rl.adapter.eva import EvaSettings, LayerResult, Reading, eva_init
 from eva_rl.adapter.eva.directions import random_rows
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.eva.load import load_components, lora_layers
@@ -110,10 +110,7 @@ def eva(
             data.batches,
             ranks,
             settings,
-            data.token_mask,
-            data.forward,
-            data.loss,
-            rows,
+            Reading(data.forward, data.token_mask, rows, loss=data.loss),
             progress=data.progress,
             strict=data.strict,
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eva_rl.adapter import EvaSettings
-from eva_rl.adapter.eva import eva_init
+from eva_rl.adapter.eva import Reading, eva_init
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.eva.observe import discover, masked_rows
 from eva_rl.errors import UserError, in_one_line
@@ -97,7 +97,7 @@ def make_sketch(model: DecisionTransformer, interface: str, trajectories: Trajec
         (trajectories.observations[rows] for rows in seen.split(BATCH)),
         {name: min(RANK, width) for name, width in widths.items()},
         settings,
-        forward=lambda observed, rows: states_alone(observed, interface, rows),
+        Reading(forward=lambda observed, rows: states_alone(observed, interface, rows)),
         together=False,
     )
     groups = {result.group: result for result in found.values()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eva_rl.adapter.eva.engine import LayerResult, eva_init
+from eva_rl.adapter.eva.engine import LayerResult, Reading, eva_init
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.eva.load import PREFIX, load_components, lora_layers
 from eva_rl.adapter.eva.observe import Room, Rows
@@ -140,10 +140,8 @@ def get_eva_state_dict(
             _cycled(dataloader, device),
             ranks,
             own,
-            forward=forward_fn,
-            rows=tokens or rows,
             # Another function than the default may choose by the layer's name: then layers that read one tensor have rows of their own.
-            share=defaults or prepare_layer_inputs_fn is None,
+            Reading(forward_fn, rows=tokens or rows, share=defaults or prepare_layer_inputs_fn is None),
             together=gather_distributed_inputs,
             progress=show_progress_bar,
             strict=strict,

@@ -144,17 +144,37 @@ class Budget:
         return kept | redistribute(shared, total, self.costs) if shared else kept
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a batch goes through the model, and which of its rows count."""
+
+    forward: Callable[[nn.Module, Any], Any] = call
+    """Runs the model on a batch. It should send those rows through each layer that training will send through it."""
+    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None
+    """For a batch, a boolean tensor of the shape of the layers' inputs without the last dimension: only rows where it is True
+    count. Several tensors: a layer's is the one of its inputs' shape. None: all rows count."""
+    rows: Callable[[Any, Room], Rows] | None = None
+    """Chooses a batch's rows in another way than by a mask, see `Rows`."""
+    share: bool = True
+    """False: `rows` treats layers that read the same tensor differently."""
+    loss: Callable[[Any], Tensor] | None = None
+    """The loss of a batch, for `weighting="gradient"`."""
+
+    def chosen(self, batch: Any, room: Room) -> Rows:
+        """Chooses the rows of this batch that count."""
+        if self.rows is not None:
+            return self.rows(batch, room)
+        return masked_rows(None if self.token_mask is None else self.token_mask(batch), room)
+
+
 @torch.no_grad()
 def eva_init(
     model: nn.Module,
     batches: Iterable[Any],
     ranks: Mapping[str, int],
     settings: EvaSettings,
-    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
-    forward: Callable[[nn.Module, Any], Any] = call,
-    loss: Callable[[Any], Tensor] | None = None,
-    rows: Callable[[Any, Room], Rows] | None = None,
-    share: bool = True,
+    reading: Reading = Reading(),
+    *,
     together: bool = True,
     progress: bool = False,
     strict: bool = False,
@@ -170,13 +190,7 @@ def eva_init(
         ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget. Layers: linear ones,
             GPT-2's Conv1D, convolutions, and `nn.MultiheadAttention` with its `out_proj`; they may run any number of times in a
             batch.
-        token_mask: boolean tensor for a batch whose shape is that of the layers' inputs without the last dimension;
-            only rows where it is True count. Several tensors: a layer's is the one of its inputs' shape. None: all do.
-        forward: runs the model on a batch. The rows that count are those it sends through each layer: they should be those
-            that training will send through it.
-        loss: the loss of a batch, for `weighting="gradient"`.
-        rows: chooses a batch's rows in another way than by a mask, see `Rows`.
-        share: False: `rows` treats layers that read the same tensor differently.
+        reading: how batches go through the model, and which of their rows count.
         together: False: leave other processes out of it.
         progress: show a progress bar.
         strict: raise, in place of a warning, if a layer can have no directions.
@@ -191,8 +205,8 @@ def eva_init(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     peers = Peers(device, together)
     peers.check_alike("ranks or settings", (sorted(ranks.items()), settings))
-    readers = peers.attempt(lambda: _checked_readers(model, ranks, settings, loss, strict))
-    run = _Run(model, readers, ranks, settings, peers, forward, token_mask, loss, rows, share)
+    readers = peers.attempt(lambda: _checked_readers(model, ranks, settings, reading.loss, strict))
+    run = _Run(model, readers, ranks, settings, peers, reading)
     needed: Sequence[_Stream] = ()  # as of the last update waited for, so that no result depends on timing
     taken, bar = 0, tqdm(total=settings.max_batches, desc="EVA", unit="batch", leave=False, disable=not progress)
     with as_it_was(model), bar, _Updates(device) as updates:
@@ -258,11 +272,7 @@ class _Run:
     ranks: Mapping[str, int]
     settings: EvaSettings
     peers: Peers
-    forward: Callable[[nn.Module, Any], Any]
-    token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None
-    loss: Callable[[Any], Tensor] | None
-    rows: Callable[[Any, Room], Rows] | None
-    share: bool
+    reading: Reading
     streams: list[_Stream] = field(default_factory=list)
     steady: dict[str, bool] = field(default_factory=dict)
     """For each layer: did it run exactly once in every pass that was seen to its end?"""
@@ -279,22 +289,21 @@ class _Run:
 
         `alone`: no update is still reading the rows of the last batch.
         """
-        run = partial(self.forward, self.model, batch)
+        run = partial(self.reading.forward, self.model, batch)
         room = _room(active, self.settings) if alone else _no_room
-        if self.rows is not None:
-            chosen = self.rows(batch, room)
-        else:
-            chosen = masked_rows(None if self.token_mask is None else self.token_mask(batch), room)
+        chosen = self.reading.chosen(batch, room)
         weighted = self.settings.weighting == "gradient"
         groups, weights, shape = [stream.group for stream in active], None, shapes(batch)
         first = not self.steady
         if first:
-            groups, seen = discover(self.model, self.readers, run, chosen, self.share and not weighted)
+            groups, seen = discover(self.model, self.readers, run, chosen, self.reading.share and not weighted)
         elif not weighted:
             cut = not self.sharded and shape in self.whole and all(self.steady[group.layers[0]] for group in groups)
             seen = observe(self.model, groups, self.readers, run, chosen, cut)
         if weighted:
-            seen, weights = gradient_weights(self.model, groups, self.readers, partial(self.loss, batch), chosen)
+            seen, weights = gradient_weights(
+                self.model, groups, self.readers, partial(self.reading.loss, batch), chosen
+            )
         self.whole.add(shape)
         self.ran |= any(s.calls for s in seen.values())
         self.steady |= {name: self.steady.get(name, True) and s.calls == 1 for name, s in seen.items()}
