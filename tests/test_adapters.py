@@ -36,10 +36,12 @@ ALL = sorted(
 )
 WITHOUT_ADAPTER = ["none", "full", "head", "bc", "scratch"]
 METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
-BUDGETED = [name for name in METHODS if name not in ("c3a", "ia3", "road", "tinylora", "vblora", "vera")]
+WITHOUT_A_SIZE = ("c3a", "ia3", "osora", "road", "svfit", "tinylora", "vblora", "vera")
+BUDGETED = [name for name in METHODS if name not in WITHOUT_A_SIZE]
 START_AWAY_FROM_THE_BASE = [
     "lora_da",  # a step away
     "lora_one",  # likewise
+    "lora_sb",  # likewise
     "unilora",  # one vector makes A and B, so that it can't be zero
     "vblora",  # A and B are mixtures of one bank of vectors, likewise
 ]
@@ -94,7 +96,7 @@ def attached(name: str, model: DecisionTransformer, *overrides: str) -> Adapter:
     start = method.start_function()
     if method.eva is not None:
         chosen = {key: value for key, value in vars(method.eva).items() if key != "tokens"}
-        start = functools.partial(starts.eva, settings=EvaSettings(**chosen))
+        start = functools.partial(start or starts.eva, settings=EvaSettings(**chosen))
     batches = map(make_batch, itertools.count())
     return attach(model, config, batches, model.token_mask, start=start, loss=model.loss, few=4)
 
@@ -264,7 +266,7 @@ def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
     torch.testing.assert_close(actions(model.eval()), trainings(name).actions, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mica", *CHANGE_THE_BASE])
+@pytest.mark.parametrize("name", ["mica", "svfit", "lora_sb", *CHANGE_THE_BASE])
 def test_a_resumed_run_has_the_start_it_began_with(trainings, name, tmp_path):
     """Even where another machine would find singular vectors of the other sign."""
     model = make_model()

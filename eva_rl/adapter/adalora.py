@@ -21,6 +21,9 @@ class Allocator:
         self.tuner = peft_model.base_model
         self.config = peft_model.peft_config["default"]
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser is left alone."""
+
     def penalty(self) -> Tensor:
         """gamma times the mean over the matrices of ||A A^T - I||_F and ||B^T B - I||_F (eq. 4), as peft adds it."""
         norms = []

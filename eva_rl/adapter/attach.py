@@ -45,6 +45,8 @@ class Adapter:
     """What EVA found for each layer; empty for other methods."""
     initial: dict[str, tuple[Tensor, Tensor]]
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
+    companion: Any = None
+    """What else takes part in training, see `eva_rl.training.Companion`; None: nothing does."""
 
     def frozen(self) -> dict[str, Tensor]:
         """What the start decided and training does not change: a resumed run needs it as it was, to the sign of every
@@ -58,11 +60,6 @@ class Adapter:
     def merged(self) -> nn.Module:
         """A copy of the base with the adapter in its weights: it acts at the base's speed, and training goes on untouched."""
         return _merged(copy.deepcopy(self.model))
-
-    @property
-    def companion(self) -> Allocator | None:
-        """What else takes part in training, see `eva_rl.training.Companion`."""
-        return Allocator(self.model) if hasattr(self.model.base_model, "rankallocator") else None
 
 
 def attach(
@@ -111,6 +108,8 @@ def attach(
     weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
     with _undone_on_failure(model, weights):
         peft_model, found = start(model, config, data)
+        if hasattr(config, "freeze"):  # peft makes all of an adapter trainable whenever it turns it on
+            config.freeze(peft_model)
         initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
@@ -119,7 +118,14 @@ def attach(
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-    return Adapter(peft_model, found, initial)
+    return Adapter(peft_model, found, initial, _companion(peft_model, config))
+
+
+def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
+    """What the method brings along for training, see `Adapter.companion`."""
+    if hasattr(peft_model.base_model, "rankallocator"):
+        return Allocator(peft_model)
+    return config.companion(peft_model) if hasattr(config, "companion") else None
 
 
 @torch.no_grad()
@@ -237,7 +243,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, 
     config = adapter.model.peft_config["default"]
     config.base_model_name_or_path = base
     with replacing(folder) as temporary:
-        if adapter.initial:
+        if adapter.initial or hasattr(config, "put_on"):
             restored_config, tensors = restored(adapter.model, adapter.initial)
             restored_config.save_pretrained(str(temporary))
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

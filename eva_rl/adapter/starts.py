@@ -74,7 +74,10 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
 
     with warnings.catch_warnings(), _fitting():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
-        return get_peft_model(model, config), {}
+        peft_model = get_peft_model(model, config)
+    if hasattr(config, "put_on"):  # a form of LoRA that peft does not have
+        config.put_on(peft_model)
+    return peft_model, {}
 
 
 @contextmanager
@@ -166,16 +169,43 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
     for _, layer in lora_layers(model):
         base = layer.get_base_layer().weight
         rank, scale = layer.r["default"], layer.scaling["default"]
-        u, s, vt = torch.linalg.svd(_oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
+        u, s, vt = torch.linalg.svd(oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
         root = (s[-rank:] / scale).sqrt()
         _take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
     return peft_model, {}
 
 
+def with_a_loss(
+    model: nn.Module, config: LoraConfig, data: TaskData, what: str
+) -> tuple[PeftModel, list[tuple[str, LoraLayer]]]:
+    """The model with plain LoRA, and its layers by name, for a start that looks at the loss; `what` is its name.
+
+    Raises:
+        UserError: if there is no loss of a batch.
+    """
+    if data.loss is None:
+        raise UserError(f"{what} needs the loss of a batch: give `loss`.")
+    config.init_lora_weights = True
+    peft_model, _ = plain(model, config, data)
+    return peft_model, lora_layers(model)
+
+
+def with_gradients(
+    model: nn.Module, config: LoraConfig, data: TaskData, what: str
+) -> tuple[PeftModel, list[LoraLayer], list[Tensor]]:
+    """`with_a_loss`, its layers alone, and the loss's gradient in each one's weight, summed over the first few batches.
+
+    Raises:
+        UserError: if there is no loss of a batch, or no batch.
+    """
+    peft_model, named = with_a_loss(model, config, data, what)
+    layers = [layer for _, layer in named]
+    return peft_model, layers, _gradients(model, peft_model, layers, data, what)
+
+
 def _gradients(
     model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str
 ) -> list[Tensor]:
-    """The loss's gradients in the base's weights, summed over the first few batches; `what` needs them."""
     weights = [layer.get_base_layer().weight for layer in layers]
     gradients = [torch.zeros_like(weight) for weight in weights]
     with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
@@ -199,16 +229,11 @@ def lora_one(
     approximation of rank r to that step, of spectral norm s / gamma, s being LoRA's scale. The paper's text leaves the
     roots and S_1 out; this is the authors' code.
     """
-    if data.loss is None:
-        raise UserError("LoRA-One needs the loss of a batch: give `loss`.")
-    config.init_lora_weights = True
-    peft_model, _ = plain(model, config, data)
-    layers = [layer for _, layer in lora_layers(model)]
-    gradients = _gradients(model, peft_model, layers, data, "LoRA-One")
+    peft_model, layers, gradients = with_gradients(model, config, data, "LoRA-One")
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             rank = layer.r["default"]
-            u, s, vt = torch.linalg.svd(-_oriented(layer, gradient).float(), full_matrices=False)
+            u, s, vt = torch.linalg.svd(-oriented(layer, gradient).float(), full_matrices=False)
             root = (s[:rank] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
             start_at(layer, root[:, None] * vt[:rank], u[:, :rank] * root)
     return peft_model, {}
@@ -220,17 +245,13 @@ def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftM
 
     Written anew because peft's scales B by the singular values, and so with the loss, and A not at all.
     """
-    if data.loss is None:
-        raise UserError("LoRA-GA needs the loss of a batch: give `loss`.")
     gamma = config.lora_ga_config.stable_gamma if config.lora_ga_config else 16
-    config.init_lora_weights, config.lora_ga_config = True, None
-    peft_model, _ = plain(model, config, data)
-    layers = [layer for _, layer in lora_layers(model)]
-    gradients = _gradients(model, peft_model, layers, data, "LoRA-GA")
+    config.lora_ga_config = None
+    peft_model, layers, gradients = with_gradients(model, config, data, "LoRA-GA")
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             rank = layer.r["default"]
-            u, _, vt = torch.linalg.svd(_oriented(layer, gradient).float(), full_matrices=False)
+            u, _, vt = torch.linalg.svd(oriented(layer, gradient).float(), full_matrices=False)
             if 2 * rank > len(vt):
                 raise UserError(
                     f"LoRA-GA needs twice the rank in dimensions; {rank} was asked for where there are {len(vt)}."
@@ -240,7 +261,7 @@ def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftM
     return peft_model, {}
 
 
-def _oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
+def oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
     """The weight as (out, in), also where the layer keeps its transpose."""
     return weight.T if layer.fan_in_fan_out else weight
 
