@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # importing peft takes seconds
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class Allocator:
+class Pruning:
     """peft's rank allocator, its penalty and its state, see `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: PeftModel):

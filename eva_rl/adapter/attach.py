@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_rl.adapter.adalora import Allocator
+from eva_rl.adapter.adalora import Pruning
+from eva_rl.adapter.allocators import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.restore import restored
@@ -47,6 +48,8 @@ class Adapter:
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
     companion: Any = None
     """What else takes part in training, see `eva_rl.training.Companion`; None: nothing does."""
+    own_form: bool = False
+    """Whether LoRA's factors may be none of peft's, so that they are saved multiplied out."""
 
     def frozen(self) -> dict[str, Tensor]:
         """What the start decided and training does not change: a resumed run needs it as it was, to the sign of every
@@ -69,6 +72,7 @@ def attach(
     token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     fresh_modules: Sequence[str] = (),
     start: Start | None = None,
+    allocator: Allocator | None = None,
     **more: Any,
 ) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
@@ -79,6 +83,7 @@ def attach(
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
         start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
             asks for.
+        allocator: decides LoRA's ranks from outside, see `eva_rl.adapter.allocators`.
         **more: what else `TaskData` holds: `loss` of a batch, for initialisations that look at gradients; `few`, how many batches
             those without a rule of their own take; `progress`, whether to show a bar; `forward`, which runs the model on a batch and
             sends through each layer the rows that training will, as EVA's directions are theirs (by default a mapping is given by its
@@ -92,6 +97,8 @@ def attach(
     _check_free(model)
     data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
     config = copy.deepcopy(config)
+    if allocator is not None and allocator.ranks is not None:
+        config = allocator.ranks(model, config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     start = start or start_of(config)
     if (
@@ -113,18 +120,24 @@ def attach(
         initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
+        allocated = allocator is not None and allocator.put_on is not None
+        companion = allocator.put_on(peft_model) if allocated else _companion(peft_model, config)
+    _leave_casts_to_autocast(model)
+    return Adapter(peft_model, found, initial, companion, allocated or hasattr(config, "put_on"))
+
+
+def _leave_casts_to_autocast(model: nn.Module) -> None:
+    """In a model of float32 inputs of another type are autocast's, which would only turn peft's copies of them back."""
     if all(p.dtype == torch.float32 for p in model.parameters()):
-        # Then inputs of another type are autocast's, which would only turn peft's copies of them back.
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-    return Adapter(peft_model, found, initial, _companion(peft_model, config))
 
 
 def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
     """What the method brings along for training, see `Adapter.companion`."""
     if hasattr(peft_model.base_model, "rankallocator"):
-        return Allocator(peft_model)
+        return Pruning(peft_model)
     return config.companion(peft_model) if hasattr(config, "companion") else None
 
 
@@ -243,7 +256,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, 
     config = adapter.model.peft_config["default"]
     config.base_model_name_or_path = base
     with replacing(folder) as temporary:
-        if adapter.initial or hasattr(config, "put_on"):
+        if adapter.initial or adapter.own_form:
             restored_config, tensors = restored(adapter.model, adapter.initial)
             restored_config.save_pretrained(str(temporary))
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

@@ -6,7 +6,7 @@ them, o (out,) scales outputs, and K (out, r) is what L M was at the start, wher
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from eva_rl.adapter import starts
+from eva_rl.adapter.allocators import Idle
 from eva_rl.adapter.eva.directions import random_rows
 from eva_rl.adapter.eva.load import lora_layers
 
@@ -132,7 +133,7 @@ def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def lora_xs(
     model: nn.Module, config: SandwichConfig, data: starts.TaskData
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """L = U_r and R = S_r V_r^T of W = U S V^T, and a tiny random M (Bałazy et al. 2024, arXiv 2405.17604, section 3)."""
+    """L = U_r and R = S_r V_r^T of W = U S V^T, and a tiny random M (Bałazy et al. 2024, arXiv 2405.17604)."""
     config.init_lora_weights = True
     peft_model, _ = starts.plain(model, config, data)
     for _, layer in lora_layers(model):
@@ -160,7 +161,7 @@ def lora_sb(
     model: nn.Module, config: SandwichConfig, data: starts.TaskData
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
     """L = U_r, M = diag(S_r) / s and R = V_r^T of AdamW's first step of full fine-tuning, -eta sign(G) = U S V^T (Ponkshe et al.
-    2024, arXiv 2411.19557, algorithm 1), eta being the config's `step`. s L M R is that step's best approximation of rank r.
+    2024, arXiv 2411.19557), eta being the config's `step`. s L M R is that step's best approximation of rank r.
 
     Raises:
         UserError: if there is no loss of a batch.
@@ -176,7 +177,7 @@ def lora_sb(
 
 @torch.no_grad()
 def polar(model: nn.Module, config: SandwichConfig, data: starts.TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """L and R random and orthonormal, M zero (Lion et al. 2025, arXiv 2506.03133, section 3)."""
+    """L and R random and orthonormal, M zero (Lion et al. 2025, arXiv 2506.03133)."""
     config.init_lora_weights = True
     peft_model, _ = starts.plain(model, config, data)
     for _, layer in lora_layers(model):
@@ -198,9 +199,9 @@ def eva_xs(
     return peft_model, found
 
 
-class Landing:
+class Landing(Idle):
     """Keeps the sides L and R near orthonormal while they train, without a projection: PoLAR's landing field
-    (arXiv 2506.03133, eq. 5; the authors' code puts it where the gradient was). See `eva_rl.training.Companion`."""
+    (arXiv 2506.03133; the authors' code puts it where the gradient was). See `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: nn.Module, strength: float):
         self.strength = strength
@@ -219,20 +220,6 @@ class Landing:
         for p in self.rows:
             if p.grad is not None:
                 p.grad.copy_(landing_field(p.T, p.grad.T, self.strength).T)
-
-    def penalty(self) -> Tensor:
-        """None."""
-        return torch.zeros(())
-
-    def after_step(self, step: int) -> None:
-        """Nothing is done after steps."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing is remembered."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing was remembered."""
 
 
 def landing_field(x: Tensor, gradient: Tensor, strength: float) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 
 from eva_rl.adapter import (
     Adapter,
+    Allocator,
     EvaSettings,
     TaskData,
     attach,
@@ -154,6 +155,7 @@ class Asked:
     training: TrainingConfig
     recipe: Recipe
     start: starts.Start | None
+    allocator: Allocator | None
     tokens: str
     """Those of the model's that EVA looks at."""
     device: torch.device
@@ -177,6 +179,12 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     """
     method = config.adapter
     start, recipe = method.start_function(), Recipe(**config.optimizer.recipe())
+    allocator = config.allocator.allocator()
+    if allocator is not None and not method.is_lora:
+        raise UserError(
+            f"allocator={config.allocator.name} decides the ranks of LoRA, and adapter={method.name} is none: take adapter=lora or "
+            "another one of that form."
+        )
     if recipe.pairs and not method.is_lora:
         raise UserError(
             f"optimizer={recipe.name} works on LoRA's two factors, and adapter={method.name} has none: take adapter=lora or another "
@@ -195,7 +203,7 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     check_tracker(config.tracker)
     check_run(config.steps, run.checkpoints, bool(config.resume), run.identity)
     check_run_folder(run.folder, bool(config.resume))
-    return Asked(config, run, training, recipe, start, tokens, device, seeds, target)
+    return Asked(config, run, training, recipe, start, allocator, tokens, device, seeds, target)
 
 
 def training_of(config: FinetuneConfig) -> TrainingConfig:
@@ -351,7 +359,8 @@ def initialised(asked: Asked, learner: Learner, clock: Stopwatch) -> Adapter | N
                 progress=True,
                 forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
-            adapter = attach(model, learner.peft_config, data, fresh_modules=learner.fresh_modules, start=asked.start)
+            fresh = learner.fresh_modules
+            adapter = attach(model, learner.peft_config, data, None, fresh, asked.start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):
             parameter.requires_grad_(False)
