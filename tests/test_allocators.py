@@ -119,7 +119,7 @@ def test_gates_on_lora_that_does_not_start_at_zero_are_refused_and_the_model_is_
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [("sora", "gates=loose"), ("sora", "threshold=-1"), ("sora", "dense=1.0"), ("prilora", "spread=1.5")],
+    [("sora", "penalty=-1"), ("sora", "threshold=-1"), ("sora", "dense=1.0"), ("prilora", "spread=1.5")],
 )
 def test_settings_that_make_no_sense_are_refused(name, setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
@@ -142,6 +142,9 @@ def test_soras_step_solves_the_proximal_problem_of_the_l1_norm():
     grid = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
     costs = 0.5 * (grid - before[:8, None]).square() + 0.4 * grid.abs()
     torch.testing.assert_close(gates(model)[:8].double(), grid[costs.argmin(1)], rtol=0, atol=1e-4)
+    assert adapter.companion.penalty() == 0
+    adapter.companion.strength = 10.0
+    assert adapter.companion.penalty().item() == pytest.approx(10 * gates(model).abs().mean().item())
     assert before.mean().abs() < 0.4
     assert 0.7 < before.std() < 1.3
 
@@ -165,9 +168,6 @@ def test_ranks_whose_gate_is_shut_are_not_saved(tmp_path):
 def test_codyras_gates_are_all_on_for_half_of_the_steps_and_then_drawn_ever_more():
     model = make_model()
     companion = attached("codyra", model).companion
-    start = gates(model)
-    assert 0.1 <= start.min() < 0.3
-    assert 0.8 < start.max() <= 1
     taken = []
     for step in range(1, STEPS + 1):
         before = gates(model)
@@ -176,7 +176,6 @@ def test_codyras_gates_are_all_on_for_half_of_the_steps_and_then_drawn_ever_more
     assert taken[: STEPS // 2] == [0.0] * (STEPS // 2)
     rising = [0.005 * (n + 1) / (STEPS // 2) for n in range(STEPS // 2)]
     assert taken[STEPS // 2 :] == pytest.approx(rising, abs=1e-6)
-    assert companion.penalty().item() == pytest.approx(1e-4 * gates(model).abs().mean().item())
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -9,9 +9,7 @@ from eva_rl.adapter.allocators.build import Allocator, Idle, lora_pairs_at_zero
 from eva_rl.errors import UserError
 
 
-def sora(
-    threshold: float, steps: int, penalty: float = 0.0, dense: float = 0.0, ramp: bool = False, gates: str = "normal"
-) -> Allocator:
+def sora(threshold: float, steps: int, penalty: float = 0.0, dense: float = 0.0, ramp: bool = False) -> Allocator:
     """An allocator that makes the update s B diag(g) A, and after each step g <- sign(g) max(|g| - threshold, 0).
 
     Args:
@@ -19,15 +17,14 @@ def sora(
         penalty: this many times the gates' mean |g| is added to the loss, too.
         dense: the share of the steps before the first proximal one.
         ramp: whether the threshold grows from 0 over the others, as CoDyRA's does (arXiv 2412.01004).
-        gates: how they start, N(0, 1) (`normal`) or between 0.1 and 1 (`uniform`).
 
     Raises:
         UserError: if a setting makes no sense.
     """
-    if gates not in ("normal", "uniform") or threshold < 0 or penalty < 0 or not 0 <= dense < 1:
+    if threshold < 0 or penalty < 0 or not 0 <= dense < 1:
         raise UserError(
-            f"allocator.config got gates={gates}, threshold={threshold}, penalty={penalty}, dense={dense} where normal or uniform, "
-            "twice at least 0, and a share below 1 were expected."
+            f"allocator.config got threshold={threshold}, penalty={penalty}, dense={dense} where twice at least 0, and a share below 1 "
+            "were expected."
         )
 
     def put_on(peft_model: nn.Module) -> Gates:
@@ -36,8 +33,7 @@ def sora(
         found = []
         for _, layer in lora_pairs_at_zero(peft_model, "sora"):
             b = layer.lora_B["default"].weight  # (out, r)
-            middle = torch.randn(b.shape[1]) if gates == "normal" else 0.1 + 0.9 * torch.rand(b.shape[1])
-            factor = Sandwich(b, middle.to(b), trained=("left", "middle"))
+            factor = Sandwich(b, torch.randn(b.shape[1]).to(b), trained=("left", "middle"))  # gates of N(0, 1)
             layer.lora_B["default"] = factor
             found.append(factor.middle)
         return Gates(found, threshold, penalty, round(dense * steps), steps if ramp else None)
