@@ -392,8 +392,9 @@ class AdapterSettings:
 
     @property
     def is_lora(self) -> bool:
-        """Whether it is made of LoRA's two factors."""
-        return self.config is not None and str(self.config.get("_target_")).rpartition(".")[2] == "LoraConfig"
+        """Whether it is made of LoRA's two factors, and nothing else is between them."""
+        config = self.config or {}
+        return str(config.get("_target_")).rpartition(".")[2] == "LoraConfig" and not config.get("kasa_config")
 
     def peft_config(self, size: int | None = None) -> Any:
         """The peft config, of this size or as it stands.

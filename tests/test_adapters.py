@@ -39,13 +39,16 @@ METHODS = [name for name in ALL if name not in (*WITHOUT_ADAPTER, "peft")]
 WITHOUT_A_SIZE = ("c3a", "ia3", "osora", "road", "svfit", "tinylora", "vblora", "vera")
 BUDGETED = [name for name in METHODS if name not in WITHOUT_A_SIZE]
 START_AWAY_FROM_THE_BASE = [
+    "gora",  # a step away
+    "kasa",  # W loses its minor components
     "lora_da",  # a step away
     "lora_one",  # likewise
     "lora_sb",  # likewise
     "unilora",  # one vector makes A and B, so that it can't be zero
     "vblora",  # A and B are mixtures of one bank of vectors, likewise
 ]
-CHANGE_THE_BASE = ["pissa", "olora", "milora", "lora_ga", "corda"]
+CHANGE_THE_BASE = ["pissa", "olora", "milora", "lora_ga", "corda", "fila"]
+RENEW_A = ["fedsvd", "eva_fedsvd"]
 STEPS = 20
 WIDTH = 64
 TRAINING = TrainingConfig(batch_size=8, warmup=2, precision="float32", checkpoint_every=STEPS // 2)
@@ -162,6 +165,8 @@ def trainings(tmp_path_factory: pytest.TempPathFactory):
         losses = trained(adapter, model, name, folder / name / "checkpoints")
         after = dict(model.named_parameters())
         moved = [n for n, p in before.items() if not torch.equal(after[n], p)]
+        if name in RENEW_A:
+            moved = [n for n in moved if "lora_A" not in n]
         save_adapter(adapter, folder / name / "adapter", "toy")
         return Trained(
             difference, moved, losses, actions(model.eval()), folder / name / "adapter", trainable_parameters(model)
@@ -206,7 +211,7 @@ def test_on_the_shipped_bases_trunk_the_budget_is_met(name, tolerance):
 @pytest.mark.parametrize("name", METHODS)
 def test_counted_without_memory_there_are_as_many_weights_as_are_trained(trainings, name):
     method, counted = settings(name), count(make_model(), config_of(name))
-    if name.startswith("eva_") and method.eva.rho > 1:
+    if name == "gora" or (name.startswith("eva_") and method.eva.rho > 1):
         assert trainings(name).trainable == pytest.approx(counted, rel=0.05)  # less than a rank is left over
     else:
         assert trainings(name).trainable == counted

@@ -18,7 +18,8 @@ from eva_rl.adapter.adalora import Pruning
 from eva_rl.adapter.allocators import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.kinds import reader
-from eva_rl.adapter.restore import restored
+from eva_rl.adapter.kasa import Kasa
+from eva_rl.adapter.restore import restored, tensors_of
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, eva, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
@@ -138,6 +139,8 @@ def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
     """What the method brings along for training, see `Adapter.companion`."""
     if hasattr(peft_model.base_model, "rankallocator"):
         return Pruning(peft_model)
+    if getattr(config, "kasa_config", None) is not None:
+        return Kasa(peft_model)
     return config.companion(peft_model) if hasattr(config, "companion") else None
 
 
@@ -275,7 +278,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         UserError: if the folder holds no whole adapter, or one of another model; it names a tensor that is missing, unknown or not
             finite.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -287,7 +290,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         found = load_file(folder / WEIGHTS)
         peft_model = PeftModel.from_pretrained(model, str(folder))
-        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        expected = tensors_of(peft_model)
         for what, names in (
             ("lacks", expected.keys() - found.keys()),
             ("holds, beyond this model's adapter,", found.keys() - expected.keys()),

@@ -27,11 +27,7 @@ def restored(
     Args:
         initial: A0 (r, in) and B0 (out, r) of each layer that lost their product.
     """
-    from peft import get_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*invalid shape")  # of what a factor is made of, which leaves below
-        tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    tensors = tensors_of(peft_model)
     ranks, scales = {}, {}
     for name, layer in lora_layers(peft_model.base_model.model):
         a, b = (_computed(tensors, f"{PREFIX}{name}.{part}", getattr(layer, part)["default"]) for part in PARTS)
@@ -44,13 +40,24 @@ def restored(
     return config, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def tensors_of(peft_model: PeftModel) -> dict[str, Tensor]:
+    """What peft would save of the adapter, without its warning of factors that are no matrices: some are gates or biases."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*invalid shape")
+        return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
 PARTS = ("lora_A", "lora_B")
 
 
 def _computed(tensors: dict[str, Tensor], prefix: str, factor: torch.nn.Module) -> Tensor:
     """The factor's weight, in the place of which `tensors` lose what it is made of."""
-    for name in [name for name in tensors if name.startswith(f"{prefix}.") and not name.endswith(".bias")]:
+    for name in [name for name in tensors if name.startswith(f"{prefix}.")]:
         del tensors[name]
+    if getattr(factor, "bias", None) is not None:
+        tensors[f"{prefix}.bias"] = factor.bias
     return factor.weight.detach()
 
 

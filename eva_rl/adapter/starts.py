@@ -171,7 +171,7 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
         rank, scale = layer.r["default"], layer.scaling["default"]
         u, s, vt = torch.linalg.svd(oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
         root = (s[-rank:] / scale).sqrt()
-        _take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
+        take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
     return peft_model, {}
 
 
@@ -191,20 +191,22 @@ def with_a_loss(
 
 
 def with_gradients(
-    model: nn.Module, config: LoraConfig, data: TaskData, what: str
+    model: nn.Module, config: LoraConfig, data: TaskData, what: str, squared: bool = False
 ) -> tuple[PeftModel, list[LoraLayer], list[Tensor]]:
     """`with_a_loss`, its layers alone, and the loss's gradient in each one's weight, summed over the first few batches.
+
+    squared: sum the gradients' squares, entry by entry.
 
     Raises:
         UserError: if there is no loss of a batch, or no batch.
     """
     peft_model, named = with_a_loss(model, config, data, what)
     layers = [layer for _, layer in named]
-    return peft_model, layers, _gradients(model, peft_model, layers, data, what)
+    return peft_model, layers, _gradients(model, peft_model, layers, data, what, squared)
 
 
 def _gradients(
-    model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str
+    model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str, squared: bool
 ) -> list[Tensor]:
     weights = [layer.get_base_layer().weight for layer in layers]
     gradients = [torch.zeros_like(weight) for weight in weights]
@@ -213,7 +215,7 @@ def _gradients(
             weight.requires_grad_(True)
         for batch in data.first(what):
             for total, gradient in zip(gradients, torch.autograd.grad(data.loss(batch), weights), strict=True):
-                total += gradient
+                total += gradient.square() if squared else gradient
         for weight in weights:
             weight.requires_grad_(False)
     return gradients
@@ -257,7 +259,7 @@ def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftM
                     f"LoRA-GA needs twice the rank in dimensions; {rank} was asked for where there are {len(vt)}."
                 )
             c = u.shape[0] ** 0.25 / gamma**0.5
-            _take_out(layer, c * vt[:rank], c * u[:, rank : 2 * rank])
+            take_out(layer, c * vt[:rank], c * u[:, rank : 2 * rank])
     return peft_model, {}
 
 
@@ -273,11 +275,29 @@ def start_at(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
         parameter.data = value.to(parameter.dtype).contiguous()
 
 
-def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+def take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
     """Start LoRA at A (r, in) and B (out, r), and take their product out of the base's weight."""
     start_at(layer, a, b)
     base = layer.get_base_layer().weight
     base.data = (base.data.float() - layer.get_delta_weight("default")).to(base.dtype)
+
+
+@torch.no_grad()
+def abba(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """LoHa, W + s (B1 A1) * (B2 A2) entry by entry, from W = U S V^T: B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T, A2 Kaiming's, B2 zero
+    (Singhal et al. 2025, arXiv 2505.14238; the authors' code)."""
+    from peft.tuners.loha import LoHaLayer
+
+    peft_model, _ = plain(model, config, data)
+    for layer in (module for module in model.modules() if isinstance(module, LoHaLayer)):
+        b1, a1, b2, a2 = (getattr(layer, f"hada_{name}")["default"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        u, s, vt = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False)
+        root = s[: len(a1)].sqrt()
+        b1.copy_(u[:, : len(a1)] * root)
+        a1.copy_(root[:, None] * vt[: len(a1)])
+        nn.init.zeros_(b2)
+        nn.init.kaiming_uniform_(a2)
+    return peft_model, {}
 
 
 @torch.no_grad()
