@@ -271,7 +271,7 @@ def test_resumed_it_ends_as_without_an_interruption(trainings, name, tmp_path):
     torch.testing.assert_close(actions(model.eval()), trainings(name).actions, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mica", "svfit", "lora_sb", *CHANGE_THE_BASE])
+@pytest.mark.parametrize("name", ["mica", "svfit", "lora_sb", "fedsvd", *CHANGE_THE_BASE])
 def test_a_resumed_run_has_the_start_it_began_with(trainings, name, tmp_path):
     """Even where another machine would find singular vectors of the other sign."""
     model = make_model()

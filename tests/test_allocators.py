@@ -18,6 +18,7 @@ from eva_rl.adapter.allocators.prilora import depths_of
 from eva_rl.config import NO_ALLOCATOR, FinetuneConfig, choices, identity, parse, plan
 from eva_rl.errors import UserError
 from eva_rl.jobs.finetuning import asked_for
+from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.study.labels import labelled
 from eva_rl.training import Rules, Saves, train
 from eva_rl.training.optimizers import lora_pairs
@@ -105,7 +106,7 @@ def test_reports_name_the_allocator_where_there_is_one():
 @pytest.mark.parametrize("method", ["full", "ia3", "adalora", "lora_xs"])
 def test_an_allocator_without_lora_is_refused(method, tmp_path):
     config = configured("sora", f"adapter={method}", f"run_dir={tmp_path}")
-    with pytest.raises(UserError, match=f"allocator=sora decides the ranks of LoRA, and adapter={method} is none"):
+    with pytest.raises(UserError, match=f"allocator=sora works on LoRA, and adapter={method} is none"):
         asked_for(config, plan(config, config.task))
 
 
@@ -261,3 +262,65 @@ def test_an_optimiser_of_pairs_sees_no_pair_where_the_product_has_a_gate():
     model = make_model()
     attached("dylora", model)
     assert len(lora_pairs(model)) == 12
+
+
+def test_lisa_moves_the_blocks_that_were_drawn_and_what_is_in_none(tmp_path):
+    torch.manual_seed(0)
+    interface = make_model().interfaces["toy"]
+    model = DecisionTransformer(ModelConfig(layers=4, heads=2, width=32, context=6, dropout=0.0), [interface])
+    config = configured("lisa", "adapter=full", "allocator.config.every=5", "seed=1")
+    companion = config.allocator.allocator().on_all(model)
+    looks = []
+    draw = companion._draw
+
+    def look() -> None:
+        now = {n: p.detach().clone() for n, p in model.named_parameters()}
+        looks.append(now)
+        draw()
+
+    companion._draw = look
+    losses = train(
+        model, lambda n: make_batch(n % 4), model.loss, 40, TRAINING, Saves(tmp_path), Rules(companion=companion)
+    ).losses
+    assert sum(losses[-4:]) < sum(losses[:4])
+    drawn = []
+    for earlier, later in itertools.pairwise(looks):
+        names = {n for n in earlier if not torch.equal(earlier[n], later[n])}
+        drawn.append(frozenset(n.split(".")[2] for n in names if n.startswith("trunk.blocks.")))
+        assert any(not n.startswith("trunk.blocks.") for n in names)
+    assert {len(blocks) for blocks in drawn} == {2}
+    assert len(set(drawn)) > 1
+
+
+def test_lisa_with_all_weights_is_resumed_bit_for_bit(tmp_path):
+    def trained_to(folder: Path, read=lambda number: make_batch(number % 4), resume: bool = False):
+        model = make_model()
+        companion = (
+            configured("lisa", "adapter=full", "allocator.config={active: 1, every: 4}")
+            .allocator.allocator()
+            .on_all(model)
+        )
+        torch.manual_seed(1)
+        rules = Rules(companion=companion)
+        return train(model, read, model.loss, STEPS, TRAINING, Saves(folder, resume), rules).losses, model
+
+    losses, model = trained_to(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        trained_to(tmp_path / "broken", interrupted)
+    again, resumed = trained_to(tmp_path / "broken", resume=True)
+    assert again == losses
+    assert torch.equal(actions(resumed.eval()), actions(model.eval()))
+
+
+def test_lisa_goes_with_all_weights_and_with_lora_and_with_nothing_else(tmp_path):
+    for method, goes in (("full", True), ("lora", True), ("bc", False), ("ia3", False)):
+        config = configured("lisa", f"adapter={method}", f"run_dir={tmp_path}/{method}")
+        if goes:
+            assert asked_for(config, plan(config, config.task)).allocator is not None
+        else:
+            with pytest.raises(UserError, match=f"adapter={method} is none: take adapter=lora .*, adapter=full"):
+                asked_for(config, plan(config, config.task))
+    with pytest.raises(UserError, match="no list of modules"):
+        configured("lisa").allocator.allocator().on_all(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="active=0"):
+        configured("lisa", "allocator.config.active=0").allocator.allocator()

@@ -62,7 +62,7 @@ class Refactored(Idle):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every A as it is now."""
-        return {name: a.detach() for name, (a, _) in self.factors.items()}
+        return {name: a.detach().clone() for name, (a, _) in self.factors.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -179,12 +179,7 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     """
     method = config.adapter
     start, recipe = method.start_function(), Recipe(**config.optimizer.recipe())
-    allocator = config.allocator.allocator()
-    if allocator is not None and not method.is_lora:
-        raise UserError(
-            f"allocator={config.allocator.name} decides the ranks of LoRA, and adapter={method.name} is none: take adapter=lora or "
-            "another one of that form."
-        )
+    allocator = _allocator_of(config)
     if recipe.pairs and not method.is_lora:
         raise UserError(
             f"optimizer={recipe.name} works on LoRA's two factors, and adapter={method.name} has none: take adapter=lora or another "
@@ -204,6 +199,24 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     check_run(config.steps, run.checkpoints, bool(config.resume), run.identity)
     check_run_folder(run.folder, bool(config.resume))
     return Asked(config, run, training, recipe, start, allocator, tokens, device, seeds, target)
+
+
+def _allocator_of(config: FinetuneConfig) -> Allocator | None:
+    """What decides the ranks or blocks from outside.
+
+    Raises:
+        UserError: if the adapter has none.
+    """
+    allocator, method = config.allocator.allocator(), config.adapter
+    if allocator is None or method.is_lora:
+        return allocator
+    if allocator.on_all is None or method.trainable != "all" or method.network == "mlp":
+        also = "" if allocator.on_all is None else ", adapter=full"
+        raise UserError(
+            f"allocator={config.allocator.name} works on LoRA, and adapter={method.name} is none: take adapter=lora or another one of "
+            f"that form{also}."
+        )
+    return allocator
 
 
 def training_of(config: FinetuneConfig) -> TrainingConfig:
@@ -431,7 +444,7 @@ def trained(
         asked.recipe,
         config.adapter.ratios,
         dict.fromkeys(learner.fresh_modules, config.fresh_learning_rate),
-        adapter.companion if adapter else None,
+        adapter.companion if adapter else asked.allocator.on_all(model) if asked.allocator else None,
         adapter.frozen() if adapter else {},
     )
     saves = Saves(asked.run.checkpoints, bool(config.resume), asked.run.identity)

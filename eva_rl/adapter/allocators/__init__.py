@@ -1,4 +1,4 @@
-"""Ranks that are decided for LoRA from outside: before it starts, or while it trains. Each way is a file of its name."""
+"""What is decided from outside: LoRA's ranks, before it starts or while it trains, and which blocks train. A file each."""
 
 from eva_rl.adapter.allocators.build import Allocator, Idle, lora_pairs_at_zero
 

@@ -25,6 +25,8 @@ class Allocator:
     """Before the start: the model and its LoRA's config -> the config with other ranks."""
     put_on: Callable[[PeftModel], Any] | None = None
     """After the start: changes the LoRA that was made, and gives what takes part in training, see `eva_rl.training.Companion`."""
+    on_all: Callable[[nn.Module], Any] | None = None
+    """The same for a model of which all weights are trained; None: it is for LoRA alone."""
 
 
 class Idle:
