@@ -177,3 +177,25 @@ def test_eva_xs_takes_evas_settings():
         start=lambda *given: start(*given, settings=EvaSettings(rho=1.0, max_batches=1)),
     )
     assert {layer.batches for layer in found.eva.values()} == {1}
+
+
+def test_eva_xs_takes_the_ranks_that_eva_shares_out():
+    model, method = make_model(), settings("eva_xs")
+    config = method.peft_config(4)
+    config.eva_config.rho = 2.0
+    expected = make_model()(make_batch(77))
+    batches = [make_batch(number) for number in range(4)]
+    attach(model, config, batches, model.token_mask, start=method.start_function())
+    factors = [m.lora_B["default"] for _, m in model.named_modules() if hasattr(m, "lora_B")]
+    assert len({len(factor.middle) for factor in factors}) > 1
+    assert all(factor.left.any() and not factor.left.requires_grad for factor in factors)
+    assert torch.equal(model.eval()(make_batch(77)), expected)
+
+
+def test_what_left_the_weight_cancels_what_took_its_place_at_any_precision():
+    model, method = make_model(), settings("svfit")
+    config = method.peft_config(RANK)
+    config.diagonal = False
+    attach(model, config, start=method.start_function())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not model.get_submodule(LAYERS[0]).lora_B["default"].weight.any()

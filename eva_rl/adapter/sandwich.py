@@ -59,7 +59,8 @@ class Sandwich(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        product = self.left * self.middle if self.middle.ndim == 1 else self.left @ self.middle  # (out, r)
+        with torch.autocast(self.left.device.type, enabled=False):  # K would not cancel a product of fewer digits
+            product = self.left * self.middle if self.middle.ndim == 1 else self.left @ self.middle  # (out, r)
         if self.outputs is not None:
             product = self.outputs[:, None] * product
         return product if self.taken is None else product - self.taken
@@ -191,6 +192,7 @@ def eva_xs(
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
     """R = EVA's directions of the inputs, L = U_r of W = U S V^T as in LoRA-XS, and M zero: ours, of no paper."""
     peft_model, found = starts.eva(model, config, data, settings)
+    config.put_on(peft_model)  # anew, as EVA may have given layers other ranks
     with torch.no_grad():
         for _, layer in lora_layers(model):
             factor = layer.lora_B["default"]
