@@ -120,7 +120,13 @@ def test_gates_on_lora_that_does_not_start_at_zero_are_refused_and_the_model_is_
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [("sora", "penalty=-1"), ("sora", "threshold=-1"), ("sora", "dense=1.0"), ("prilora", "spread=1.5")],
+    [
+        ("sora", "penalty=-1"),
+        ("sora", "threshold=-1"),
+        ("sora", "dense=1.0"),
+        ("prilora", "spread=1.5"),
+        ("increlora", "until=0.05"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(name, setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
@@ -324,3 +330,56 @@ def test_lisa_goes_with_all_weights_and_with_lora_and_with_nothing_else(tmp_path
         configured("lisa").allocator.allocator().on_all(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="active=0"):
         configured("lisa", "allocator.config.active=0").allocator.allocator()
+
+
+def test_increloras_ranks_grow_from_a_quarter_to_all_where_the_update_matters(tmp_path):
+    model = make_model()
+    adapter = attached("increlora", model)
+    companion = adapter.companion
+    assert companion.counts == [2] * 12  # of 8, with room for 16
+    assert [layer.r["default"] for layer in companion.layers] == [16] * 12
+    trained(adapter, model, tmp_path / "checkpoints", steps=STEPS // 2 + 1)
+    assert sum(companion.counts) == 8 * 12
+    assert len(set(companion.counts)) > 1
+    worth = companion.importance * companion.uncertainty
+    most, least = worth.argmax(), worth.argmin()
+    assert companion.counts[most] > companion.counts[least]
+    for layer, count in zip(companion.layers, companion.counts, strict=True):
+        assert layer.lora_B["default"].middle[:count].all()
+        assert not layer.lora_B["default"].middle[count:].any()
+    save_adapter(adapter, tmp_path / "adapter", "toy")
+    loaded = peft.PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter")).base_model.model
+    assert [len(m.lora_A["default"].weight) for m in loaded.modules() if hasattr(m, "lora_A")] == companion.counts
+
+
+def test_increloras_importance_is_that_of_the_update_and_the_weights_gradient():
+    model = make_model()
+    companion = attached("increlora", model).companion
+    with torch.no_grad():
+        for layer in companion.layers:
+            layer.lora_B["default"].middle[:2] = torch.tensor([0.5, -1.0])
+    updates = [layer.get_delta_weight("default").detach() for layer in companion.layers]
+    weights = [layer.base_layer.weight.requires_grad_() for layer in companion.layers]
+    gradients = torch.autograd.grad(model.eval().loss(make_batch(0)), weights)
+    expected = [float((u * g).abs().sum()) / u.numel() ** 0.5 for u, g in zip(updates, gradients, strict=True)]
+    torch.testing.assert_close(companion.scores(), torch.tensor(expected), rtol=1e-3, atol=1e-7)
+    assert min(expected) > 0
+
+
+def test_a_rank_in_reserve_learns_its_directions_and_not_its_size():
+    model = make_model()
+    companion = attached("increlora", model).companion
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    companion.watch(optimizer)
+    layer = companion.layers[0]
+    gate, left = layer.lora_B["default"].middle, layer.lora_B["default"].left
+    before = left.detach().clone()
+    model.loss(make_batch(0)).backward()
+    optimizer.step()
+    assert gate[:2].all()
+    assert gate[2].item() == pytest.approx(1e-5)
+    assert not gate[3:].any()
+    moved = (left - before).abs().amax(0)
+    assert moved[2] > 0
+    assert not moved[3:].any()
