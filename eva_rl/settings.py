@@ -271,6 +271,31 @@ ADAMW = OptimizerSettings(
 """configs/optimizer/adamw.yaml, the optimiser of runs whose settings name none."""
 
 
+@dataclass(frozen=True)
+class AllocatorSettings:
+    """One way of `configs/allocator/` to decide LoRA's ranks."""
+
+    name: str
+    config: dict[str, Any] | None
+    """What makes the allocator and its `_target_`; None: the ranks stay the adapter's."""
+
+    def allocator(self) -> Any:
+        """The `eva_rl.adapter.allocators.Allocator`; None: there is none.
+
+        Raises:
+            UserError: if its settings make no sense.
+        """
+        if self.config is None:
+            return None
+        from eva_rl.config import instantiate
+
+        return instantiate(self.config)
+
+
+NO_ALLOCATOR = AllocatorSettings(name="none", config=None)
+"""configs/allocator/none.yaml, the allocator of runs whose settings name none."""
+
+
 # What Python's callers leave open, `eva_rl.execute` reads in configs/, as the commands do.
 SMALL: Any = "small"
 """`configs/model/small.yaml`"""
@@ -367,8 +392,9 @@ class AdapterSettings:
 
     @property
     def is_lora(self) -> bool:
-        """Whether it is made of LoRA's two factors."""
-        return self.config is not None and str(self.config.get("_target_")).rpartition(".")[2] == "LoraConfig"
+        """Whether it is made of LoRA's two factors, and nothing else is between them."""
+        config = self.config or {}
+        return str(config.get("_target_")).rpartition(".")[2] == "LoraConfig" and not config.get("kasa_config")
 
     def peft_config(self, size: int | None = None) -> Any:
         """The peft config, of this size or as it stands.
@@ -428,6 +454,8 @@ class FinetuneConfig:
     resume: bool | None = None
     optimizer: OptimizerSettings = ADAMW
     """In Python also the name of a file of `configs/optimizer/`."""
+    allocator: AllocatorSettings = NO_ALLOCATOR
+    """In Python also the name of a file of `configs/allocator/`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh_learning_rate < math.inf:

@@ -577,6 +577,9 @@ class Pull:
     def __init__(self, model: nn.Linear):
         self.model, self.steps = model, []
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
     def penalty(self) -> Tensor:
         return self.model.weight.sum()
 
@@ -599,6 +602,7 @@ def test_a_companions_penalty_is_learned_from_and_no_part_of_the_losses(tmp_path
     )
     assert found.losses == [0.0] * 3
     assert companion.steps == [1, 2, 3]
+    assert companion.optimizer.param_groups[0]["params"] == [model.weight]
     assert model.weight.item() < before - 0.05
 
 

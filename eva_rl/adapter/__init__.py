@@ -1,6 +1,7 @@
 """Frozen model and batches -> peft model with an initialised adapter. Knows no model and no dataset of this project."""
 
 from eva_rl.adapter import starts
+from eva_rl.adapter.allocators import Allocator
 from eva_rl.adapter.attach import Adapter, attach, load_adapter, save_adapter, trainable_parameters
 from eva_rl.adapter.budget import within_budget
 from eva_rl.adapter.eva import EvaSettings
@@ -8,6 +9,7 @@ from eva_rl.adapter.starts import TaskData
 
 __all__ = [
     "Adapter",
+    "Allocator",
     "EvaSettings",
     "TaskData",
     "attach",

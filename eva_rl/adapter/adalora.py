@@ -14,12 +14,15 @@ if TYPE_CHECKING:  # importing peft takes seconds
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class Allocator:
+class Pruning:
     """peft's rank allocator, its penalty and its state, see `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: PeftModel):
         self.tuner = peft_model.base_model
         self.config = peft_model.peft_config["default"]
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser is left alone."""
 
     def penalty(self) -> Tensor:
         """gamma times the mean over the matrices of ||A A^T - I||_F and ||B^T B - I||_F (eq. 4), as peft adds it."""

@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_rl.adapter.adalora import Allocator
+from eva_rl.adapter.adalora import Pruning
+from eva_rl.adapter.allocators import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.kinds import reader
-from eva_rl.adapter.restore import restored
+from eva_rl.adapter.kasa import Kasa
+from eva_rl.adapter.restore import restored, tensors_of
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.adapter.starts import LEAVE_THE_BASE, Start, TaskData, eva, lora_layers, start_of
 from eva_rl.errors import UserError, in_one_line
@@ -45,6 +47,10 @@ class Adapter:
     """What EVA found for each layer; empty for other methods."""
     initial: dict[str, tuple[Tensor, Tensor]]
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
+    companion: Any = None
+    """What else takes part in training, see `eva_rl.training.Companion`; None: nothing does."""
+    own_form: bool = False
+    """Whether LoRA's factors may be none of peft's, so that they are saved multiplied out."""
 
     def frozen(self) -> dict[str, Tensor]:
         """What the start decided and training does not change: a resumed run needs it as it was, to the sign of every
@@ -59,11 +65,6 @@ class Adapter:
         """A copy of the base with the adapter in its weights: it acts at the base's speed, and training goes on untouched."""
         return _merged(copy.deepcopy(self.model))
 
-    @property
-    def companion(self) -> Allocator | None:
-        """What else takes part in training, see `eva_rl.training.Companion`."""
-        return Allocator(self.model) if hasattr(self.model.base_model, "rankallocator") else None
-
 
 def attach(
     model: nn.Module,
@@ -72,6 +73,7 @@ def attach(
     token_mask: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
     fresh_modules: Sequence[str] = (),
     start: Start | None = None,
+    allocator: Allocator | None = None,
     **more: Any,
 ) -> Adapter:
     """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
@@ -82,6 +84,7 @@ def attach(
         fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
         start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
             asks for.
+        allocator: decides LoRA's ranks from outside, see `eva_rl.adapter.allocators`.
         **more: what else `TaskData` holds: `loss` of a batch, for initialisations that look at gradients; `few`, how many batches
             those without a rule of their own take; `progress`, whether to show a bar; `forward`, which runs the model on a batch and
             sends through each layer the rows that training will, as EVA's directions are theirs (by default a mapping is given by its
@@ -95,6 +98,8 @@ def attach(
     _check_free(model)
     data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
     config = copy.deepcopy(config)
+    if allocator is not None and allocator.ranks is not None:
+        config = allocator.ranks(model, config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     start = start or start_of(config)
     if (
@@ -111,15 +116,32 @@ def attach(
     weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
     with _undone_on_failure(model, weights):
         peft_model, found = start(model, config, data)
+        if hasattr(config, "freeze"):  # peft makes all of an adapter trainable whenever it turns it on
+            config.freeze(peft_model)
         initial = _taken_out(model, weights)
         if initial and config.use_dora:
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
+        allocated = allocator is not None and allocator.put_on is not None
+        companion = allocator.put_on(peft_model) if allocated else _companion(peft_model, config)
+    _leave_casts_to_autocast(model)
+    return Adapter(peft_model, found, initial, companion, allocated or hasattr(config, "put_on"))
+
+
+def _leave_casts_to_autocast(model: nn.Module) -> None:
+    """In a model of float32 inputs of another type are autocast's, which would only turn peft's copies of them back."""
     if all(p.dtype == torch.float32 for p in model.parameters()):
-        # Then inputs of another type are autocast's, which would only turn peft's copies of them back.
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-    return Adapter(peft_model, found, initial)
+
+
+def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
+    """What the method brings along for training, see `Adapter.companion`."""
+    if hasattr(peft_model.base_model, "rankallocator"):
+        return Pruning(peft_model)
+    if getattr(config, "kasa_config", None) is not None:
+        return Kasa(peft_model)
+    return config.companion(peft_model) if hasattr(config, "companion") else None
 
 
 @torch.no_grad()
@@ -237,7 +259,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, 
     config = adapter.model.peft_config["default"]
     config.base_model_name_or_path = base
     with replacing(folder) as temporary:
-        if adapter.initial:
+        if adapter.initial or adapter.own_form:
             restored_config, tensors = restored(adapter.model, adapter.initial)
             restored_config.save_pretrained(str(temporary))
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -256,7 +278,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         UserError: if the folder holds no whole adapter, or one of another model; it names a tensor that is missing, unknown or not
             finite.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -268,7 +290,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         found = load_file(folder / WEIGHTS)
         peft_model = PeftModel.from_pretrained(model, str(folder))
-        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        expected = tensors_of(peft_model)
         for what, names in (
             ("lacks", expected.keys() - found.keys()),
             ("holds, beyond this model's adapter,", found.keys() - expected.keys()),

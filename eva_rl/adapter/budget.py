@@ -68,6 +68,8 @@ def count(model: nn.Module, config: PeftConfig) -> int:
                 made = get_peft_model(copy.deepcopy(model).to_empty(device="cpu"), config)
     except (ValueError, TypeError) as error:
         raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
+    if hasattr(config, "put_on"):
+        config.put_on(made)
     counters = sum(p.numel() for name, p in made.named_parameters() if "ranknum" in name and p.requires_grad)
     return trainable_parameters(made) - counters  # AdaLoRA's, which peft forgets to freeze where there is no memory
 

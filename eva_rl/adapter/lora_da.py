@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.observe import as_it_was
-from eva_rl.adapter.starts import TaskData, lora_layers, plain, start_at
+from eva_rl.adapter.starts import TaskData, start_at, with_a_loss
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
@@ -51,11 +51,7 @@ def lora_da(
     Raises:
         UserError: if there is no loss of a batch, or a layer has no gradient.
     """
-    if data.loss is None:
-        raise UserError("LoRA-DA needs the loss of a batch: give `loss`.")
-    config.init_lora_weights = True
-    peft_model, _ = plain(model, config, data)
-    layers = lora_layers(model)
+    peft_model, layers = with_a_loss(model, config, data, "LoRA-DA")
     with peft_model.disable_adapter():
         moments = _observed(model, [layer for _, layer in layers], data)
     with torch.no_grad():

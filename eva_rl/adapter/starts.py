@@ -74,7 +74,10 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
 
     with warnings.catch_warnings(), _fitting():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
-        return get_peft_model(model, config), {}
+        peft_model = get_peft_model(model, config)
+    if hasattr(config, "put_on"):  # a form of LoRA that peft does not have
+        config.put_on(peft_model)
+    return peft_model, {}
 
 
 @contextmanager
@@ -163,16 +166,45 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
     for _, layer in lora_layers(model):
         base = layer.get_base_layer().weight
         rank, scale = layer.r["default"], layer.scaling["default"]
-        u, s, vt = torch.linalg.svd(_oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
+        u, s, vt = torch.linalg.svd(oriented(layer, base).float(), full_matrices=False)  # (out, m), (m,), (m, in)
         root = (s[-rank:] / scale).sqrt()
-        _take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
+        take_out(layer, root[:, None] * vt[-rank:], u[:, -rank:] * root)
     return peft_model, {}
 
 
+def with_a_loss(
+    model: nn.Module, config: LoraConfig, data: TaskData, what: str
+) -> tuple[PeftModel, list[tuple[str, LoraLayer]]]:
+    """The model with plain LoRA, and its layers by name, for a start that looks at the loss; `what` is its name.
+
+    Raises:
+        UserError: if there is no loss of a batch.
+    """
+    if data.loss is None:
+        raise UserError(f"{what} needs the loss of a batch: give `loss`.")
+    config.init_lora_weights = True
+    peft_model, _ = plain(model, config, data)
+    return peft_model, lora_layers(model)
+
+
+def with_gradients(
+    model: nn.Module, config: LoraConfig, data: TaskData, what: str, squared: bool = False
+) -> tuple[PeftModel, list[LoraLayer], list[Tensor]]:
+    """`with_a_loss`, its layers alone, and the loss's gradient in each one's weight, summed over the first few batches.
+
+    squared: sum the gradients' squares, entry by entry.
+
+    Raises:
+        UserError: if there is no loss of a batch, or no batch.
+    """
+    peft_model, named = with_a_loss(model, config, data, what)
+    layers = [layer for _, layer in named]
+    return peft_model, layers, _gradients(model, peft_model, layers, data, what, squared)
+
+
 def _gradients(
-    model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str
+    model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str, squared: bool
 ) -> list[Tensor]:
-    """The loss's gradients in the base's weights, summed over the first few batches; `what` needs them."""
     weights = [layer.get_base_layer().weight for layer in layers]
     gradients = [torch.zeros_like(weight) for weight in weights]
     with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
@@ -180,7 +212,7 @@ def _gradients(
             weight.requires_grad_(True)
         for batch in data.first(what):
             for total, gradient in zip(gradients, torch.autograd.grad(data.loss(batch), weights), strict=True):
-                total += gradient
+                total += gradient.square() if squared else gradient
         for weight in weights:
             weight.requires_grad_(False)
     return gradients
@@ -196,16 +228,11 @@ def lora_one(
     approximation of rank r to that step, of spectral norm s / gamma, s being LoRA's scale. The paper's text leaves the
     roots and S_1 out; this is the authors' code.
     """
-    if data.loss is None:
-        raise UserError("LoRA-One needs the loss of a batch: give `loss`.")
-    config.init_lora_weights = True
-    peft_model, _ = plain(model, config, data)
-    layers = [layer for _, layer in lora_layers(model)]
-    gradients = _gradients(model, peft_model, layers, data, "LoRA-One")
+    peft_model, layers, gradients = with_gradients(model, config, data, "LoRA-One")
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             rank = layer.r["default"]
-            u, s, vt = torch.linalg.svd(-_oriented(layer, gradient).float(), full_matrices=False)
+            u, s, vt = torch.linalg.svd(-oriented(layer, gradient).float(), full_matrices=False)
             root = (s[:rank] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
             start_at(layer, root[:, None] * vt[:rank], u[:, :rank] * root)
     return peft_model, {}
@@ -217,27 +244,23 @@ def lora_ga(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftM
 
     Written anew because peft's scales B by the singular values, and so with the loss, and A not at all.
     """
-    if data.loss is None:
-        raise UserError("LoRA-GA needs the loss of a batch: give `loss`.")
     gamma = config.lora_ga_config.stable_gamma if config.lora_ga_config else 16
-    config.init_lora_weights, config.lora_ga_config = True, None
-    peft_model, _ = plain(model, config, data)
-    layers = [layer for _, layer in lora_layers(model)]
-    gradients = _gradients(model, peft_model, layers, data, "LoRA-GA")
+    config.lora_ga_config = None
+    peft_model, layers, gradients = with_gradients(model, config, data, "LoRA-GA")
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             rank = layer.r["default"]
-            u, _, vt = torch.linalg.svd(_oriented(layer, gradient).float(), full_matrices=False)
+            u, _, vt = torch.linalg.svd(oriented(layer, gradient).float(), full_matrices=False)
             if 2 * rank > len(vt):
                 raise UserError(
                     f"LoRA-GA needs twice the rank in dimensions; {rank} was asked for where there are {len(vt)}."
                 )
             c = u.shape[0] ** 0.25 / gamma**0.5
-            _take_out(layer, c * vt[:rank], c * u[:, rank : 2 * rank])
+            take_out(layer, c * vt[:rank], c * u[:, rank : 2 * rank])
     return peft_model, {}
 
 
-def _oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
+def oriented(layer: LoraLayer, weight: Tensor) -> Tensor:
     """The weight as (out, in), also where the layer keeps its transpose."""
     return weight.T if layer.fan_in_fan_out else weight
 
@@ -249,11 +272,29 @@ def start_at(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
         parameter.data = value.to(parameter.dtype).contiguous()
 
 
-def _take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+def take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
     """Start LoRA at A (r, in) and B (out, r), and take their product out of the base's weight."""
     start_at(layer, a, b)
     base = layer.get_base_layer().weight
     base.data = (base.data.float() - layer.get_delta_weight("default")).to(base.dtype)
+
+
+@torch.no_grad()
+def abba(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
+    """LoHa, W + s (B1 A1) * (B2 A2) entry by entry, from W = U S V^T: B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T, A2 Kaiming's, B2 zero
+    (Singhal et al. 2025, arXiv 2505.14238; the authors' code)."""
+    from peft.tuners.loha import LoHaLayer
+
+    peft_model, _ = plain(model, config, data)
+    for layer in (module for module in model.modules() if isinstance(module, LoHaLayer)):
+        b1, a1, b2, a2 = (getattr(layer, f"hada_{name}")["default"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        u, s, vt = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False)
+        root = s[: len(a1)].sqrt()
+        b1.copy_(u[:, : len(a1)] * root)
+        a1.copy_(root[:, None] * vt[: len(a1)])
+        nn.init.zeros_(b2)
+        nn.init.kaiming_uniform_(a2)
+    return peft_model, {}
 
 
 @torch.no_grad()

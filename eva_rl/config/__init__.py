@@ -11,7 +11,9 @@ from eva_rl.config.parse import parse, setting_names
 from eva_rl.config.targets import instantiate
 from eva_rl.settings import (
     ADAMW,
+    NO_ALLOCATOR,
     AdapterSettings,
+    AllocatorSettings,
     CollectConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -26,7 +28,9 @@ from eva_rl.settings import (
 
 __all__ = [
     "ADAMW",
+    "NO_ALLOCATOR",
     "AdapterSettings",
+    "AllocatorSettings",
     "CollectConfig",
     "ConvertConfig",
     "EvaluateConfig",

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from eva_rl.settings import EvaOptions, TrainingConfig
 
 HELP = """Settings are given as key=value; the files in configs/, and eva_rl/settings.py, explain them. `adapter=?`, `optimizer=?`,
-`model=?` and `study=?` list what there is to choose from, where a command has these.
+`allocator=?`, `model=?` and `study=?` list what there is to choose from, where a command has these.
 
 Settings and their defaults:
 
@@ -46,7 +46,7 @@ OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole)
 
 SECTIONS = {
     "pretrain": ("model", "optimizer"),
-    "finetune": ("adapter", "optimizer", "study"),
+    "finetune": ("adapter", "optimizer", "allocator", "study"),
     "continual": ("adapter",),
 }
 """What a command has several files of settings to choose from for."""

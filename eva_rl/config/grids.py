@@ -16,7 +16,7 @@ from hydra.types import RunMode
 
 from eva_rl.config.identity import protocol
 from eva_rl.errors import UserError
-from eva_rl.settings import ADAMW, AdapterSettings, FinetuneConfig
+from eva_rl.settings import ADAMW, NO_ALLOCATOR, AdapterSettings, FinetuneConfig
 
 GRID = ("-m", "--multi", "hydra.mode=MULTIRUN", "study=")
 """What words of the command line that ask for a grid begin with."""
@@ -84,8 +84,13 @@ def _given(key: str, value: Any) -> set[str]:
 def _folder_in_grid(config: FinetuneConfig) -> Path:
     """`runs/grid/<adapter>/<task>-<seed>-<digest>`, the digest being that of all that decides the run's result.
 
-    An optimiser other than AdamW follows the adapter's name: `<adapter>-<optimizer>`.
+    An optimiser other than AdamW, and an allocator, follow the adapter's name: `<adapter>-<optimizer>`.
     """
     digest = hashlib.sha256(json.dumps(protocol(config), sort_keys=True, allow_nan=False).encode()).hexdigest()
-    name = "-".join([config.adapter.name, *([] if config.optimizer == ADAMW else [config.optimizer.name])])
+    more = [
+        chosen.name
+        for chosen, usual in ((config.optimizer, ADAMW), (config.allocator, NO_ALLOCATOR))
+        if chosen != usual
+    ]
+    name = "-".join([config.adapter.name, *more])
     return Path(HydraConfig.get().sweep.dir, name, f"{config.task}-{config.seed}-{digest[:8]}")

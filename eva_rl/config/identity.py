@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from eva_rl.settings import ADAMW, FinetuneConfig
+from eva_rl.settings import ADAMW, NO_ALLOCATOR, FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def identity(config: Any) -> dict[str, Any]:
     settings = {name: value for name, value in _finite(_plain(config)).items() if name not in FREE}
     if config.optimizer == ADAMW:  # as in the runs of former versions
         del settings["optimizer"]
+    if getattr(config, "allocator", None) == NO_ALLOCATOR:  # likewise
+        del settings["allocator"]
     if not settings.get("mirror", True):  # likewise
         del settings["mirror"]
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}

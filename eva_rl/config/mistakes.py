@@ -71,6 +71,7 @@ OPEN = (
     "adapter.config",
     "adapter.ratios",
     "adapter.size",
+    "allocator.config",
     "optimizer.config",
     "optimizer.matrices",
     "optimizer.others",

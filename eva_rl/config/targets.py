@@ -36,9 +36,9 @@ def instantiate(config: dict[str, Any]) -> Any:
 
 
 TARGET = re.compile(
-    r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config|(torch\.optim|pytorch_optimizer)\.[A-Z]\w+|eva_rl\.training\.optimizers\.(\w+)\.\3"
+    r"peft\.(tuners\.[a-z0-9_]+\.config\.)?[A-Za-z0-9]+Config|eva_rl\.adapter\.\w+\.[A-Za-z]+Config|(torch\.optim|pytorch_optimizer)\.[A-Z]\w+|eva_rl\.(training\.optimizers|adapter\.allocators)\.(\w+)\.\4"
 )
-"""What `_target_` may name: configs of peft, and optimisers."""
+"""What `_target_` may name: configs of peft and our own like them, optimisers, and allocators."""
 OF_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins\.\w+)\.\w+\.\w+(Launcher|Sweeper)")
 """What `_target_` may name besides in a folder of settings: Hydra's launchers and sweepers."""
 

@@ -23,6 +23,9 @@ class Elastic:
         self.fisher = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.anchor = {name: p.detach().clone() for name, p in self.parameters.items()}
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser is left alone."""
+
     def penalty(self) -> Tensor:
         parts = [(self.fisher[name] * (p - self.anchor[name]).square()).sum() for name, p in self.parameters.items()]
         return self.strength / 2 * torch.stack(parts).sum()

@@ -23,6 +23,7 @@ import torch
 
 from eva_rl.adapter import (
     Adapter,
+    Allocator,
     EvaSettings,
     TaskData,
     attach,
@@ -154,6 +155,7 @@ class Asked:
     training: TrainingConfig
     recipe: Recipe
     start: starts.Start | None
+    allocator: Allocator | None
     tokens: str
     """Those of the model's that EVA looks at."""
     device: torch.device
@@ -177,6 +179,7 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     """
     method = config.adapter
     start, recipe = method.start_function(), Recipe(**config.optimizer.recipe())
+    allocator = _allocator_of(config)
     if recipe.pairs and not method.is_lora:
         raise UserError(
             f"optimizer={recipe.name} works on LoRA's two factors, and adapter={method.name} has none: take adapter=lora or another "
@@ -195,7 +198,25 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
     check_tracker(config.tracker)
     check_run(config.steps, run.checkpoints, bool(config.resume), run.identity)
     check_run_folder(run.folder, bool(config.resume))
-    return Asked(config, run, training, recipe, start, tokens, device, seeds, target)
+    return Asked(config, run, training, recipe, start, allocator, tokens, device, seeds, target)
+
+
+def _allocator_of(config: FinetuneConfig) -> Allocator | None:
+    """What decides the ranks or blocks from outside.
+
+    Raises:
+        UserError: if the adapter has none.
+    """
+    allocator, method = config.allocator.allocator(), config.adapter
+    if allocator is None or method.is_lora:
+        return allocator
+    if allocator.on_all is None or method.trainable != "all" or method.network == "mlp":
+        also = "" if allocator.on_all is None else ", adapter=full"
+        raise UserError(
+            f"allocator={config.allocator.name} works on LoRA, and adapter={method.name} is none: take adapter=lora or another one of "
+            f"that form{also}."
+        )
+    return allocator
 
 
 def training_of(config: FinetuneConfig) -> TrainingConfig:
@@ -351,7 +372,8 @@ def initialised(asked: Asked, learner: Learner, clock: Stopwatch) -> Adapter | N
                 progress=True,
                 forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
-            adapter = attach(model, learner.peft_config, data, fresh_modules=learner.fresh_modules, start=asked.start)
+            fresh = learner.fresh_modules
+            adapter = attach(model, learner.peft_config, data, None, fresh, asked.start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):
             parameter.requires_grad_(False)
@@ -422,7 +444,7 @@ def trained(
         asked.recipe,
         config.adapter.ratios,
         dict.fromkeys(learner.fresh_modules, config.fresh_learning_rate),
-        adapter.companion if adapter else None,
+        adapter.companion if adapter else asked.allocator.on_all(model) if asked.allocator else None,
         adapter.frozen() if adapter else {},
     )
     saves = Saves(asked.run.checkpoints, bool(config.resume), asked.run.identity)

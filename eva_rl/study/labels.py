@@ -67,15 +67,16 @@ def _of_method(name: str) -> bool:
     """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
     if name.endswith(SEEDS):  # some methods draw numbers of their own, from the run's seed
         return False
-    if name == "training.learning_rate" or name.startswith("optimizer."):
+    if name == "training.learning_rate" or name.startswith(("optimizer.", "allocator.")):
         return True
     return name.startswith("adapter.") and name not in PROTOCOL
 
 
 def _named(run: RunResult) -> str:
-    """The adapter's name, and that of the optimiser where the run's settings name one."""
-    optimizer = run.settings.get("optimizer")
-    return f"{run.adapter}, optimizer={optimizer['name']}" if isinstance(optimizer, Mapping) else run.adapter
+    """The adapter's name, and those of the optimiser and the allocator where the run's settings name any."""
+    chosen = {group: run.settings.get(group) for group in ("optimizer", "allocator")}
+    more = [f"{group}={own['name']}" for group, own in chosen.items() if isinstance(own, Mapping)]
+    return ", ".join([run.adapter, *more])
 
 
 def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | None]:

@@ -25,6 +25,9 @@ KEPT = 2
 class Companion(Protocol):
     """What takes part in training besides the loss, such as a method that prunes ranks as it goes."""
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called once, with the optimiser that is to make the steps."""
+
     def penalty(self) -> Tensor:
         """A scalar added to every batch's loss."""
 

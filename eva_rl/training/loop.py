@@ -155,6 +155,8 @@ def train(
     optimizer = make_optimizer(
         rules.recipe, model, config.learning_rate, config.weight_decay, rules.ratios, rules.rates
     )
+    if rules.companion is not None:
+        rules.companion.watch(optimizer)
     state = TrainingState(trainable, optimizer, rules.companion, rules.frozen, {"steps": steps, **identity})
     loop = _Loop(model, loss, steps, config, rules, hooks, processes, shares, saves.folder, state)
     if saves.resume:

@@ -117,7 +117,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             continue
         for adapter in factors[1]:
             a, b = (factor[adapter].weight for factor in factors)
-            if b.requires_grad and a.ndim == b.ndim == 2:
+            if isinstance(b, nn.Parameter) and b.requires_grad and a.ndim == b.ndim == 2:
                 pairs.append(LoraPair(a, b, float(layer.scaling[adapter])))
     return pairs
 

@@ -1,0 +1,71 @@
+"""LISA: a few blocks of the trunk train at a time, drawn anew now and then (Pan et al. 2024, arXiv 2403.17919)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.adapter.allocators.build import Allocator, Idle
+from eva_rl.errors import UserError
+
+
+def lisa(active: int, every: int, seed: int) -> Allocator:
+    """An allocator that draws `active` blocks every `every` steps; what is in no block, such as embedder and head, trains always.
+
+    Raises:
+        UserError: if a number makes no sense.
+    """
+    if active < 1 or every < 1:
+        raise UserError(f"allocator.config got active={active} and every={every} where at least 1 was expected.")
+    return Allocator(
+        put_on=lambda model: Blocks(blocks_of(model), active, every, seed),
+        on_all=lambda model: Blocks(blocks_of(model), active, every, seed),
+    )
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The trunk's blocks: the members of the list of modules that holds the most weights.
+
+    Raises:
+        UserError: if there is no such list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise UserError("allocator=lisa draws blocks of a trunk, and this model has no list of modules.")
+    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+
+
+class Blocks(Idle):
+    """Draws the blocks of each period, from the run's seed and the period's number alone."""
+
+    def __init__(self, blocks: list[nn.Module], active: int, every: int, seed: int):
+        self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+        self.active, self.every, self.seed, self.step = min(active, len(blocks)), every, seed, 0
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Draw for the first steps: the optimiser knows all weights by now, and passes over those without a gradient."""
+        self._draw()
+
+    def _draw(self) -> None:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step // self.every) % 2**63)
+        drawn = torch.randperm(len(self.trained), generator=generator)[: self.active].tolist()
+        for number, parameters in enumerate(self.trained):
+            for parameter in parameters:
+                parameter.requires_grad_(number in drawn)
+
+    def after_step(self, step: int) -> None:
+        """Draw anew where a period ends."""
+        self.step = step
+        if step % self.every == 0:
+            self._draw()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many steps were made."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.step = int(state["step"])
+        self._draw()
