@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Prepared, Smaller, Words
+from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Prepared, Smaller, Words, leaves, members_of
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -44,6 +44,25 @@ class Part:
     def __str__(self) -> str:
         sizes = " x ".join(map(str, self.shape))
         return f"{self.kind} {sizes}".rstrip() + (f" of {self.values}" if self.values else "")
+
+
+@dataclass(frozen=True)
+class ActionPart:
+    """One of the things that an action of a Dict or Tuple consists of."""
+
+    kind: Literal["continuous", "discrete", "multi_discrete"]
+    size: int
+    """Numbers in the row of an action."""
+    choices: tuple[int, ...] = ()
+    """The choices of each of these numbers; empty where they are real."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that predict it: one for each of a component's choices."""
+        return sum(self.choices) or self.size
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self.choices)) + " choices" if self.choices else f"{self.size} numbers"
 
 
 def parts_of(space: gym.Space) -> tuple[Part, ...]:
@@ -179,11 +198,15 @@ def first_choice(space: gym.Space) -> Any:
 
 
 def action_choices(space: gym.Space) -> tuple[int, ...]:
-    """How many choices each component of a discrete action has; none for continuous actions.
+    """How many choices each component of a discrete action has; none for continuous actions, and for those of several parts.
 
     Raises:
-        UserError: if actions are neither a Box nor choices.
+        UserError: if actions are neither a Box nor choices, nor a Dict or Tuple of those.
     """
+    if nested(space):
+        if action_parts(space):
+            return ()
+        raise UserError(f"Actions of {space} were met, in which there is nothing to do.")
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
     if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
@@ -193,8 +216,34 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
     raise UserError(
-        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete or MultiBinary was expected."
+        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of those was "
+        "expected."
     )
+
+
+def nested(space: gym.Space) -> bool:
+    """Whether the space has members."""
+    return isinstance(space, gym.spaces.Dict | gym.spaces.Tuple)
+
+
+def action_parts(space: gym.Space) -> tuple[ActionPart, ...]:
+    """The parts of a Dict's or Tuple's actions, in the order of their rows; none of other spaces.
+
+    Raises:
+        UserError: see `action_choices`.
+    """
+    return tuple(map(_action_part, members_of(space))) if nested(space) else ()
+
+
+def _action_part(space: gym.Space) -> ActionPart:
+    choices = action_choices(space)
+    kind = "discrete" if isinstance(space, gym.spaces.Discrete) else "multi_discrete" if choices else "continuous"
+    return ActionPart(kind, math.prod(space.shape), choices)
+
+
+def action_numbers(space: gym.Space) -> int:
+    """Numbers in the row of an action."""
+    return sum(math.prod(member.shape) for member in members_of(space))
 
 
 def to_action(space: gym.Space, row: np.ndarray) -> Any:
@@ -202,6 +251,10 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
 
     Numbers are clipped to the bounds of a `Box`.
     """
+    if nested(space):
+        members = members_of(space)
+        cuts = np.cumsum([math.prod(member.shape) for member in members])[:-1]
+        return assembled(space, map(to_action, members, np.split(row, cuts)))
     if isinstance(space, gym.spaces.Discrete):
         return space.start + int(row[0])
     if not isinstance(space, gym.spaces.Box):
@@ -209,10 +262,37 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
     return np.clip(row.reshape(space.shape), space.low, space.high).astype(space.dtype)
 
 
+def assembled(space: gym.Space, values: Iterator[Any]) -> Any:
+    """A value of the space of those of its innermost members, in turn."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: assembled(space[key], values) for key in sorted(space)}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(assembled(member, values) for member in space)
+    return next(values)
+
+
+def together(space: gym.Space, actions: Sequence[Any]) -> Any:
+    """n actions as one of arrays with a leading axis of n, as vector environments take them."""
+    if not nested(space):
+        return np.stack(actions)
+    columns = zip(*([value for _, value in leaves(space, action)] for action in actions), strict=True)
+    return assembled(space, map(np.stack, columns))
+
+
 def action_row(space: gym.Space, action: Any) -> np.ndarray:
     """The row (act,) float64 of an environment's action, the inverse of `to_action`."""
-    row = np.asarray(action, np.float64).reshape(-1)
-    return row if isinstance(space, gym.spaces.Box) else row - getattr(space, "start", 0)
+    return action_rows(space, action).reshape(-1)
+
+
+def action_rows(space: gym.Space, actions: Any) -> np.ndarray:
+    """The rows (..., act) float64 of an environment's action, or of any number along leading axes."""
+    columns = []
+    for member, values in leaves(space, actions):
+        numbers = np.asarray(values, np.float64)
+        leading = numbers.shape[: numbers.ndim - len(member.shape)]
+        numbers = numbers if isinstance(member, gym.spaces.Box) else numbers - first_choice(member)
+        columns.append(numbers.reshape(*leading, math.prod(member.shape)))
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
 
 
 def spaces_to_text(observation_space: gym.Space, action_space: gym.Space) -> str:

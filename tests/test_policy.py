@@ -17,8 +17,9 @@ from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_json
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, policy_of, save_base
 from eva_rl.policy import ActingPolicy
-from eva_rl.prepared import prepared
+from eva_rl.prepared import leaves, prepared
 from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.spaces import action_rows, together
 
 OBSERVATIONS = {
     "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
@@ -46,6 +47,15 @@ ACTIONS = {
     "unbounded": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
     "one": spaces.Discrete(4, start=3),
     "several": spaces.MultiDiscrete([3, 5], start=[1, -2]),
+    "switches": spaces.MultiBinary(3),
+    "parts": spaces.Dict(
+        {
+            "grip": spaces.Discrete(3, start=2),
+            "arm": spaces.Box(-1, np.array([[0.5], [2.0]], np.float32), (2, 1), np.float32),
+            "keys": spaces.Tuple([spaces.MultiDiscrete([2, 4], start=[1, 0]), spaces.MultiBinary(2)]),
+        }
+    ),
+    "numbers apart": spaces.Tuple([spaces.Box(-1, 1, (2,), np.float32), spaces.Box(-1.0, 1.5, (1,), np.float64)]),
 }
 STEPS = 25
 
@@ -64,7 +74,7 @@ class Diary(gym.Env):
         return self.days[-1][0], {}
 
     def step(self, action):
-        reward = float(np.sin(np.sum(action)))
+        reward = float(np.sin(sum(np.sum(value) for _, value in leaves(self.action_space, action))))
         self.days[-1] += [action, reward]
         self.days.append([self.observation_space.sample()])
         return self.days[-1][0], reward, False, len(self.days) > STEPS, {}
@@ -80,7 +90,13 @@ def random_episode(env: Diary) -> dict:
     batch = gym.vector.utils.concatenate(
         env.observation_space, observations, gym.vector.utils.create_empty_array(env.observation_space, len(days))
     )
-    return {"observations": batch, "actions": np.array(actions), "rewards": np.array(rewards), "success": None}
+    done = together(env.action_space, actions)
+    return {"observations": batch, "actions": done, "rewards": np.array(rewards), "success": None}
+
+
+def check_alike(space: gym.Space, action, expected) -> None:
+    """Both are actions of the space, or batches of them, and the same but for rounding."""
+    np.testing.assert_allclose(action_rows(space, action), action_rows(space, expected), rtol=0, atol=1e-5)
 
 
 def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
@@ -117,8 +133,8 @@ def test_it_acts_as_a_rollout_does_on_every_kind_of_observation_and_action(obser
     policy.reset(target_return=3.0)
     for observation, expected, reward in days:
         action = policy.act(observation)
-        assert env.action_space.contains(action if np.shape(action) else int(action))
-        np.testing.assert_allclose(action, expected, rtol=0, atol=1e-5)
+        assert env.action_space.contains(action)
+        check_alike(env.action_space, action, expected)
         policy.observe(reward)
     assert len({str(action) for _, action, _ in days}) > 1 or actions == "one" or observations == "screen"
 
@@ -130,31 +146,35 @@ def test_a_cloned_network_acts_as_its_rollout_does(tmp_path):
         np.testing.assert_allclose(policy.act(observation), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("observations", ["vector", "dict", "mission", "tuple"])
-def test_several_episodes_at_once_act_as_each_would_alone(observations, tmp_path):
-    env = Diary(OBSERVATIONS[observations], ACTIONS["numbers"])
-    together, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
+@pytest.mark.parametrize(
+    ("observations", "actions"),
+    [("vector", "numbers"), ("dict", "numbers"), ("mission", "numbers"), ("tuple", "numbers"), ("vector", "parts")],
+)
+def test_several_episodes_at_once_act_as_each_would_alone(observations, actions, tmp_path):
+    env = Diary(OBSERVATIONS[observations], ACTIONS[actions])
+    several, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
     env.observation_space.seed(0)
     rng = np.random.default_rng(0)
     seen = [[env.observation_space.sample() for _ in range(3)] for _ in range(STEPS)]
     rewards = rng.normal(size=(STEPS, 3))
-    expected = np.zeros((STEPS, 3, 2))
+    expected = np.empty((STEPS, 3), object)
     for episode, target in enumerate((1.0, 2.0, 3.0)):
         alone.reset(target)
         for step in range(STEPS):
             expected[step, episode] = alone.act(seen[step][episode])
             alone.observe(rewards[step, episode])
-    together.reset([1.0, 2.0, 3.0])
+    several.reset([1.0, 2.0, 3.0])
     running = [0, 1, 2]
     for step in range(STEPS):
         if step == 12:
-            together.keep([0, 2])
+            several.keep([0, 2])
             running = [0, 2]
         empty = gym.vector.utils.create_empty_array(env.observation_space, len(running))
         rows = [seen[step][episode] for episode in running]
         batch = gym.vector.utils.concatenate(env.observation_space, rows, empty)
-        np.testing.assert_allclose(together.act_batch(batch), expected[step, running], rtol=0, atol=1e-5)
-        together.observe(rewards[step, running])
+        action = several.act_batch(batch)
+        check_alike(env.action_space, action, together(env.action_space, expected[step, running]))
+        several.observe(rewards[step, running], action)
 
 
 def test_what_was_done_in_the_end_and_what_it_earned_count(tmp_path):
@@ -237,6 +257,13 @@ def test_calls_out_of_turn_are_refused(tmp_path):
         with pytest.raises(UserError, match="was given where 1 of Discrete"):
             choices.observe(1.0, action=action)
     choices.observe(1.0, action=4)
+    parts = eva_rl.load_policy(make_checkpoint(tmp_path / "parts", Diary(OBSERVATIONS["vector"], ACTIONS["parts"])))
+    right = parts.act(np.ones(3))
+    wrong = ({"grip": 9}, {"grip": 2.5}, {"keys": (np.array([1, 0]),)}, {"arm": np.full((2, 1), np.nan)})
+    for action in (*({**right, **one} for one in wrong), {}, 3, [right]):
+        with pytest.raises(UserError, match="was given where 1 of Dict"):
+            parts.observe(1.0, action=action)
+    parts.observe(1.0, action=right)
 
 
 def test_a_run_with_an_adapter_and_its_merged_checkpoint_act_alike(run, base, tmp_path):

@@ -24,7 +24,7 @@ from eva_rl.errors import UserError
 from eva_rl.prepared import Prepared, PreparedEnv, members_of
 from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
-from eva_rl.spaces import action_choices, parts_of, spaces_from_text
+from eva_rl.spaces import action_choices, action_numbers, action_parts, parts_of, spaces_from_text
 
 if TYPE_CHECKING:
     import torch
@@ -213,11 +213,11 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int |
     env.close()
     name = f"The environment '{env.spec.id if env.spec else env}'"
     try:
-        choices = action_choices(env.action_space)
-        found = (parts_of(env.observation_space), choices, math.prod(env.action_space.shape))
+        acts = action_choices(env.action_space), action_parts(env.action_space), action_numbers(env.action_space)
+        found = (parts_of(env.observation_space), *acts)
     except UserError as error:
         raise UserError(f"{name} can't be used: {error}") from error
-    if found != (interface.parts, interface.choices, math.prod(interface.action_shape)):
+    if found != (interface.parts, interface.choices, interface.action_parts, math.prod(interface.action_shape)):
         raise UserError(
             f"{name} has observations {env.observation_space} and actions {env.action_space}, but the model's interface "
             f"'{interface.name}' has {interface.in_words}."
