@@ -143,7 +143,9 @@ class Batch:
     Under a causal mask no real token attends to padding on its right, so models ignore `mask`; losses do not.
     """
 
-    observations: Tensor  # (B, T, obs) flat: float32, or uint8 where bytes hold all of it
+    observations: (
+        Tensor  # (B, T, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't
+    )
     actions: Tensor  # (B, T, act) float32, or int64 choices: (B, T) of one, (B, T, components) of several
     returns_to_go: Tensor  # (B, T) float32: undiscounted sum of the rewards from this step to the episode's end
     rewards: Tensor  # (B, T) float32

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Prepared, Smaller, Words, leaves, members_of
+from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, Words, leaves, members_of
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -35,6 +35,8 @@ class Part:
     """How many values each number of a grid, of tokens or of a choice may take, counted from 0."""
     channels_last: bool = False
     """Whether the environment shows images or grids as (height, width, channels)."""
+    wide: bool = field(default=False, compare=False)
+    """Whether a vector's numbers are kept in float64, as float32 does not hold what they differ by."""
 
     @property
     def size(self) -> int:
@@ -98,7 +100,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
     whole = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
     if whole and len(space.shape) == 1 and (space.low == 0).all() and space.high.max() < 2**16:
         return (Part("tokens", space.shape, int(space.high.max()) + 1),)
-    return (Part("vector", (math.prod(space.shape),)),)
+    return (Part("vector", (math.prod(space.shape),), wide=isinstance(space, Exact)),)
 
 
 def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
@@ -123,7 +125,9 @@ def _channels_first(shape: tuple[int, int, int]) -> bool:
 
 
 def dtype_of(parts: tuple[Part, ...]) -> str:
-    """The type of flat observations: bytes where they hold all of it, `float32` otherwise."""
+    """The type of flat observations: bytes where they hold all of it, `float64` where a part needs that, `float32` otherwise."""
+    if any(part.wide for part in parts):
+        return "float64"
     return "uint8" if all(p.kind == "image" or 0 < p.values <= 256 for p in parts) else "float32"
 
 
@@ -389,7 +393,7 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
         low, high = fields["lengths"]
         text = gym.spaces.Text(high, min_length=low, charset=fields["characters"])
         return Words(text, fields["words"], _length(fields)) if kind == "Words" else text
-    if kind not in ("Box", "Smaller"):
+    if kind not in ("Box", "Smaller", "Exact"):
         raise ValueError(f"no space is called {kind!r}")
     shape, dtype = tuple(fields["shape"]), np.dtype(fields["dtype"])
     low, high = (
@@ -397,4 +401,6 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
     )
     low, high = (np.resize(side, shape) if side.size == 1 else side.reshape(shape) for side in (low, high))
     box = gym.spaces.Box(low, high, shape, dtype.type)
+    if kind == "Exact":
+        return Exact(box)
     return Smaller(box, _block(fields)) if kind == "Smaller" else box

@@ -76,7 +76,12 @@ def check_against(policy: ActingPolicy, caller: Caller) -> None:
 def onnx_caller(path: Path) -> Caller:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path)
-    types = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
+    types = {
+        "tensor(float)": np.float32,
+        "tensor(double)": np.float64,
+        "tensor(uint8)": np.uint8,
+        "tensor(int64)": np.int64,
+    }
     examples = {i.name: np.zeros(i.shape, types[i.type]) for i in session.get_inputs()}
     notes = session.get_modelmeta().custom_metadata_map
     return Caller(lambda window: session.run(None, window), examples, notes)
@@ -105,6 +110,7 @@ def torch_caller(path: Path) -> Caller:
         ("grid", "unbounded"),
         ("choice", "numbers"),
         ("vector", "parts"),
+        ("clock", "numbers"),
     ],
 )
 def test_the_onnx_file_acts_as_the_policy_over_a_hundred_steps(observations, actions, tmp_path):

@@ -40,6 +40,13 @@ OBSERVATIONS = {
     "screen": spaces.Box(0, 255, (140, 100, 3), np.uint8),
     "text": spaces.Text(12, charset="ab c"),
     "mission": spaces.Dict({"mission": spaces.Text(12, charset="ab c"), "at": spaces.Box(-1, 1, (2,), np.float32)}),
+    "clock": spaces.Dict(
+        {
+            "since": spaces.Box(1.7e9, 1.7e9 + 10, (2,), np.float64),
+            "b": spaces.Discrete(3),
+            "x": spaces.Box(-1, 1, (2,), np.float32),
+        }
+    ),
     "tuple": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float64)})]),
 }
 ACTIONS = {

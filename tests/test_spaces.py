@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import Smaller, Words
+from eva_rl.prepared import Exact, Smaller, Words
 from eva_rl.spaces import (
     Part,
     action_choices,
@@ -191,6 +191,7 @@ def test_channels_are_the_axis_beside_a_square_or_else_the_shorter_end(shape, ki
         Text(20, min_length=2, charset="abä "),
         Words(Text(20, charset="abä "), ["ab", "ä"], 4),
         Smaller(Box(0, 255, (210, 160, 3), np.uint8), 2),
+        Exact(Box(-np.inf, np.inf, (2,), np.float64)),
         Dict({"b": Discrete(2), "a": Tuple([Discrete(3), MultiBinary(2)])}),
     ],
     ids=str,

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.prepared import leaves, members_of
+from eva_rl.prepared import leaves, loses_digits, members_of
 from eva_rl.spaces import (
     Part,
     action_choices,
     action_parts,
     action_rows,
+    dtype_of,
     first_choice,
     flatten,
     nested,
@@ -32,16 +33,12 @@ SMALL_PART = 0.1
 """The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
 
 
-LARGE = 2.0**20
-"""Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
-
-
 @dataclass(frozen=True)
 class Trajectories:
     """All episodes of one task, end to end: episode e is rows `starts[e]` to `starts[e + 1]` (excluded)."""
 
     task: str
-    observations: Tensor  # (N, obs) flat: float32, or uint8 where bytes hold all of it; may be mapped from disk
+    observations: Tensor  # (N, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't; may be mapped from disk
     actions: Tensor  # (N, act) float32, choices among them where there are several parts; or int64 choices: (N,) of one, (N, components)
     rewards: Tensor  # (N,) float32
     returns_to_go: Tensor  # (N,) float32
@@ -216,14 +213,8 @@ def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None
     """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
     first, lost = 0, []
     for member, values in leaves(space, observations):
-        numbers = np.asarray(values)
-        size = sum(part.size for part in parts_of(member))
-        if numbers.dtype in (np.float64, np.int64, np.uint64):
-            numbers = numbers.reshape(len(numbers), -1).astype(np.float64)
-            cast = np.abs(numbers - numbers.astype(np.float32)).max(0)
-            small = (cast > 0.01 * numbers.std(0)) & (numbers.std(0) > 0) & (np.abs(numbers).max(0) > LARGE)
-            lost += [first + int(at) for at in np.flatnonzero(small)]
-        first += size
+        lost += [first + int(at) for at in np.flatnonzero(loses_digits(member, values))]
+        first += sum(part.size for part in parts_of(member))
     if lost:
         warnings.warn(
             f"The observations of '{task}' hold numbers (number {', '.join(map(str, lost[:5]))} of the flat observation) whose "
@@ -289,8 +280,10 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
                 f"({first.observation_space}, {first.action_space} and {other.observation_space}, "
                 f"{other.action_space}): give them interfaces of their own, or train them apart."
             )
+    shown = next((t for t in trajectories if t.observations.dtype == torch.float64), first).observation_space
+    parts = parts_of(shown)
     mean, std = _moments(trajectories, parts)
-    moving = std[std > 1e-6 * (1 + mean.abs())]
+    moving = std[std > (1e-6 if dtype_of(parts) != "float64" else 1e-15) * (1 + mean.abs())]
     std = std.clamp(min=std_floor * float(moving.median()) if len(moving) else 1.0)
     action_mean, action_scale = ((), ()) if choices else _action_scales(trajectories)
     kind = "parts" if acts else "continuous"
@@ -307,7 +300,7 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         reward_scale=max(float(t.rewards.abs().max()) for t in trajectories) or 1.0,
         parts=parts,
         choices=choices,
-        spaces=spaces_to_text(first.observation_space, first.action_space),
+        spaces=spaces_to_text(shown, first.action_space),
         action_parts=acts,
     )
 
@@ -319,15 +312,19 @@ def _moments(trajectories: Sequence[Trajectories], parts: Sequence[Part]) -> tup
     if not columns:
         return torch.zeros(0), torch.zeros(0)
     means, squares = [], []
+    first = torch.cat([trajectories[0].observations[:1, at] for at in columns], 1).double()
+    origin = (
+        first if any(part.wide for part in parts) else torch.zeros_like(first)
+    )  # squares of large numbers lose digits
     for own in trajectories:
         total = torch.zeros(2, sum(at.stop - at.start for at in columns), dtype=torch.float64)
         for rows in own.observations.split(2**16):  # they may be mapped from disk
-            vectors = torch.cat([rows[:, at] for at in columns], 1).double()  # (n, vectors)
+            vectors = torch.cat([rows[:, at] for at in columns], 1).double() - origin  # (n, vectors)
             total += torch.stack([vectors.sum(0), vectors.square().sum(0)])
         means.append(total[0] / len(own.observations))
         squares.append(total[1] / len(own.observations))
     mean = torch.stack(means).mean(0)
-    return mean, (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
+    return mean + origin[0], (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
 
 
 def _action_scales(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ...], tuple[float, ...]]:

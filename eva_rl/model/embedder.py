@@ -64,6 +64,8 @@ class Embedder(nn.Module):
             "first_choices": first_choices,
         }.items():
             self.register_buffer(name, value, persistent=False)
+        exact_mean = torch.tensor(interface.observation_mean, dtype=torch.float64)
+        self.register_buffer("exact_observation_mean", exact_mean, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Actions in the environment's units (..., act) -> the model's units; choices as they are."""
@@ -95,10 +97,14 @@ class Embedder(nn.Module):
         seen = self._normalised(seen)
         sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
         normalised = iter(seen.split(sizes, -1))
-        return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
+        return torch.cat(
+            [next(normalised) if v else c.to(seen.dtype) for c, v in zip(columns, vectors, strict=True)], -1
+        )
 
     def _normalised(self, vectors: Tensor) -> Tensor:
-        return ((vectors - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        exact = vectors.dtype == torch.float64  # numbers so large that float32 holds them without their mean alone
+        centred = (vectors - self.exact_observation_mean).float() if exact else vectors - self.observation_mean
+        return (centred / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
     def embed(self, kind: str, batch: Batch) -> Tensor:
         """The tokens of one kind, (B, T, d)."""

@@ -17,7 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import replacing
 from eva_rl.interface import Batch
 from eva_rl.policy.acting import ActingPolicy
-from eva_rl.prepared import Prepared, Words
+from eva_rl.prepared import Exact, Prepared, Words
 from eva_rl.spaces import first_choice, nested
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -30,7 +30,8 @@ class Window(nn.Module):
 
     Inputs are arrays over `context` steps, of which those behind `step` are not looked at: one for each array of an observation,
     `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions` (or `actions.<key>`), `rewards` and
-    `returns_to_go` that the model reads. There is one output for each array of an action, `action` or `action.<key>`. All are as the environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
+    `returns_to_go` that the model reads. There is one output for each array of an action, `action` or `action.<key>`. All are as the
+    environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
     """
 
     def __init__(self, policy: ActingPolicy):
@@ -62,7 +63,8 @@ class Window(nn.Module):
             numbers = numbers.reshape(self.context, -1)
             return torch.where(seen[:, None], numbers, torch.zeros_like(numbers))  # (T, size)
 
-        observations = [rows(name, space, steps <= step).float() for name, space in self.leaves.items()]
+        wide = torch.float64 if self.interface.observation_dtype == "float64" else torch.float32
+        observations = [rows(name, space, steps <= step).to(wide) for name, space in self.leaves.items()]
         number = {
             name: rows(name, NUMBER, steps <= step)[:, 0] if name in given else torch.zeros(self.context)
             for name in ("rewards", "returns_to_go")
@@ -116,6 +118,8 @@ def _shape(space: gym.Space) -> tuple[int, ...]:
 
 
 def _type(space: gym.Space) -> torch.dtype:
+    if isinstance(space, Exact):
+        return torch.float64
     if not isinstance(space, Words) and np.issubdtype(space.dtype, np.floating):
         return torch.float32
     return torch.uint8 if space.dtype == np.uint8 else torch.int64
