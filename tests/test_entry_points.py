@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eva_rl import settings
 from eva_rl.model import load_base, load_notes, save_base
 
 TASK = "dummy/Steps-v0"
@@ -192,6 +193,25 @@ def test_a_film_is_made_of_an_episode(run, base, monkeypatch):
     assert run("evaluate", *arguments, "max_episode_steps=2")[0] == 0
     [film] = Path("cut/videos").glob("*.gif")
     assert Image.open(film).n_frames == 1  # at the start; the cut comes before step 4
+
+
+def test_a_run_films_the_first_steps_unless_told_otherwise(run, base, monkeypatch, recwarn):
+    monkeypatch.setattr(settings, "FILM_STEPS", 4)
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", *QUICK]
+    _, out, _ = run("finetune", *arguments, "run_dir=blind")
+    assert out.count("no film: The environment of 'dummy/Steps-v0' can't be rendered") == 1
+    assert result_of(Path("blind"))["status"] == "complete"
+    assert not Path("blind/videos").exists()
+    monkeypatch.setattr(DummyEnv, "render", lambda self: np.full((60, 90, 3), 20 * self.step_number, np.uint8))
+    assert run("finetune", *arguments, "run_dir=seen")[0] == 0
+    [film] = Path("seen/videos").glob("*.gif")
+    assert Image.open(film).n_frames == 2  # at the start, and at step 4
+    assert not [warning for warning in recwarn if "cut there" in str(warning.message)]
+    assert run("finetune", *arguments, "run_dir=off", "video=false")[0] == 0
+    assert not Path("off/videos").exists()
+    _, out, _ = run("finetune", "-m", *arguments, "run_dir=grid", "seed=1")
+    assert not Path("grid/videos").exists()
+    assert "no film" not in out
 
 
 def test_an_environment_that_cannot_be_seen_is_named_and_the_scores_are_kept(run, base):

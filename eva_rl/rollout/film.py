@@ -58,7 +58,7 @@ class Unseen(UserError):
 
     def __init__(self, task: str, why: str):
         super().__init__(
-            f"The environment of '{task}' can't be rendered ({why[:200]}): leave out video=true; where there is no display, "
+            f"The environment of '{task}' can't be rendered ({why[:200]}): set video=false; where there is no display, "
             "MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa and that library."
         )
 
