@@ -131,15 +131,15 @@ def dtype_of(parts: tuple[Part, ...]) -> str:
     return "uint8" if all(p.kind == "image" or 0 < p.values <= 256 for p in parts) else "float32"
 
 
-def flatten(space: gym.Space, observation: Any) -> np.ndarray:
+def flatten(space: gym.Space, observation: Any, parts: tuple[Part, ...] | None = None) -> np.ndarray:
     """One observation, or any number along leading axes, as rows (..., size) of numbers.
 
-    A Dict's observations are a dict, whose values have the same leading axes.
+    A Dict's observations are a dict, whose values have the same leading axes. `parts` are the space's own, where they are known already.
 
     Raises:
         UserError: if numbers lie outside their space where each of them has an embedding.
     """
-    columns, parts = _columns(space, observation), parts_of(space)
+    columns, parts = _columns(space, observation), parts_of(space) if parts is None else parts
     rows = columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
     check_values(parts, rows)  # before a cast could hide it
     return rows.astype(dtype_of(parts), copy=False)

@@ -11,7 +11,7 @@ import numpy as np
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.model import policy_of
 from eva_rl.rollout import Actor, TargetReturn
-from eva_rl.spaces import action_row, action_rows, flatten, nested, to_action, together
+from eva_rl.spaces import action_row, action_rows, flatten, nested, parts_of, to_action, together
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ class ActingPolicy:
     ):
         self.model, self.interface, self.task, self.statistics = model, interface, task, statistics
         self.observation_space, self.action_space = spaces
+        self._parts = parts_of(self.observation_space)
         self._make_policy, self._device = policy_of(model, interface.name, alone=True), device
         self._actor: Actor | None = None
         self._done: np.ndarray | None = None
@@ -200,7 +201,7 @@ class ActingPolicy:
     def _rows(self, observations: Any, leading: tuple) -> np.ndarray:
         """Flat observations, (obs,) or (n, obs)."""
         try:
-            rows = flatten(self.observation_space, observations)
+            rows = flatten(self.observation_space, observations, self._parts)
         except UserError as error:
             raise UserError(f"{self._expected()} {error}.") from error
         except NO_OBSERVATION as error:
