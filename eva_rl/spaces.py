@@ -84,6 +84,8 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
         return tuple(part for member in space for part in parts_of(member))
     if isinstance(space, gym.spaces.Discrete):
         return (Part("choice", (), int(space.n)),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and not space.nvec.size:
+        raise UserError(f"Observations of {space} can't be embedded: there is nothing in them.")
     if isinstance(space, gym.spaces.MultiDiscrete):
         return (Part("tokens", (space.nvec.size,), int(space.nvec.max())),)
     if isinstance(space, gym.spaces.MultiBinary):
@@ -213,7 +215,7 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
         raise UserError(f"Actions of {space} were met, in which there is nothing to do.")
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
-    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1 and space.nvec.size:
         return tuple(int(n) for n in space.nvec)
     if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
         return (2,) * space.shape[0]

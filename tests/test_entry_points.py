@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,21 @@ def test_a_merged_run_is_a_checkpoint_that_scores_the_same_without_peft(run, bas
     status, _, err = run("merge", "run=run", "output=merged")
     assert status == 1
     assert "is there already" in sentence(err)
+
+
+@pytest.mark.parametrize("environment", [True, False])
+def test_merge_ends_with_what_can_be_run(environment, run, base, make_dataset):
+    changes = {} if environment else {"env": None, "eval_env": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_dataset("mine/logs-v0", **changes)
+    words = ["task=minari/mine/logs-v0", f"base={base}", "adapter=lora", "steps=1", "episodes=0", "run_dir=run"]
+    assert run("finetune", *words, "training.batch_size=2")[0] == 0
+    status, out, err = run("merge", "run=run")
+    assert status == 0, err
+    last = out.strip().splitlines()[-1]
+    assert ("eva_rl.evaluate checkpoint=run/model task=minari/mine/logs-v0" in last) == environment
+    assert ("eva_rl.load_policy('run/model') acts with it" in last) != environment
 
 
 def test_what_cannot_be_merged_is_refused(run, base):

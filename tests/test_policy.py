@@ -1,5 +1,6 @@
 """A loaded policy acts in an environment's own observations and actions as a rollout does."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelCo
 from eva_rl.policy import ActingPolicy
 from eva_rl.prepared import leaves, prepared
 from eva_rl.rollout import Job, Simulators, rollout
-from eva_rl.spaces import action_rows, together
+from eva_rl.spaces import action_rows, spaces_to_text, together
 
 OBSERVATIONS = {
     "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
@@ -106,12 +107,12 @@ def check_alike(space: gym.Space, action, expected) -> None:
     np.testing.assert_allclose(action_rows(space, action), action_rows(space, expected), rtol=0, atol=1e-5)
 
 
-def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
+def make_checkpoint(folder: Path, env: Diary, cloning: bool = False, interface: str = "toy") -> Path:
     torch.manual_seed(0)
     episode = random_episode(env)
     observation_space = prepared(env.observation_space, lambda: [episode["observations"]])
     trajectories = pack("toy/Diary", [episode], observation_space, env.action_space)
-    interface = interface_of("toy", [trajectories])
+    interface = interface_of(interface, [trajectories])
     model = DecisionTransformer(ModelConfig(2, 2, 16, 8, 0.0, ("return", "state", "action", "reward")), [interface])
     if cloning:
         model = CloningMLP(CloningConfig(width=16, bounded=False), interface)
@@ -347,6 +348,20 @@ def test_the_shipped_bases_act_in_their_tasks():
         eva_rl.load_policy("multi-small", "gym/Pendulum-v1")
 
 
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("metaworld/hamer-v3", "There is no task 'metaworld/hamer-v3'. Did you mean 'metaworld/hammer-v3'"),
+        ("metaword/reach-v3", "There is no task 'metaword/reach-v3'"),
+        ("gym/Pendulum-v1", "can't act in 'gym/Pendulum-v1', of whose observations it knows nothing"),
+        ("minari/mine/logs-v0", "can't act in 'minari/mine/logs-v0', of whose observations it knows nothing"),
+    ],
+)
+def test_a_task_of_another_name_is_refused_where_there_is_one_interface_too(task, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        eva_rl.load_policy("mt40-small", task)
+
+
 def test_spaces_that_a_checkpoint_does_not_know_have_to_be_given(tmp_path):
     env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
     folder = make_checkpoint(tmp_path / "model", env)
@@ -375,16 +390,17 @@ def test_a_damaged_description_of_spaces_is_refused(tmp_path):
         '{"observation": {"space": "Discrete", "n": 0, "start": 0}}',
         '{"observation": {"space": "Box", "dtype": "float32", "low": [0], "high": [1], "shape": [1000000, 1000000]}, "action": {}}',
         '{"observation": ' + '{"space": "Tuple", "members": [' * 10**4,
+        spaces_to_text(spaces.MultiDiscrete([]), ACTIONS["one"]),
     ):
         config["interfaces"][0]["spaces"] = text
         write_json(folder / "config.json", config)
-        with pytest.raises(UserError, match="is damaged: its interface 'toy'"):
+        with pytest.raises(UserError, match=r"is damaged: its interface 'toy'|there is nothing in them"):
             eva_rl.load_policy(folder)
 
 
 def test_a_task_of_which_nothing_is_known_needs_a_return(tmp_path):
     env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
-    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env), "toy/Other")
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env, interface="metaworld"), "metaworld/push-v3")
     with pytest.raises(UserError, match="set target_return to a number"):
         policy.act(np.ones(3))
     policy.reset(2.0)

@@ -25,6 +25,7 @@ from eva_rl.prepared import Prepared, PreparedEnv, members_of
 from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
 from eva_rl.spaces import action_choices, action_numbers, action_parts, parts_of, spaces_from_text
+from eva_rl.table import counted
 
 if TYPE_CHECKING:
     import torch
@@ -303,7 +304,8 @@ def _report_cuts(groups: Sequence[_Group], limits: Mapping[str, int]) -> None:
     cut = [task for group in groups for task in group.cut]
     for task in dict.fromkeys(cut):
         warnings.warn(
-            f"{cut.count(task)} episodes of '{task}' had not ended after {limits[task]} steps: they are cut there and scored as they stand; "
+            f"{counted(cut.count(task), 'episode')} of '{task}' had not ended after {limits[task]} steps: cut there, and scored by what was "
+            "earned so far; "
             "max_episode_steps=... sets another number.",
             stacklevel=3,
         )
