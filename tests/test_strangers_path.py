@@ -19,9 +19,9 @@ def test_files_become_a_policy_and_a_file_that_acts(name, run, base, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     SOURCES[name](tmp_path / name)
-    meant = [f"'columns.{role}=[{names[0]}]'" for role, names in DEFAULTS.items()] if columns_for(name) else []
-    words = [word.strip("'") for word in meant]
-    status, out, err = run("convert", f"source={tmp_path / name}", "dataset=mine/logs-v0", *words)
+    meant = DEFAULTS.items() if columns_for(name) else ()
+    words = [f"columns.{role}=['{own[0]}']" for role, own in meant]
+    status, out, err = run("convert.__main__", f"source={tmp_path / name}", "dataset=mine/logs-v0", *words)
     assert status == 0, err
     command = out.strip().splitlines()[-1]
     assert command == "python -m eva_rl.finetune task=minari/mine/logs-v0 episodes=0"
