@@ -21,6 +21,8 @@ TOKENS = ("return", "state", "action", "reward")
 """The kinds of tokens that a step may have."""
 FILM_STEPS = 500
 """Steps of a film that nobody asked for."""
+FILM_EVERY = 10
+"""Steps from one of its frames to the next."""
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ def test_a_film_is_made_of_an_episode(run, base, monkeypatch):
 
 def test_a_run_films_the_first_steps_unless_told_otherwise(run, base, monkeypatch, recwarn):
     monkeypatch.setattr(settings, "FILM_STEPS", 4)
+    monkeypatch.setattr(settings, "FILM_EVERY", 2)
     arguments = [f"task={TASK}", "adapter=lora", f"base={base}", *QUICK]
     _, out, _ = run("finetune", *arguments, "run_dir=blind")
     assert out.count("no film: The environment of 'dummy/Steps-v0' can't be rendered") == 1
@@ -221,7 +222,7 @@ def test_a_run_films_the_first_steps_unless_told_otherwise(run, base, monkeypatc
     monkeypatch.setattr(DummyEnv, "render", lambda self: np.full((60, 90, 3), 20 * self.step_number, np.uint8))
     assert run("finetune", *arguments, "run_dir=seen")[0] == 0
     [film] = Path("seen/videos").glob("*.gif")
-    assert Image.open(film).n_frames == 2  # at the start, and at step 4
+    assert Image.open(film).n_frames == 3  # at the start, and at steps 2 and 4
     assert not [warning for warning in recwarn if "cut there" in str(warning.message)]
     assert run("finetune", *arguments, "run_dir=off", "video=false")[0] == 0
     assert not Path("off/videos").exists()

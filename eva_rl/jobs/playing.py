@@ -59,4 +59,5 @@ class Stage:
                     "ignore"
                 )  # the rollout has said all that there is to say, and a film has no score
             make_policy, own = make_policy or policy_of(model, interface), model.interfaces[interface]
-            return film(make_policy, own, job, self.device, limit, self.longest)
+            often = {"every": settings.FILM_EVERY} if short else {}  # software may take half a second for a frame
+            return film(make_policy, own, job, self.device, limit, self.longest, **often)
