@@ -10,6 +10,7 @@ import numpy as np
 
 from eva_rl.data import interface_of
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer
+from eva_rl.spaces import nested
 
 if TYPE_CHECKING:
     from eva_rl.data import Trajectories
@@ -41,9 +42,9 @@ def untrained(
 def _scaled_by_bounds(space: gym.Space, interface: Interface) -> bool:
     """Whether what a tanh reaches is all that the environment takes, as where no action was scaled by the data instead.
 
-    Discrete actions have no bounds to leave.
+    Discrete actions have no bounds to leave; what those of several parts are predicted by goes through no tanh.
     """
     if not isinstance(space, gym.spaces.Box):
-        return True
+        return not nested(space)
     reach = np.asarray(interface.action_mean) + np.outer((-1, 1), interface.action_scale)  # (2, act)
     return bool(np.allclose(reach, (space.low.ravel(), space.high.ravel())))

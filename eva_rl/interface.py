@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.prepared import Words, members_of
-from eva_rl.spaces import Part, dtype_of, spaces_from_text
+from eva_rl.spaces import ActionPart, Part, dtype_of, spaces_from_text
 
 OBSERVATION_CLIP = 10.0
 """Normalised observations are clipped to this range: a target task may move what the statistics never saw move."""
@@ -22,13 +23,14 @@ class Interface:
     """The observations, actions and returns of a domain or a dataset, with the statistics that normalise them.
 
     Discrete actions are numbered from 0; `action_size` is then the number of choices of all their components, and
-    `action_mean` and `action_scale` are empty.
+    `action_mean` and `action_scale` are empty. An action of several parts, a Dict's or Tuple's, is a row of real numbers and choices;
+    `action_size` counts what predicts them, and mean and scale are those of the row: 0 and 1 of choices.
     """
 
     name: str
     observation_size: int
     """Numbers in a flat observation."""
-    action_kind: Literal["continuous", "discrete", "multi_discrete"]
+    action_kind: Literal["continuous", "discrete", "multi_discrete", "parts"]
     action_size: int
     observation_mean: tuple[float, ...]
     """Of the numbers in vectors; images, grids, tokens and choices have none."""
@@ -45,6 +47,8 @@ class Interface:
     """Those of the model's tokens that it reads, in the model's order; by default all."""
     spaces: str = ""
     """The environment's spaces of observations and actions, as `eva_rl.spaces.spaces_to_text` writes them; empty if unknown."""
+    action_parts: tuple[ActionPart, ...] = ()
+    """What an action consists of, where it is one of several parts."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -59,14 +63,24 @@ class Interface:
     @property
     def action_shape(self) -> tuple[int, ...]:
         """Of one action: (act,), (components,), or () for one choice."""
-        return {"continuous": (self.action_size,), "discrete": (), "multi_discrete": (len(self.choices),)}[
-            self.action_kind
-        ]
+        sizes = {
+            "continuous": (self.action_size,),
+            "discrete": (),
+            "multi_discrete": (len(self.choices),),
+            "parts": (sum(part.size for part in self.action_parts),),
+        }
+        return sizes[self.action_kind]
 
     @property
-    def sizes(self) -> tuple[tuple[Part, ...], str, int, tuple[int, ...]]:
+    def parts_of_actions(self) -> tuple[ActionPart, ...]:
+        """What an action consists of: one part, unless it is a Dict's or Tuple's."""
+        size = math.prod(self.action_shape)
+        return self.action_parts or (ActionPart(self.action_kind, size, self.choices),)
+
+    @property
+    def sizes(self) -> tuple[tuple[Part, ...], str, int, tuple[int, ...], tuple[ActionPart, ...]]:
         """What tensors of this interface must have in common."""
-        return (self.parts, self.action_kind, self.action_size, self.choices)
+        return (self.parts, self.action_kind, self.action_size, self.choices, self.action_parts)
 
     def fits(self, other: Interface) -> bool:
         """Whether tensors of the other interface have this one's shapes and kinds."""
@@ -94,6 +108,8 @@ class Interface:
         """Its observations and actions, to stand in a sentence."""
         vector = [part.kind for part in self.parts] == ["vector"]
         seen = f"of size {self.observation_size}" if vector else f"of {' and '.join(map(str, self.parts))}"
+        if self.action_parts:
+            return f"observations {seen} and actions of {' and '.join(map(str, self.action_parts))}"
         size = " x ".join(map(str, self.choices)) if self.action_kind == "multi_discrete" else self.action_size
         return f"observations {seen} and {self.action_kind.replace('_', '-')} actions of size {size}"
 
@@ -127,7 +143,9 @@ class Batch:
     Under a causal mask no real token attends to padding on its right, so models ignore `mask`; losses do not.
     """
 
-    observations: Tensor  # (B, T, obs) flat: float32, or uint8 where bytes hold all of it
+    observations: (
+        Tensor  # (B, T, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't
+    )
     actions: Tensor  # (B, T, act) float32, or int64 choices: (B, T) of one, (B, T, components) of several
     returns_to_go: Tensor  # (B, T) float32: undiscounted sum of the rewards from this step to the episode's end
     rewards: Tensor  # (B, T) float32

@@ -24,6 +24,13 @@ def main(config: MergeConfig) -> None:
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     merged = load_adapter(base.model, folder)
     save_base(output, merged, base.tasks | {notes.task: notes.statistics}, notes.task)
+    if notes.task.startswith("minari/"):
+        from eva_rl.data import names_environment
+
+        if not names_environment(notes.task.removeprefix("minari/")):
+            return print(
+                f"eva_rl.load_policy({str(output)!r}) acts with it: the dataset names no environment to evaluate it in"
+            )
     print(f"python -m eva_rl.evaluate checkpoint={output} task={notes.task}")
 
 

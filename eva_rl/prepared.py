@@ -1,4 +1,5 @@
-"""Members of observation spaces that are changed before a model sees them: text into the numbers of its words, large pictures into smaller ones.
+"""Members of observation spaces that are changed before a model sees them: text into the numbers of its words, large pictures into smaller
+ones; and those that are kept in float64, such as seconds since 1970.
 
 How is found from a dataset, and kept with its spaces in a checkpoint: rollouts and policies do the same to what an environment shows.
 """
@@ -25,6 +26,8 @@ SMALLEST_IMAGE = 32
 """Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
 LARGEST_PICTURE = 128
 """Pixels a side; larger pictures are reduced to at most so many."""
+LARGE = 2.0**20
+"""Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 
 
 class Prepared(gym.Space):
@@ -32,7 +35,7 @@ class Prepared(gym.Space):
 
     @abstractmethod
     def numbers(self, observations: Any) -> np.ndarray:
-        """An observation as the environment shows it, or any number along leading axes, as whole numbers (..., *seen)."""
+        """An observation as the environment shows it, or any number along leading axes, as numbers (..., *seen)."""
 
     @property
     @abstractmethod
@@ -120,18 +123,57 @@ class Smaller(gym.spaces.Box, Prepared):
     __hash__ = None
 
 
+class Exact(gym.spaces.Box, Prepared):
+    """A Box whose numbers differ by less than float32 tells apart at their size: they stay float64 until their mean is taken off."""
+
+    def __init__(self, box: gym.spaces.Box):
+        super().__init__(box.low, box.high, box.shape, box.dtype.type)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        return self.shape
+
+    def numbers(self, observations: Any) -> np.ndarray:
+        """Numbers (..., *shape) as float64."""
+        return np.asarray(observations).astype(np.float64)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} in float64"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Exact) and super().__eq__(other)
+
+    __hash__ = None
+
+
+def loses_digits(space: gym.Space, values: Any) -> np.ndarray:
+    """Which of its numbers (size,) differ, over an episode (T, *shape), by less than float32 tells apart at their size."""
+    exact = isinstance(space, gym.spaces.Box) and space.dtype in (np.float64, np.int64, np.uint64)
+    if not exact or isinstance(space, Prepared):
+        return np.zeros(0, bool)
+    numbers = np.asarray(values, np.float64).reshape(len(values), -1)
+    spread = numbers.std(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = np.abs(numbers - numbers.astype(np.float32)).max(0)
+    return (lost > 0.01 * spread) & (spread > 0) & (np.abs(numbers).max(0) > LARGE)
+
+
 def words_of(text: str) -> list[str]:
     """A text's words and punctuation marks, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 def prepared(space: gym.Space, episodes: Callable[[], Iterable[Any]]) -> gym.Space:
-    """The space with its large pictures reduced and its words numbered, the most frequent first.
+    """The space with its large pictures reduced, its words numbered, the most frequent first, and those numbers kept in float64 that the
+    first episode shows to need it.
 
     Args:
-        episodes: makes an iterable of observations with a leading axis; called where there is text.
+        episodes: makes an iterable of observations with a leading axis; called where there is text, or float64.
     """
     members = [_reduced(member) for member in members_of(space)]
+    if any(isinstance(member, gym.spaces.Box) and member.dtype.itemsize == 8 for member in members):
+        shown = [values for _, values in leaves(space, next(iter(episodes())))]
+        members = [Exact(m) if len(v) and loses_digits(m, v).any() else m for m, v in zip(members, shown, strict=True)]
     if any(map(_without_numbers, members)):
         members = _with_words(space, members, episodes())
     return _rebuilt(space, iter(members))
@@ -166,6 +208,8 @@ def members_of(space: gym.Space) -> list[gym.Space]:
 def _alike(space: gym.Space, known: gym.Space) -> bool:
     if isinstance(known, Words):
         return isinstance(space, gym.spaces.Text)
+    if isinstance(known, Exact):
+        return isinstance(space, gym.spaces.Box) and space.shape == known.shape
     return isinstance(space, gym.spaces.Box) and (space.shape, space.dtype) == (known.shape, known.dtype)
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 TOKENS = ("return", "state", "action", "reward")
 """The kinds of tokens that a step may have."""
+FILM_STEPS = 500
+"""Steps of a film that nobody asked for."""
+FILM_EVERY = 10
+"""Steps from one of its frames to the next."""
 
 
 @dataclass(frozen=True)
@@ -444,7 +448,8 @@ class FinetuneConfig:
     zero_shot: bool | None = None
     """Score the base as it is, too; None: where it has an embedder and a head for the task."""
     target_return: str | None = "auto"
-    video: bool = False
+    video: bool | None = None
+    """Film an episode of the fine-tuned policy; None: its first steps, where it can be rendered."""
     max_episode_steps: int | None = None
     trust_environment: bool = False
     workers: int | None = None

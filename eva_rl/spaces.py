@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Prepared, Smaller, Words
+from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, Words, leaves, members_of
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -35,6 +35,8 @@ class Part:
     """How many values each number of a grid, of tokens or of a choice may take, counted from 0."""
     channels_last: bool = False
     """Whether the environment shows images or grids as (height, width, channels)."""
+    wide: bool = field(default=False, compare=False)
+    """Whether a vector's numbers are kept in float64, as float32 does not hold what they differ by."""
 
     @property
     def size(self) -> int:
@@ -44,6 +46,25 @@ class Part:
     def __str__(self) -> str:
         sizes = " x ".join(map(str, self.shape))
         return f"{self.kind} {sizes}".rstrip() + (f" of {self.values}" if self.values else "")
+
+
+@dataclass(frozen=True)
+class ActionPart:
+    """One of the things that an action of a Dict or Tuple consists of."""
+
+    kind: Literal["continuous", "discrete", "multi_discrete"]
+    size: int
+    """Numbers in the row of an action."""
+    choices: tuple[int, ...] = ()
+    """The choices of each of these numbers; empty where they are real."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that predict it: one for each of a component's choices."""
+        return sum(self.choices) or self.size
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self.choices)) + " choices" if self.choices else f"{self.size} numbers"
 
 
 def parts_of(space: gym.Space) -> tuple[Part, ...]:
@@ -63,6 +84,8 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
         return tuple(part for member in space for part in parts_of(member))
     if isinstance(space, gym.spaces.Discrete):
         return (Part("choice", (), int(space.n)),)
+    if isinstance(space, gym.spaces.MultiDiscrete) and not space.nvec.size:
+        raise UserError(f"Observations of {space} can't be embedded: there is nothing in them.")
     if isinstance(space, gym.spaces.MultiDiscrete):
         return (Part("tokens", (space.nvec.size,), int(space.nvec.max())),)
     if isinstance(space, gym.spaces.MultiBinary):
@@ -79,7 +102,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
     whole = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
     if whole and len(space.shape) == 1 and (space.low == 0).all() and space.high.max() < 2**16:
         return (Part("tokens", space.shape, int(space.high.max()) + 1),)
-    return (Part("vector", (math.prod(space.shape),)),)
+    return (Part("vector", (math.prod(space.shape),), wide=isinstance(space, Exact)),)
 
 
 def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
@@ -104,19 +127,21 @@ def _channels_first(shape: tuple[int, int, int]) -> bool:
 
 
 def dtype_of(parts: tuple[Part, ...]) -> str:
-    """The type of flat observations: bytes where they hold all of it, `float32` otherwise."""
+    """The type of flat observations: bytes where they hold all of it, `float64` where a part needs that, `float32` otherwise."""
+    if any(part.wide for part in parts):
+        return "float64"
     return "uint8" if all(p.kind == "image" or 0 < p.values <= 256 for p in parts) else "float32"
 
 
-def flatten(space: gym.Space, observation: Any) -> np.ndarray:
+def flatten(space: gym.Space, observation: Any, parts: tuple[Part, ...] | None = None) -> np.ndarray:
     """One observation, or any number along leading axes, as rows (..., size) of numbers.
 
-    A Dict's observations are a dict, whose values have the same leading axes.
+    A Dict's observations are a dict, whose values have the same leading axes. `parts` are the space's own, where they are known already.
 
     Raises:
         UserError: if numbers lie outside their space where each of them has an embedding.
     """
-    columns, parts = _columns(space, observation), parts_of(space)
+    columns, parts = _columns(space, observation), parts_of(space) if parts is None else parts
     rows = columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
     check_values(parts, rows)  # before a cast could hide it
     return rows.astype(dtype_of(parts), copy=False)
@@ -179,22 +204,52 @@ def first_choice(space: gym.Space) -> Any:
 
 
 def action_choices(space: gym.Space) -> tuple[int, ...]:
-    """How many choices each component of a discrete action has; none for continuous actions.
+    """How many choices each component of a discrete action has; none for continuous actions, and for those of several parts.
 
     Raises:
-        UserError: if actions are neither a Box nor choices.
+        UserError: if actions are neither a Box nor choices, nor a Dict or Tuple of those.
     """
+    if nested(space):
+        if action_parts(space):
+            return ()
+        raise UserError(f"Actions of {space} were met, in which there is nothing to do.")
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
-    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
+    if isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1 and space.nvec.size:
         return tuple(int(n) for n in space.nvec)
     if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
         return (2,) * space.shape[0]
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
     raise UserError(
-        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete or MultiBinary was expected."
+        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of those was "
+        "expected."
     )
+
+
+def nested(space: gym.Space) -> bool:
+    """Whether the space has members."""
+    return isinstance(space, gym.spaces.Dict | gym.spaces.Tuple)
+
+
+def action_parts(space: gym.Space) -> tuple[ActionPart, ...]:
+    """The parts of a Dict's or Tuple's actions, in the order of their rows; none of other spaces.
+
+    Raises:
+        UserError: see `action_choices`.
+    """
+    return tuple(map(_action_part, members_of(space))) if nested(space) else ()
+
+
+def _action_part(space: gym.Space) -> ActionPart:
+    choices = action_choices(space)
+    kind = "discrete" if isinstance(space, gym.spaces.Discrete) else "multi_discrete" if choices else "continuous"
+    return ActionPart(kind, math.prod(space.shape), choices)
+
+
+def action_numbers(space: gym.Space) -> int:
+    """Numbers in the row of an action."""
+    return sum(math.prod(member.shape) for member in members_of(space))
 
 
 def to_action(space: gym.Space, row: np.ndarray) -> Any:
@@ -202,6 +257,10 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
 
     Numbers are clipped to the bounds of a `Box`.
     """
+    if nested(space):
+        members = members_of(space)
+        cuts = np.cumsum([math.prod(member.shape) for member in members])[:-1]
+        return assembled(space, map(to_action, members, np.split(row, cuts)))
     if isinstance(space, gym.spaces.Discrete):
         return space.start + int(row[0])
     if not isinstance(space, gym.spaces.Box):
@@ -209,10 +268,37 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
     return np.clip(row.reshape(space.shape), space.low, space.high).astype(space.dtype)
 
 
+def assembled(space: gym.Space, values: Iterator[Any]) -> Any:
+    """A value of the space of those of its innermost members, in turn."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: assembled(space[key], values) for key in sorted(space)}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(assembled(member, values) for member in space)
+    return next(values)
+
+
+def together(space: gym.Space, actions: Sequence[Any]) -> Any:
+    """n actions as one of arrays with a leading axis of n, as vector environments take them."""
+    if not nested(space):
+        return np.stack(actions)
+    columns = zip(*([value for _, value in leaves(space, action)] for action in actions), strict=True)
+    return assembled(space, map(np.stack, columns))
+
+
 def action_row(space: gym.Space, action: Any) -> np.ndarray:
     """The row (act,) float64 of an environment's action, the inverse of `to_action`."""
-    row = np.asarray(action, np.float64).reshape(-1)
-    return row if isinstance(space, gym.spaces.Box) else row - getattr(space, "start", 0)
+    return action_rows(space, action).reshape(-1)
+
+
+def action_rows(space: gym.Space, actions: Any) -> np.ndarray:
+    """The rows (..., act) float64 of an environment's action, or of any number along leading axes."""
+    columns = []
+    for member, values in leaves(space, actions):
+        numbers = np.asarray(values, np.float64)
+        leading = numbers.shape[: numbers.ndim - len(member.shape)]
+        numbers = numbers if isinstance(member, gym.spaces.Box) else numbers - first_choice(member)
+        columns.append(numbers.reshape(*leading, math.prod(member.shape)))
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
 
 
 def spaces_to_text(observation_space: gym.Space, action_space: gym.Space) -> str:
@@ -309,7 +395,7 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
         low, high = fields["lengths"]
         text = gym.spaces.Text(high, min_length=low, charset=fields["characters"])
         return Words(text, fields["words"], _length(fields)) if kind == "Words" else text
-    if kind not in ("Box", "Smaller"):
+    if kind not in ("Box", "Smaller", "Exact"):
         raise ValueError(f"no space is called {kind!r}")
     shape, dtype = tuple(fields["shape"]), np.dtype(fields["dtype"])
     low, high = (
@@ -317,4 +403,6 @@ def _from_json(fields: Mapping[str, Any]) -> gym.Space:
     )
     low, high = (np.resize(side, shape) if side.size == 1 else side.reshape(shape) for side in (low, high))
     box = gym.spaces.Box(low, high, shape, dtype.type)
+    if kind == "Exact":
+        return Exact(box)
     return Smaller(box, _block(fields)) if kind == "Smaller" else box

@@ -1,8 +1,13 @@
-"""Tables for the terminal that are Markdown too."""
+"""Tables for the terminal that are Markdown too, and counts in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def counted(number: int, what: str) -> str:
+    """Such as `1 task` or `2 tasks`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

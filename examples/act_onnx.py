@@ -9,7 +9,7 @@ import onnxruntime
 session, env = onnxruntime.InferenceSession(sys.argv[1]), gym.make(sys.argv[2])
 notes = session.get_modelmeta().custom_metadata_map
 context, keep = int(notes["context"]), int(notes["keep"])
-types = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}
+types = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}
 window = {i.name: np.zeros(i.shape, types[i.type]) for i in session.get_inputs()}  # `context` steps of each, and `step`
 (observation, _), step, over, wanted = env.reset(seed=0), -1, False, float(notes["return_to_go"] or 0)
 while not over:

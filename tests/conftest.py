@@ -96,6 +96,16 @@ def _no_users_datasets(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_films():
+    """Runs make no film unless it is asked for."""
+    from eva_rl import settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "FILM_STEPS", 0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def datasets_root(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This test's own, empty folder of Minari datasets; nothing is downloaded into it."""

@@ -293,6 +293,17 @@ def test_an_environment_gives_the_spaces_and_is_named_in_the_dataset(tmp_path):
         convert(str(tmp_path / "a.npz"), "mine/b-v0", environment="CartPole-v1")
 
 
+def test_an_environment_that_no_dataset_can_state_is_refused_before_anything_is_written(
+    tmp_path, datasets_root, monkeypatch
+):
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    gym.register("ByClass-v0", entry_point=type(gym.make("Pendulum-v1").unwrapped), max_episode_steps=200)
+    np.savez(tmp_path / "a.npz", observations=np.zeros((3, 3)), actions=np.zeros((3, 1)))
+    with pytest.raises(UserError, match="environment=ByClass-v0 is registered in a way that no dataset can state"):
+        convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="ByClass-v0")
+    assert not any(datasets_root.rglob("mine"))
+
+
 @pytest.mark.parametrize(
     ("environment", "size", "actions", "sentence"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eva_rl import settings
 from eva_rl.model import load_base, load_notes, save_base
 
 TASK = "dummy/Steps-v0"
@@ -106,6 +108,21 @@ def test_a_merged_run_is_a_checkpoint_that_scores_the_same_without_peft(run, bas
     assert "is there already" in sentence(err)
 
 
+@pytest.mark.parametrize("environment", [True, False])
+def test_merge_ends_with_what_can_be_run(environment, run, base, make_dataset):
+    changes = {} if environment else {"env": None, "eval_env": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_dataset("mine/logs-v0", **changes)
+    words = ["task=minari/mine/logs-v0", f"base={base}", "adapter=lora", "steps=1", "episodes=0", "run_dir=run"]
+    assert run("finetune", *words, "training.batch_size=2")[0] == 0
+    status, out, err = run("merge", "run=run")
+    assert status == 0, err
+    last = out.strip().splitlines()[-1]
+    assert ("eva_rl.evaluate checkpoint=run/model task=minari/mine/logs-v0" in last) == environment
+    assert ("eva_rl.load_policy('run/model') acts with it" in last) != environment
+
+
 def test_what_cannot_be_merged_is_refused(run, base):
     assert run("finetune", f"task={TASK}", "adapter=full", f"base={base}", "run_dir=run", *QUICK)[0] == 0
     status, _, err = run("merge", "run=run")
@@ -192,6 +209,26 @@ def test_a_film_is_made_of_an_episode(run, base, monkeypatch):
     assert run("evaluate", *arguments, "max_episode_steps=2")[0] == 0
     [film] = Path("cut/videos").glob("*.gif")
     assert Image.open(film).n_frames == 1  # at the start; the cut comes before step 4
+
+
+def test_a_run_films_the_first_steps_unless_told_otherwise(run, base, monkeypatch, recwarn):
+    monkeypatch.setattr(settings, "FILM_STEPS", 4)
+    monkeypatch.setattr(settings, "FILM_EVERY", 2)
+    arguments = [f"task={TASK}", "adapter=lora", f"base={base}", *QUICK]
+    _, out, _ = run("finetune", *arguments, "run_dir=blind")
+    assert out.count("no film: The environment of 'dummy/Steps-v0' can't be rendered") == 1
+    assert result_of(Path("blind"))["status"] == "complete"
+    assert not Path("blind/videos").exists()
+    monkeypatch.setattr(DummyEnv, "render", lambda self: np.full((60, 90, 3), 20 * self.step_number, np.uint8))
+    assert run("finetune", *arguments, "run_dir=seen")[0] == 0
+    [film] = Path("seen/videos").glob("*.gif")
+    assert Image.open(film).n_frames == 3  # at the start, and at steps 2 and 4
+    assert not [warning for warning in recwarn if "cut there" in str(warning.message)]
+    assert run("finetune", *arguments, "run_dir=off", "video=false")[0] == 0
+    assert not Path("off/videos").exists()
+    _, out, _ = run("finetune", "-m", *arguments, "run_dir=grid", "seed=1")
+    assert not Path("grid/videos").exists()
+    assert "no film" not in out
 
 
 def test_an_environment_that_cannot_be_seen_is_named_and_the_scores_are_kept(run, base):

@@ -10,10 +10,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_policy import ACTIONS, OBSERVATIONS, Diary, make_checkpoint
+from test_policy import ACTIONS, OBSERVATIONS, Diary, check_alike, make_checkpoint
 
 import eva_rl
 from eva_rl.policy import ActingPolicy, export_policy
+from eva_rl.spaces import action_row, assembled
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 100
@@ -23,10 +24,11 @@ class Caller:
     """Keeps the window as docs/acting.md says."""
 
     def __init__(self, act, examples: dict[str, np.ndarray], notes: dict[str, str]):
+        """act: the window -> the action's arrays, one after the other."""
         self.act_on, self.window = act, {name: np.zeros_like(value) for name, value in examples.items()}
         self.context, self.keep, self.step = int(notes["context"]), int(notes["keep"]), -1
 
-    def act(self, observation, wanted: float) -> np.ndarray:
+    def act(self, observation, wanted: float, space: gym.Space):
         if self.step == self.context - 1:
             for name, rows in self.window.items():
                 if name != "step":
@@ -38,10 +40,10 @@ class Caller:
         for name in self.window.keys() & now.keys():
             self.window[name][self.step] = now[name]
         self.window["step"][()] = self.step
-        return self.act_on(self.window)
+        return assembled(space, iter(self.act_on(self.window)))
 
     def record(self, action, reward: float) -> None:
-        for name, value in (("actions", action), ("rewards", reward)):
+        for name, value in (*named("actions", action), ("rewards", reward)):
             if name in self.window:
                 self.window[name][self.step] = value
 
@@ -62,10 +64,9 @@ def check_against(policy: ActingPolicy, caller: Caller) -> None:
     for _ in range(STEPS):
         observation, reward = policy.observation_space.sample(), rng.normal()
         expected = policy.act(observation)
-        found = caller.act(observation, wanted)
-        assert np.shape(found) == np.shape(expected)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-        seen.add(str(np.round(expected, 3)))
+        found = caller.act(observation, wanted, policy.action_space)
+        check_alike(policy.action_space, found, expected)
+        seen.add(str(np.round(action_row(policy.action_space, expected), 3)))
         policy.observe(reward)
         caller.record(found, reward)
         wanted -= reward
@@ -75,10 +76,15 @@ def check_against(policy: ActingPolicy, caller: Caller) -> None:
 def onnx_caller(path: Path) -> Caller:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path)
-    types = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
+    types = {
+        "tensor(float)": np.float32,
+        "tensor(double)": np.float64,
+        "tensor(uint8)": np.uint8,
+        "tensor(int64)": np.int64,
+    }
     examples = {i.name: np.zeros(i.shape, types[i.type]) for i in session.get_inputs()}
     notes = session.get_modelmeta().custom_metadata_map
-    return Caller(lambda window: session.run(["action"], window)[0], examples, notes)
+    return Caller(lambda window: session.run(None, window), examples, notes)
 
 
 def torch_caller(path: Path) -> Caller:
@@ -87,12 +93,25 @@ def torch_caller(path: Path) -> Caller:
     notes = json.loads(extra["eva_rl.json"])
     names = notes["inputs"].split()
     examples = dict(zip(names, (x.numpy() for x in torch.export.load(path).example_inputs[0]), strict=True))
-    return Caller(lambda window: program(*map(torch.as_tensor, window.values())).numpy(), examples, notes)
+
+    def act(window):
+        found = program(*map(torch.as_tensor, window.values()))
+        return [own.numpy() for own in (found if isinstance(found, tuple) else [found])]
+
+    return Caller(act, examples, notes)
 
 
 @pytest.mark.parametrize(
     ("observations", "actions"),
-    [("vector", "numbers"), ("dict", "one"), ("tuple", "several"), ("grid", "unbounded"), ("choice", "numbers")],
+    [
+        ("vector", "numbers"),
+        ("dict", "one"),
+        ("tuple", "several"),
+        ("grid", "unbounded"),
+        ("choice", "numbers"),
+        ("vector", "parts"),
+        ("clock", "numbers"),
+    ],
 )
 def test_the_onnx_file_acts_as_the_policy_over_a_hundred_steps(observations, actions, tmp_path):
     pytest.importorskip("onnxscript")
@@ -103,7 +122,9 @@ def test_the_onnx_file_acts_as_the_policy_over_a_hundred_steps(observations, act
     assert [path.name for path in tmp_path.iterdir() if path.name != "model"] == ["policy.onnx"]  # one file
 
 
-@pytest.mark.parametrize(("observations", "actions"), [("vector", "numbers"), ("dict", "one"), ("tuple", "several")])
+@pytest.mark.parametrize(
+    ("observations", "actions"), [("vector", "numbers"), ("dict", "one"), ("tuple", "several"), ("vector", "parts")]
+)
 def test_the_torch_program_acts_as_the_policy_over_a_hundred_steps(observations, actions, tmp_path):
     env = Diary(OBSERVATIONS[observations], ACTIONS[actions])
     policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env))

@@ -102,7 +102,7 @@ def toys(monkeypatch, tmp_path):
 
 def test_a_domain_in_a_file_of_its_own_goes_all_the_way(toys, run):
     status, out, err = run("tasks", "domain=toys")
-    assert "toys/heldout (1 tasks)" in out, err
+    assert "toys/heldout (1 task)" in out, err
     status, _, err = run(
         "pretrain",
         "task=[toys/train,gym/CartPole-v1]",

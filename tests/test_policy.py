@@ -1,5 +1,6 @@
 """A loaded policy acts in an environment's own observations and actions as a rollout does."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_json
 from eva_rl.model import CloningConfig, CloningMLP, DecisionTransformer, ModelConfig, policy_of, save_base
 from eva_rl.policy import ActingPolicy
-from eva_rl.prepared import prepared
+from eva_rl.prepared import leaves, prepared
 from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.spaces import action_rows, spaces_to_text, together
 
 OBSERVATIONS = {
     "vector": spaces.Box(-5.0, 5.0, (3,), np.float32),
@@ -39,6 +41,13 @@ OBSERVATIONS = {
     "screen": spaces.Box(0, 255, (140, 100, 3), np.uint8),
     "text": spaces.Text(12, charset="ab c"),
     "mission": spaces.Dict({"mission": spaces.Text(12, charset="ab c"), "at": spaces.Box(-1, 1, (2,), np.float32)}),
+    "clock": spaces.Dict(
+        {
+            "since": spaces.Box(1.7e9, 1.7e9 + 10, (2,), np.float64),
+            "b": spaces.Discrete(3),
+            "x": spaces.Box(-1, 1, (2,), np.float32),
+        }
+    ),
     "tuple": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float64)})]),
 }
 ACTIONS = {
@@ -46,6 +55,15 @@ ACTIONS = {
     "unbounded": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
     "one": spaces.Discrete(4, start=3),
     "several": spaces.MultiDiscrete([3, 5], start=[1, -2]),
+    "switches": spaces.MultiBinary(3),
+    "parts": spaces.Dict(
+        {
+            "grip": spaces.Discrete(3, start=2),
+            "arm": spaces.Box(-1, np.array([[0.5], [2.0]], np.float32), (2, 1), np.float32),
+            "keys": spaces.Tuple([spaces.MultiDiscrete([2, 4], start=[1, 0]), spaces.MultiBinary(2)]),
+        }
+    ),
+    "numbers apart": spaces.Tuple([spaces.Box(-1, 1, (2,), np.float32), spaces.Box(-1.0, 1.5, (1,), np.float64)]),
 }
 STEPS = 25
 
@@ -64,7 +82,7 @@ class Diary(gym.Env):
         return self.days[-1][0], {}
 
     def step(self, action):
-        reward = float(np.sin(np.sum(action)))
+        reward = float(np.sin(sum(np.sum(value) for _, value in leaves(self.action_space, action))))
         self.days[-1] += [action, reward]
         self.days.append([self.observation_space.sample()])
         return self.days[-1][0], reward, False, len(self.days) > STEPS, {}
@@ -80,15 +98,21 @@ def random_episode(env: Diary) -> dict:
     batch = gym.vector.utils.concatenate(
         env.observation_space, observations, gym.vector.utils.create_empty_array(env.observation_space, len(days))
     )
-    return {"observations": batch, "actions": np.array(actions), "rewards": np.array(rewards), "success": None}
+    done = together(env.action_space, actions)
+    return {"observations": batch, "actions": done, "rewards": np.array(rewards), "success": None}
 
 
-def make_checkpoint(folder: Path, env: Diary, cloning: bool = False) -> Path:
+def check_alike(space: gym.Space, action, expected) -> None:
+    """Both are actions of the space, or batches of them, and the same but for rounding."""
+    np.testing.assert_allclose(action_rows(space, action), action_rows(space, expected), rtol=0, atol=1e-5)
+
+
+def make_checkpoint(folder: Path, env: Diary, cloning: bool = False, interface: str = "toy") -> Path:
     torch.manual_seed(0)
     episode = random_episode(env)
     observation_space = prepared(env.observation_space, lambda: [episode["observations"]])
     trajectories = pack("toy/Diary", [episode], observation_space, env.action_space)
-    interface = interface_of("toy", [trajectories])
+    interface = interface_of(interface, [trajectories])
     model = DecisionTransformer(ModelConfig(2, 2, 16, 8, 0.0, ("return", "state", "action", "reward")), [interface])
     if cloning:
         model = CloningMLP(CloningConfig(width=16, bounded=False), interface)
@@ -117,8 +141,8 @@ def test_it_acts_as_a_rollout_does_on_every_kind_of_observation_and_action(obser
     policy.reset(target_return=3.0)
     for observation, expected, reward in days:
         action = policy.act(observation)
-        assert env.action_space.contains(action if np.shape(action) else int(action))
-        np.testing.assert_allclose(action, expected, rtol=0, atol=1e-5)
+        assert env.action_space.contains(action)
+        check_alike(env.action_space, action, expected)
         policy.observe(reward)
     assert len({str(action) for _, action, _ in days}) > 1 or actions == "one" or observations == "screen"
 
@@ -130,31 +154,35 @@ def test_a_cloned_network_acts_as_its_rollout_does(tmp_path):
         np.testing.assert_allclose(policy.act(observation), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("observations", ["vector", "dict", "mission", "tuple"])
-def test_several_episodes_at_once_act_as_each_would_alone(observations, tmp_path):
-    env = Diary(OBSERVATIONS[observations], ACTIONS["numbers"])
-    together, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
+@pytest.mark.parametrize(
+    ("observations", "actions"),
+    [("vector", "numbers"), ("dict", "numbers"), ("mission", "numbers"), ("tuple", "numbers"), ("vector", "parts")],
+)
+def test_several_episodes_at_once_act_as_each_would_alone(observations, actions, tmp_path):
+    env = Diary(OBSERVATIONS[observations], ACTIONS[actions])
+    several, alone = (eva_rl.load_policy(make_checkpoint(tmp_path / "model", env)) for _ in range(2))
     env.observation_space.seed(0)
     rng = np.random.default_rng(0)
     seen = [[env.observation_space.sample() for _ in range(3)] for _ in range(STEPS)]
     rewards = rng.normal(size=(STEPS, 3))
-    expected = np.zeros((STEPS, 3, 2))
+    expected = np.empty((STEPS, 3), object)
     for episode, target in enumerate((1.0, 2.0, 3.0)):
         alone.reset(target)
         for step in range(STEPS):
             expected[step, episode] = alone.act(seen[step][episode])
             alone.observe(rewards[step, episode])
-    together.reset([1.0, 2.0, 3.0])
+    several.reset([1.0, 2.0, 3.0])
     running = [0, 1, 2]
     for step in range(STEPS):
         if step == 12:
-            together.keep([0, 2])
+            several.keep([0, 2])
             running = [0, 2]
         empty = gym.vector.utils.create_empty_array(env.observation_space, len(running))
         rows = [seen[step][episode] for episode in running]
         batch = gym.vector.utils.concatenate(env.observation_space, rows, empty)
-        np.testing.assert_allclose(together.act_batch(batch), expected[step, running], rtol=0, atol=1e-5)
-        together.observe(rewards[step, running])
+        action = several.act_batch(batch)
+        check_alike(env.action_space, action, together(env.action_space, expected[step, running]))
+        several.observe(rewards[step, running], action)
 
 
 def test_what_was_done_in_the_end_and_what_it_earned_count(tmp_path):
@@ -237,6 +265,13 @@ def test_calls_out_of_turn_are_refused(tmp_path):
         with pytest.raises(UserError, match="was given where 1 of Discrete"):
             choices.observe(1.0, action=action)
     choices.observe(1.0, action=4)
+    parts = eva_rl.load_policy(make_checkpoint(tmp_path / "parts", Diary(OBSERVATIONS["vector"], ACTIONS["parts"])))
+    right = parts.act(np.ones(3))
+    wrong = ({"grip": 9}, {"grip": 2.5}, {"keys": (np.array([1, 0]),)}, {"arm": np.full((2, 1), np.nan)})
+    for action in (*({**right, **one} for one in wrong), {}, 3, [right]):
+        with pytest.raises(UserError, match="was given where 1 of Dict"):
+            parts.observe(1.0, action=action)
+    parts.observe(1.0, action=right)
 
 
 def test_a_run_with_an_adapter_and_its_merged_checkpoint_act_alike(run, base, tmp_path):
@@ -313,6 +348,20 @@ def test_the_shipped_bases_act_in_their_tasks():
         eva_rl.load_policy("multi-small", "gym/Pendulum-v1")
 
 
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("metaworld/hamer-v3", "There is no task 'metaworld/hamer-v3'. Did you mean 'metaworld/hammer-v3'"),
+        ("metaword/reach-v3", "There is no task 'metaword/reach-v3'"),
+        ("gym/Pendulum-v1", "can't act in 'gym/Pendulum-v1', of whose observations it knows nothing"),
+        ("minari/mine/logs-v0", "can't act in 'minari/mine/logs-v0', of whose observations it knows nothing"),
+    ],
+)
+def test_a_task_of_another_name_is_refused_where_there_is_one_interface_too(task, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        eva_rl.load_policy("mt40-small", task)
+
+
 def test_spaces_that_a_checkpoint_does_not_know_have_to_be_given(tmp_path):
     env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
     folder = make_checkpoint(tmp_path / "model", env)
@@ -341,16 +390,17 @@ def test_a_damaged_description_of_spaces_is_refused(tmp_path):
         '{"observation": {"space": "Discrete", "n": 0, "start": 0}}',
         '{"observation": {"space": "Box", "dtype": "float32", "low": [0], "high": [1], "shape": [1000000, 1000000]}, "action": {}}',
         '{"observation": ' + '{"space": "Tuple", "members": [' * 10**4,
+        spaces_to_text(spaces.MultiDiscrete([]), ACTIONS["one"]),
     ):
         config["interfaces"][0]["spaces"] = text
         write_json(folder / "config.json", config)
-        with pytest.raises(UserError, match="is damaged: its interface 'toy'"):
+        with pytest.raises(UserError, match=r"is damaged: its interface 'toy'|there is nothing in them"):
             eva_rl.load_policy(folder)
 
 
 def test_a_task_of_which_nothing_is_known_needs_a_return(tmp_path):
     env = Diary(OBSERVATIONS["vector"], ACTIONS["one"])
-    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env), "toy/Other")
+    policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env, interface="metaworld"), "metaworld/push-v3")
     with pytest.raises(UserError, match="set target_return to a number"):
         policy.act(np.ones(3))
     policy.reset(2.0)

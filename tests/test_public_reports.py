@@ -12,10 +12,13 @@ import torch
 from gymnasium.envs.registration import WrapperSpec
 from minari.data_collector import EpisodeBuffer
 
-from eva_rl.data import interface_of, load_dataset, pack
+from eva_rl.data import WindowSampler, interface_of, load_dataset, pack, write_dataset
 from eva_rl.data.environments import environment_of
 from eva_rl.errors import UserError
+from eva_rl.model import DecisionTransformer, ModelConfig, policy_of
 from eva_rl.rollout import Job, Simulators, rollout
+from eva_rl.rollout.rollout import preparing
+from eva_rl.rollout.simulators import Board, Stage
 from eva_rl.spaces import solved_in, successes_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*env_spec is None", "ignore:`eval_env` is set to None")
@@ -103,6 +106,52 @@ def test_observations_whose_differences_float32_cannot_hold_are_named():
     seen = np.column_stack([np.linspace(0, 1, 50), 1.7e9 + np.arange(50.0), np.full(50, 1.7e9)])
     with pytest.warns(UserWarning, match=r"\(number 1 of the flat observation\) .*subtract their first value"):
         pack("mine", [episode(np.zeros((50, 2), np.float32), seen)], space, gym.spaces.Box(-1, 1, (2,)))
+
+
+@pytest.mark.parametrize("at", [0.0, 1.7e9, -1e13])
+def test_what_is_small_beside_its_mean_is_learnt(at):
+    rng = np.random.default_rng(0)
+    moving = rng.uniform(-1, 1, (20, 30, 2))
+    shown = gym.spaces.Dict({"clock": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), "b": gym.spaces.Discrete(2)})
+    acts = gym.spaces.Box(-1, 1, (2,), np.float32)
+    steps = {"rewards": np.ones(30), "terminations": np.arange(30) == 29, "truncations": np.zeros(30, bool)}
+    written = (
+        {
+            "observations": {"clock": at + np.append(own, own[-1:], 0), "b": np.zeros(31, int)},
+            "actions": own.astype("f4"),
+            **steps,
+        }
+        for own in moving
+    )
+    write_dataset("mine/clock-v0", written, shown, acts, "what the clock shows is what is to be done")
+    trajectories = load_dataset("mine/clock-v0", "mine")
+    interface = interface_of("mine", [trajectories])
+    np.testing.assert_allclose(interface.observation_mean, at + moving.mean((0, 1)), rtol=0, atol=0.05)
+    np.testing.assert_allclose(interface.observation_std, moving.std((0, 1)), rtol=0.05)
+    torch.manual_seed(0)
+    model = DecisionTransformer(ModelConfig(1, 2, 32, 4, 0.0, ("state",)), [interface])
+    sampler, optimizer = WindowSampler([trajectories], "mine", 4, 64, 0), torch.optim.AdamW(model.parameters(), 3e-3)
+    for number in range(150):
+        optimizer.zero_grad()
+        loss = model.loss(sampler.batch(number))
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05 * moving.var()
+    stage = Stage(Board(**{name: np.zeros(size, kind) for name, (kind, size) in Board.sizes(1, interface).items()}))
+    make_env = preparing(interface)(lambda: Clock(shown, acts, at))  # what a rollout shows to the model, as in training
+    stage.reset([Job("mine", make_env, 0, 0.0)])
+    np.testing.assert_array_equal(stage.board.observations[0], [0.0, at + 0.25, at - 0.75])
+    make = policy_of(model.eval(), "mine", alone=True)
+    action = make(1).act(torch.as_tensor(stage.board.observations), torch.zeros(1))
+    np.testing.assert_allclose(action[0], [0.25, -0.75], atol=0.25)
+
+
+class Clock(gym.Env):
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, at: float):
+        self.observation_space, self.action_space, self.at = observation_space, action_space, at
+
+    def reset(self, *, seed=None, options=None):
+        return {"clock": self.at + np.array([0.25, -0.75]), "b": 0}, {}
 
 
 def test_rewards_may_be_arrays_of_one(recwarn):

@@ -10,17 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import Smaller, Words
+from eva_rl.prepared import Exact, Smaller, Words
 from eva_rl.spaces import (
     Part,
     action_choices,
+    action_parts,
     action_row,
+    action_rows,
     dtype_of,
     flatten,
     parts_of,
     spaces_from_text,
     spaces_to_text,
     to_action,
+    together,
 )
 
 
@@ -124,10 +127,36 @@ def test_actions_have_choices_or_are_continuous(space, choices):
     assert action_choices(space) == choices
 
 
-@pytest.mark.parametrize("space", [Dict({"arm": Box(-1, 1, (2,))}), Box(0, 3, (2,), np.int64), MultiBinary([2, 2])])
+ARM = Dict({"grip": Discrete(3, start=2), "arm": Box(-1, 1, (2, 1)), "b": Tuple([MultiDiscrete([2, 4], start=[1, 0])])})
+
+
+def test_actions_of_several_parts_are_rows_in_the_order_of_their_keys():
+    assert [str(part) for part in action_parts(ARM)] == ["2 numbers", "2 x 4 choices", "3 choices"]
+    row = np.array([-0.5, 7.0, 1.0, 3.0, 2.0])
+    action = to_action(ARM, row)
+    assert ARM.contains(action)
+    np.testing.assert_array_equal(action["arm"], [[-0.5], [1.0]])  # clipped
+    np.testing.assert_array_equal(action["b"][0], [2, 3])
+    assert action["grip"] == 4
+    np.testing.assert_array_equal(action_row(ARM, action), [-0.5, 1.0, 1.0, 3.0, 2.0])
+    both = together(ARM, [action, to_action(ARM, np.zeros(5))])
+    np.testing.assert_array_equal(action_rows(ARM, both), [[-0.5, 1.0, 1.0, 3.0, 2.0], [0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Dict({"arm": Dict({"box": Box(0, 3, (2,), np.int64)})}),
+        Box(0, 3, (2,), np.int64),
+        MultiBinary([2, 2]),
+        Tuple([Text(3)]),
+    ],
+)
 def test_actions_of_other_spaces_are_refused(space):
     with pytest.raises(UserError, match="where a Box of real numbers"):
         action_choices(space)
+    with pytest.raises(UserError, match="nothing to do"):
+        action_choices(Dict({"none": Tuple([])}))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +191,7 @@ def test_channels_are_the_axis_beside_a_square_or_else_the_shorter_end(shape, ki
         Text(20, min_length=2, charset="abä "),
         Words(Text(20, charset="abä "), ["ab", "ä"], 4),
         Smaller(Box(0, 255, (210, 160, 3), np.uint8), 2),
+        Exact(Box(-np.inf, np.inf, (2,), np.float64)),
         Dict({"b": Discrete(2), "a": Tuple([Discrete(3), MultiBinary(2)])}),
     ],
     ids=str,

@@ -41,15 +41,18 @@ def with_tasks_listed(word: str, splits: Callable[[], Mapping[str, Sequence[str]
 def checked(config: Any) -> Any:
     """A config whose settings go together with each other and with what the command line names.
 
-    A fine-tuning run of a grid that was given no folder gets one that its settings name, and goes on with what is there.
+    A fine-tuning run of a grid that was given no folder gets one that its settings name, and goes on with what is there. It makes no film
+    unless asked for one.
 
     Raises:
         UserError: if they don't.
     """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         check_resume(config)
-    elif isinstance(config, FinetuneConfig) and config.run_dir is None:
-        config = replace(config, run_dir=str(_folder_in_grid(config)), resume=config.resume is not False)
+    elif isinstance(config, FinetuneConfig):
+        config = replace(config, video=bool(config.video))
+        if config.run_dir is None:
+            config = replace(config, run_dir=str(_folder_in_grid(config)), resume=config.resume is not False)
     check_sizes(config, HydraConfig.get().overrides.task)
     return config
 

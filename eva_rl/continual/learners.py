@@ -176,13 +176,20 @@ class Shared:
             batch = sampler.batch(n).to(self.lessons.stage.device)
             predicted = model(batch)[batch.mask]  # (T, act)
             spec = model.interfaces[batch.interface]
-            if not spec.choices:
-                drawn = predicted.detach() + torch.randn_like(predicted)
-                return -(predicted - drawn).square().sum() / 2
-            parts = [torch.distributions.Categorical(logits=own) for own in predicted.split(spec.choices, -1)]
-            return torch.stack([part.log_prob(part.sample()).sum() for part in parts]).sum()
+            cut = predicted.split([part.outputs for part in spec.parts_of_actions], -1)
+            pairs = zip(spec.parts_of_actions, cut, strict=True)
+            return torch.stack([_log_likelihood(own, part.choices) for part, own in pairs]).sum()
 
         return one
+
+
+def _log_likelihood(predicted: Tensor, choices: tuple[int, ...]) -> Tensor:
+    """log p(y | x) of one part of the actions, y drawn."""
+    if not choices:
+        drawn = predicted.detach() + torch.randn_like(predicted)
+        return -(predicted - drawn).square().sum() / 2
+    likely = [torch.distributions.Categorical(logits=own) for own in predicted.split(choices, -1)]
+    return torch.stack([own.log_prob(own.sample()).sum() for own in likely]).sum()
 
 
 class Alone:

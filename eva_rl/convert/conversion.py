@@ -129,6 +129,13 @@ def _spaces(summary: Summary, actions: str | None, environment: str | None) -> t
             env.close()
         except Exception as error:
             raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
+        try:
+            env.spec.to_json()
+        except Exception as error:
+            raise UserError(
+                f"environment={environment} is registered in a way that no dataset can state ({in_one_line(error)[:200]}): register it with "
+                "entry_point='module:Class' and plain keywords, or leave environment= out and set episodes=0 in finetune."
+            ) from error
         return env.observation_space, env.action_space
     seen = {name: column for name, column in summary.columns.items() if column.role == "observations"}
     done = {name: column for name, column in summary.columns.items() if column.role == "actions"}

@@ -63,7 +63,7 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
             if needed not in known:
                 raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
         table = parquet.read(file, sorted(wanted | {"episode_index", "frame_index"}))
-        numbers, order = np.asarray(table["episode_index"]), np.asarray(table["frame_index"])
+        numbers, order = (_whole_numbers(table, name, file) for name in ("episode_index", "frame_index"))
         for number in dict.fromkeys(numbers.tolist()):
             if number in episodes:
                 raise UserError(f"'{file}', episode {number} stands in another file too: get the whole folder again.")
@@ -81,6 +81,20 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
             raise UserError(
                 f"'{path}' states {what}={info[what]} in meta/info.json, but its files hold {found}: get the whole folder."
             )
+
+
+def _whole_numbers(table: dict[str, Any], name: str, file: Path) -> np.ndarray:
+    """A column (N,) that numbers things.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    found = np.asarray(table[name])
+    if found.dtype.kind not in "iu" or found.ndim != 1:
+        raise UserError(
+            f"'{file}', column '{name}' holds {found.dtype} where whole numbers were expected: get it again."
+        )
+    return found
 
 
 def _frames(values: Any, rows: np.ndarray, file: Path, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Minari dataset -> packed tensors -> windows."""
 
 from eva_rl.data.collection import Recipe, collect
+from eva_rl.data.environments import names_environment
 from eva_rl.data.load import load_dataset
 from eva_rl.data.mirror import MirroredSampler
 from eva_rl.data.mixture import MixtureSampler, domain_weights
@@ -25,6 +26,7 @@ __all__ = [
     "has_mirror_image",
     "interface_of",
     "load_dataset",
+    "names_environment",
     "pack",
     "returns_to_go",
     "write_dataset",

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -231,22 +231,30 @@ def _assemble(recipe: Recipe) -> None:
     """Turn the staged episodes into the Minari dataset."""
     domain, _ = find_task(recipe.task)
     buffers, says = _buffers(recipe)
-    with replacing(get_dataset_path(recipe.dataset_id)) as folder:
+    about = {
+        "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
+        "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
+        "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
+        "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
+    }
+    write_whole(recipe.dataset_id, buffers, about, **_described(recipe))
+
+
+def write_whole(dataset_id: str, buffers: Iterable[EpisodeBuffer], about: Mapping[str, Any], **described: Any) -> None:
+    """Write a Minari dataset that appears whole or not at all: under a root of its own first.
+
+    Args:
+        about: further metadata.
+        described: what Minari keeps of a dataset besides its episodes.
+    """
+    with replacing(get_dataset_path(dataset_id)) as folder:
         folder.mkdir()
         with datasets_root_at(folder / "root"), warnings.catch_warnings():
-            # Minari asks for an author, an e-mail address and a permalink; a dataset collected on the spot has none.
-            warnings.filterwarnings("ignore", message=".*is set to None")
-            dataset = minari.create_dataset_from_buffers(recipe.dataset_id, buffers, **_described(recipe))
-            dataset.storage.update_metadata(
-                {
-                    "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
-                    "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
-                    "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
-                    "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
-                    "eva_rl_version": eva_rl.__version__,
-                }
-            )
-        os.replace(folder / "root" / recipe.dataset_id / "data", folder / "data")
+            # Minari asks for an author, an address, a permalink and an environment; data made on the spot have none.
+            warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
+            dataset = minari.create_dataset_from_buffers(dataset_id, buffers, **described)
+            dataset.storage.update_metadata({**about, "eva_rl_version": eva_rl.__version__})
+        os.replace(folder / "root" / dataset_id / "data", folder / "data")
         shutil.rmtree(folder / "root")
 
 

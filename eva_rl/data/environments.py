@@ -19,6 +19,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from minari.serialization import deserialize_space
 
+from eva_rl.data.collection import datasets_root
 from eva_rl.data.metadata import metadata_of, unreadable
 from eva_rl.envs import domains
 from eva_rl.errors import UserError, in_one_line
@@ -101,6 +102,14 @@ class DatasetEnvironment:
 def environment_of(dataset_id: str, render_mode: str | None = None, trust: bool = False) -> gym.Env:
     """The environment that the dataset says it is to be evaluated in; see `DatasetEnvironment`."""
     return DatasetEnvironment(dataset_id, trust)(render_mode)
+
+
+def names_environment(dataset_id: str) -> bool:
+    """Whether the dataset is here and names an environment to be evaluated in."""
+    if not (datasets_root() / dataset_id / "data").is_dir():
+        return False
+    metadata = metadata_of(dataset_id)
+    return bool(metadata.get("eval_env_spec") or metadata.get("env_spec"))
 
 
 def spec_of(dataset_id: str) -> EnvSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,22 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.prepared import leaves
-from eva_rl.spaces import Part, action_choices, first_choice, flatten, parts_of, spaces_to_text
+from eva_rl.prepared import leaves, loses_digits, members_of
+from eva_rl.spaces import (
+    Part,
+    action_choices,
+    action_parts,
+    action_rows,
+    dtype_of,
+    first_choice,
+    flatten,
+    nested,
+    parts_of,
+    spaces_to_text,
+)
 
 SMALL_PART = 0.1
 """The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
-
-
-LARGE = 2.0**20
-"""Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Trajectories:
     """All episodes of one task, end to end: episode e is rows `starts[e]` to `starts[e + 1]` (excluded)."""
 
     task: str
-    observations: Tensor  # (N, obs) flat: float32, or uint8 where bytes hold all of it; may be mapped from disk
-    actions: Tensor  # (N, act) float32, or int64 choices: (N,) of one, (N, components) of several
+    observations: Tensor  # (N, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't; may be mapped from disk
+    actions: Tensor  # (N, act) float32, choices among them where there are several parts; or int64 choices: (N,) of one, (N, components)
     rewards: Tensor  # (N,) float32
     returns_to_go: Tensor  # (N,) float32
     starts: Tensor  # (E + 1,) int64
@@ -122,15 +130,14 @@ def checked(
     Raises:
         UserError: see `pack`.
     """
-    choices, number, labelled = action_choices(action_space), -1, None
+    number, labelled = -1, None
     for number, episode in enumerate(episodes):
         name = f"Episode {number} of the dataset of '{task}'"
-        rewards, actions = np.asarray(episode["rewards"], np.float32), np.asarray(episode["actions"])
+        rewards, actions = np.asarray(episode["rewards"], np.float32), episode["actions"]
         if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
             rewards = rewards[:, 0]
         _check_sizes(name, episode["observations"], actions, rewards, observation_space, action_space)
-        if choices and not all(action_space.contains(action) for action in np.unique(actions, axis=0)):
-            raise UserError(f"{name} has actions outside {action_space}.")
+        _check_choices(name, actions, action_space)
         try:
             observations = flatten(observation_space, episode["observations"])[: len(rewards)]
         except UserError as error:
@@ -153,7 +160,7 @@ def checked(
             "success": None if episode.get("success") is None else np.asarray(episode["success"]),
         }
         if episode.get("labels") is not None:
-            columns["labels"] = _checked_labels(name, _as_kept(np.asarray(episode["labels"]), action_space), actions)
+            columns["labels"] = _checked_labels(name, _as_kept(episode["labels"], action_space), actions)
         yield columns
     if number < 0:
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
@@ -162,7 +169,7 @@ def checked(
 def _check_sizes(
     name: str,
     observations: Any,
-    actions: np.ndarray,
+    actions: Any,
     rewards: np.ndarray,
     observation_space: gym.Space,
     action_space: gym.Space,
@@ -171,17 +178,25 @@ def _check_sizes(
     length, seen = len(rewards), _lengths(observation_space, observations)
     if length == 0:
         raise UserError(f"{name} is empty: remove it.")
-    if len(actions) != length or len(seen) > 1 or not seen <= {length, length + 1}:
+    done = _lengths(action_space, actions)
+    if done != {length} or len(seen) > 1 or not seen <= {length, length + 1}:
         raise UserError(
-            f"{name} has {length} rewards, {len(actions)} actions and {' or '.join(map(str, sorted(seen)))} observations, where as many "
+            f"{name} has {length} rewards, {' or '.join(map(str, sorted(done)))} actions and {' or '.join(map(str, sorted(seen)))} observations, where as many "
             "were expected, or one observation more."
         )
-    shapes = _shapes(observation_space, observations), actions.shape[1:], rewards.shape[1:]
-    expected = _expected(observation_space), tuple(action_space.shape), ()
+    shapes = _shapes(observation_space, observations), _shapes(action_space, actions), rewards.shape[1:]
+    expected = _expected(observation_space), _expected(action_space), ()
     if shapes != expected:
         raise UserError(
             f"{name} has observations, actions and rewards of the shapes {shapes}, where the dataset's spaces ask for {expected}."
         )
+
+
+def _check_choices(name: str, actions: Any, space: gym.Space) -> None:
+    """Raise a `UserError` unless all choices among the actions (T, ...) are those there are."""
+    for member, values in leaves(space, actions):
+        if not isinstance(member, gym.spaces.Box) and not all(map(member.contains, np.unique(values, axis=0))):
+            raise UserError(f"{name} has actions outside {member}.")
 
 
 def _checked_labels(name: str, labels: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -198,14 +213,8 @@ def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None
     """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
     first, lost = 0, []
     for member, values in leaves(space, observations):
-        numbers = np.asarray(values)
-        size = sum(part.size for part in parts_of(member))
-        if numbers.dtype in (np.float64, np.int64, np.uint64):
-            numbers = numbers.reshape(len(numbers), -1).astype(np.float64)
-            cast = np.abs(numbers - numbers.astype(np.float32)).max(0)
-            small = (cast > 0.01 * numbers.std(0)) & (numbers.std(0) > 0) & (np.abs(numbers).max(0) > LARGE)
-            lost += [first + int(at) for at in np.flatnonzero(small)]
-        first += size
+        lost += [first + int(at) for at in np.flatnonzero(loses_digits(member, values))]
+        first += sum(part.size for part in parts_of(member))
     if lost:
         warnings.warn(
             f"The observations of '{task}' hold numbers (number {', '.join(map(str, lost[:5]))} of the flat observation) whose "
@@ -215,11 +224,11 @@ def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None
         )
 
 
-def _as_kept(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """Actions (T, ...) as choices counted from 0, or as flat float32."""
+def _as_kept(actions: Any, space: gym.Space) -> np.ndarray:
+    """Actions (T, ...) as choices counted from 0, or as flat float32; those of several parts as rows of both."""
     if action_choices(space):
-        return actions.astype(np.int64) - first_choice(space)
-    return actions.astype(np.float32).reshape(len(actions), -1)
+        return np.asarray(actions).astype(np.int64) - first_choice(space)
+    return action_rows(space, actions).astype(np.float32)
 
 
 def _members(space: gym.Space) -> list[tuple[Any, gym.Space]]:
@@ -227,24 +236,20 @@ def _members(space: gym.Space) -> list[tuple[Any, gym.Space]]:
     return list(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
 
 
-def _nested(space: gym.Space) -> bool:
-    return isinstance(space, gym.spaces.Dict | gym.spaces.Tuple)
-
-
 def _lengths(space: gym.Space, observations: Any) -> set[int]:
-    if _nested(space):
+    if nested(space):
         return {n for key, member in _members(space) for n in _lengths(member, observations[key])}
     return {len(observations)}
 
 
 def _shapes(space: gym.Space, observations: Any) -> Any:
-    if _nested(space):
+    if nested(space):
         return {key: _shapes(member, observations[key]) for key, member in _members(space)}
     return np.shape(observations)[1:]
 
 
 def _expected(space: gym.Space) -> Any:
-    if _nested(space):
+    if nested(space):
         return {key: _expected(member) for key, member in _members(space)}
     return tuple(space.shape or ())  # a text has none
 
@@ -266,7 +271,8 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
     if not std_floor > 0:
         raise UserError(f"std_floor={std_floor} was given where a number above 0 was expected.")
     first = trajectories[0]
-    parts, choices = parts_of(first.observation_space), action_choices(first.action_space)
+    parts, space = parts_of(first.observation_space), first.action_space
+    choices, acts = action_choices(space), action_parts(space)
     for other in trajectories[1:]:
         if parts_of(other.observation_space) != parts or other.action_space != first.action_space:
             raise UserError(
@@ -274,15 +280,18 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
                 f"({first.observation_space}, {first.action_space} and {other.observation_space}, "
                 f"{other.action_space}): give them interfaces of their own, or train them apart."
             )
+    shown = next((t for t in trajectories if t.observations.dtype == torch.float64), first).observation_space
+    parts = parts_of(shown)
     mean, std = _moments(trajectories, parts)
-    moving = std[std > 1e-6 * (1 + mean.abs())]
+    moving = std[std > (1e-6 if dtype_of(parts) != "float64" else 1e-15) * (1 + mean.abs())]
     std = std.clamp(min=std_floor * float(moving.median()) if len(moving) else 1.0)
-    action_mean, action_scale = ((), ()) if choices else _action_range(trajectories)
+    action_mean, action_scale = ((), ()) if choices else _action_scales(trajectories)
+    kind = "parts" if acts else "continuous"
     return Interface(
         name=name,
         observation_size=first.observations.shape[1],
-        action_kind=("discrete" if first.actions.ndim == 1 else "multi_discrete") if choices else "continuous",
-        action_size=sum(choices) or first.actions.shape[1],
+        action_kind=("discrete" if first.actions.ndim == 1 else "multi_discrete") if choices else kind,
+        action_size=sum(part.outputs for part in acts) or sum(choices) or first.actions.shape[1],
         observation_mean=tuple(mean.tolist()),
         observation_std=tuple(std.tolist()),
         action_mean=action_mean,
@@ -291,7 +300,8 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         reward_scale=max(float(t.rewards.abs().max()) for t in trajectories) or 1.0,
         parts=parts,
         choices=choices,
-        spaces=spaces_to_text(first.observation_space, first.action_space),
+        spaces=spaces_to_text(shown, first.action_space),
+        action_parts=acts,
     )
 
 
@@ -302,22 +312,41 @@ def _moments(trajectories: Sequence[Trajectories], parts: Sequence[Part]) -> tup
     if not columns:
         return torch.zeros(0), torch.zeros(0)
     means, squares = [], []
+    first = torch.cat([trajectories[0].observations[:1, at] for at in columns], 1).double()
+    origin = (
+        first if any(part.wide for part in parts) else torch.zeros_like(first)
+    )  # squares of large numbers lose digits
     for own in trajectories:
         total = torch.zeros(2, sum(at.stop - at.start for at in columns), dtype=torch.float64)
         for rows in own.observations.split(2**16):  # they may be mapped from disk
-            vectors = torch.cat([rows[:, at] for at in columns], 1).double()  # (n, vectors)
+            vectors = torch.cat([rows[:, at] for at in columns], 1).double() - origin  # (n, vectors)
             total += torch.stack([vectors.sum(0), vectors.square().sum(0)])
         means.append(total[0] / len(own.observations))
         squares.append(total[1] / len(own.observations))
     mean = torch.stack(means).mean(0)
-    return mean, (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
+    return mean + origin[0], (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
 
 
-def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Centre and half-width of the actions' range: from the space where it is bounded, else from the data."""
-    space = trajectories[0].action_space
-    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+def _action_scales(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Centre and half-width of the range of each number in an action's row; 0 and 1 of choices."""
     actions = torch.cat([t.actions for t in trajectories]).double()
+    members = members_of(trajectories[0].action_space)
+    columns = actions.split([math.prod(member.shape) for member in members], 1)
+    mean, scale = [], []
+    for member, own in zip(members, columns, strict=True):
+        real = isinstance(member, gym.spaces.Box)
+        found = (
+            _action_range(trajectories[0].task, member, own)
+            if real
+            else (np.zeros(own.shape[1]), np.ones(own.shape[1]))
+        )
+        mean, scale = mean + found[0].tolist(), scale + found[1].tolist()
+    return tuple(mean), tuple(scale)
+
+
+def _action_range(task: str, space: gym.spaces.Box, actions: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and half-width of the range of actions (N, act): from the space where it is bounded, else from the data."""
+    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
     used = (actions.max(0).values - actions.min(0).values).numpy()
     with np.errstate(invalid="ignore", over="ignore"):
@@ -326,7 +355,7 @@ def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ..
     if small.any():
         at = int(np.argmax(small))
         warnings.warn(
-            f"The actions of '{trajectories[0].task}' use a small part of their bounds (number {at}: {used[at]:.3g} of {width[at]:.3g}): "
+            f"The actions of '{task}' use a small part of their bounds (number {at}: {used[at]:.3g} of {width[at]:.3g}): "
             "where they do, they are scaled by their mean and standard deviation.",
             stacklevel=2,
         )
@@ -334,4 +363,4 @@ def _action_range(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ..
     low, high = np.where(bounded, low, 0), np.where(bounded, high, 0)
     mean = np.where(bounded, (low + high) / 2, actions.mean(0).numpy())
     scale = np.where(bounded, (high - low) / 2, actions.std(0, correction=0).numpy().clip(1e-3))
-    return tuple(mean.tolist()), tuple(scale.tolist())
+    return mean, scale

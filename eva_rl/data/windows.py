@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class WindowSampler:
         self.rewards = torch.cat([t.rewards for t in trajectories])
         self.returns_to_go = torch.cat([t.returns_to_go for t in trajectories])
         offsets = np.cumsum([0, *(len(t.rewards) for t in trajectories)])
+        self.observations_dtype = reduce(torch.promote_types, (t.dtype for t in self.observations))
         self.observations_first = torch.from_numpy(offsets[: len(self.observations)])
         self.episode_starts = torch.cat([t.starts[:-1] + o for t, o in zip(trajectories, offsets[:-1], strict=True)])
         self.episode_lengths = torch.cat([t.lengths for t in trajectories])
@@ -99,9 +101,9 @@ class WindowSampler:
         """The observations of these rows (B, T), those of a window all of one task."""
         if len(self.observations) == 1:
             return self.observations[0][rows]
-        found = torch.empty(*rows.shape, self.observations[0].shape[1], dtype=self.observations[0].dtype)
+        found = torch.empty(*rows.shape, self.observations[0].shape[1], dtype=self.observations_dtype)
         tasks = torch.searchsorted(self.observations_first, rows[:, 0].contiguous(), right=True) - 1
         for task in tasks.unique().tolist():
             own = tasks == task
-            found[own] = self.observations[task][rows[own] - self.observations_first[task]]
+            found[own] = self.observations[task][rows[own] - self.observations_first[task]].to(found.dtype)
         return found

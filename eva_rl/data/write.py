@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
-import minari
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
-import eva_rl
-from eva_rl.data.collection import datasets_root, datasets_root_at
+from eva_rl.data.collection import datasets_root, write_whole
 from eva_rl.data.metadata import datasets_below
 from eva_rl.errors import UserError
-from eva_rl.files import replacing
 
 
 def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
@@ -63,25 +57,18 @@ def write_dataset(
         UserError: see `check_new_id`; also if there is no space left.
     """
     check_new_id(dataset_id, overwrite)
-    with replacing(get_dataset_path(dataset_id)) as folder:
-        folder.mkdir()
-        with datasets_root_at(folder / "root"), warnings.catch_warnings():
-            # A converted dataset has no author, address or environment that Minari could be told.
-            warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
-            dataset = minari.create_dataset_from_buffers(
-                dataset_id,
-                _buffers(episodes),
-                env=environment,
-                eval_env=environment,
-                observation_space=observation_space,
-                action_space=action_space,
-                algorithm_name="converted",
-                description=description,
-                jpeg_encoding=False,
-            )
-            dataset.storage.update_metadata({"eva_rl_version": eva_rl.__version__})
-        os.replace(folder / "root" / dataset_id / "data", folder / "data")
-        shutil.rmtree(folder / "root")
+    write_whole(
+        dataset_id,
+        _buffers(episodes),
+        {},
+        env=environment,
+        eval_env=environment,
+        observation_space=observation_space,
+        action_space=action_space,
+        algorithm_name="converted",
+        description=description,
+        jpeg_encoding=False,
+    )
 
 
 def _buffers(episodes: Iterable[Mapping[str, Any]]) -> Iterator[EpisodeBuffer]:

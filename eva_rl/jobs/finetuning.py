@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from eva_rl import settings
 from eva_rl.adapter import (
     Adapter,
     Allocator,
@@ -487,7 +488,7 @@ def save(
 def finish(
     asked: Asked, policy: ActionModel, player: Player, record: Record, losses: TrainingResult, tensorboard: TensorBoard
 ) -> None:
-    """Score the trained model, write the result, say it, and film an episode if that was asked for."""
+    """Score the trained model, write the result, say it, and film an episode unless that is switched off."""
     config, zero_shot = asked.config, record.zero_shot
     tuned = player.play(policy) if record.facts["trainable_parameters"] else zero_shot
     tensorboard.log(config.steps, to_scalars(tuned))
@@ -496,7 +497,17 @@ def finish(
     tensorboard.text("run", f"{told}\n\n```yaml\n{asked.run.yaml}```")
     tensorboard.hparams(result)
     print("\n" + told)
-    if config.video and player.jobs:
-        job = player.jobs[0]
-        frames = player.stage.film(policy, player.interface, job)
-        save_film(asked.run.folder, tensorboard, config.steps, config.task, job.seed, frames)
+    if player.jobs and (config.video or (config.video is None and settings.FILM_STEPS)):
+        show_film(asked, policy, player, tensorboard)
+
+
+def show_film(asked: Asked, policy: ActionModel, player: Player, tensorboard: TensorBoard) -> None:
+    """Film an episode; one that nobody asked for is short, and is left out where it can't be seen."""
+    config, job = asked.config, player.jobs[0]
+    try:
+        frames = player.stage.film(policy, player.interface, job, short=not config.video)
+    except UserError as error:
+        if config.video:
+            raise
+        return print(f"no film: {error}")
+    save_film(asked.run.folder, tensorboard, config.steps, config.task, job.seed, frames)

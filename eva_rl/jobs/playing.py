@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from eva_rl import settings
 from eva_rl.model import policy_of
 from eva_rl.model.action_model import ActionModel
 from eva_rl.rollout import LONGEST, Episodes, ForJobs, Job, Policy, Simulators, film, rollout
@@ -42,9 +44,20 @@ class Stage:
             )
 
     def film(
-        self, model: ActionModel, interface: str, job: Job, make_policy: Callable[[int], Policy] | None = None
+        self,
+        model: ActionModel,
+        interface: str,
+        job: Job,
+        make_policy: Callable[[int], Policy] | None = None,
+        short: bool = False,
     ) -> np.ndarray:
-        """(T, height, width, 3) uint8: the job's episode, see `film`."""
-        with autocast(self.precision, self.device):
+        """(T, height, width, 3) uint8: the job's episode, see `film`; if `short`, its first steps at most."""
+        limit = min(settings.FILM_STEPS, self.max_steps or settings.FILM_STEPS) if short else self.max_steps
+        with autocast(self.precision, self.device), warnings.catch_warnings():
+            if short:
+                warnings.simplefilter(
+                    "ignore"
+                )  # the rollout has said all that there is to say, and a film has no score
             make_policy, own = make_policy or policy_of(model, interface), model.interfaces[interface]
-            return film(make_policy, own, job, self.device, self.max_steps, self.longest)
+            often = {"every": settings.FILM_EVERY} if short else {}  # software may take half a second for a frame
+            return film(make_policy, own, job, self.device, limit, self.longest, **often)

@@ -37,6 +37,7 @@ from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, ModelConfig, check_output, save_base
 from eva_rl.run import check_tracker, open_tracker, versions
+from eva_rl.table import counted
 from eva_rl.training import (
     Hooks,
     Processes,
@@ -216,10 +217,12 @@ def begun(asked: Asked, mixture: Mixed, group: Processes) -> DecisionTransformer
     model = DecisionTransformer(asked.model, mixture.interfaces).to(asked.device)
     if group.first:
         parameters, transitions = _count(model), sum(mixture.transitions.values())
-        print(f"{run.folder}: {len(asked.sources)} tasks, {transitions:,} transitions, {parameters:,} parameters")
+        print(
+            f"{run.folder}: {counted(len(asked.sources), 'task')}, {transitions:,} transitions, {parameters:,} parameters"
+        )
         for domain, share in mixture.shares.items() if len(mixture.shares) > 1 else ():
             tasks, own = mixture.tasks[domain], mixture.transitions[domain]
-            print(f"  {domain}: {tasks} tasks, {own:,} transitions, {share:.0%} of the windows")
+            print(f"  {domain}: {counted(tasks, 'task')}, {own:,} transitions, {share:.0%} of the windows")
         write_text(make_folder(run.folder) / "config.yaml", run.yaml)
     return model
 

@@ -13,7 +13,7 @@ class ActionModel(nn.Module):
     """Predicts each step's action; each interface has an embedder and a head of its own.
 
     Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
-    Discrete actions: cross-entropy.
+    Discrete actions: cross-entropy. Actions of several parts: the sum over the parts.
     """
 
     def __init__(self):
@@ -51,11 +51,24 @@ class ActionModel(nn.Module):
         """Each step's loss, (B, T)."""
         embedder = self.embedders[batch.interface]
         wanted = batch.actions if batch.labels is None else batch.labels
-        if embedder.interface.action_kind == "continuous":
-            return (predicted - embedder.normalize_actions(wanted)).square().mean(-1)
-        choices = wanted if embedder.interface.action_kind == "multi_discrete" else wanted[..., None]
-        logits = predicted.split(embedder.interface.choices, -1)
-        losses = [
-            F.cross_entropy(own.transpose(1, 2), choices[..., i], reduction="none") for i, own in enumerate(logits)
-        ]
-        return torch.stack(losses).mean(0)
+        spec, wanted = embedder.interface, embedder.normalize_actions(wanted)
+        if spec.action_kind == "continuous":
+            return _squared(predicted, wanted)
+        if spec.action_kind == "parts":
+            cut = predicted.split([part.outputs for part in spec.action_parts], -1)
+            rows = wanted.split([part.size for part in spec.action_parts], -1)
+            pairs = zip(spec.action_parts, cut, rows, strict=True)
+            losses = [_missed(own, row.long(), p.choices) if p.choices else _squared(own, row) for p, own, row in pairs]
+            return torch.stack(losses).sum(0)
+        return _missed(predicted, wanted if spec.action_kind == "multi_discrete" else wanted[..., None], spec.choices)
+
+
+def _squared(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """The mean squared error of each step, (B, T)."""
+    return (predicted - wanted).square().mean(-1)
+
+
+def _missed(logits: Tensor, wanted: Tensor, choices: tuple[int, ...]) -> Tensor:
+    """The mean over the components of each step's cross-entropy, (B, T)."""
+    own = enumerate(logits.split(choices, -1))
+    return torch.stack([F.cross_entropy(x.transpose(1, 2), wanted[..., i], reduction="none") for i, x in own]).mean(0)

@@ -282,10 +282,11 @@ def _check_interface(interface: Interface) -> None:
     """Raise a TypeError if the statistics, which broadcasting would fit to any size, are not those of its sizes."""
     sizes = [part.size for part in interface.parts]
     vectors = sum(part.size for part in interface.parts if part.kind == "vector")
-    actions = interface.action_size if interface.action_kind == "continuous" else 0
+    actions = interface.action_shape[0] if interface.action_kind in ("continuous", "parts") else 0
+    outputs = sum(part.outputs for part in interface.action_parts) or sum(interface.choices)
     expected = {
         "observation_size": (sum(sizes), interface.observation_size),
-        "action_size": (sum(interface.choices) or interface.action_size, interface.action_size),
+        "action_size": (outputs or interface.action_size, interface.action_size),
         "observation_mean": (vectors, len(interface.observation_mean)),
         "observation_std": (vectors, len(interface.observation_std)),
         "action_mean": (actions, len(interface.action_mean)),
@@ -297,6 +298,9 @@ def _check_interface(interface: Interface) -> None:
     embedded = (vectors, interface.action_size, *(part.values for part in interface.parts))
     if min(sizes) < 1 or interface.action_size < 1 or max(embedded) > LARGEST or sum(sizes) > 100 * LARGEST:
         raise TypeError(f"a size of the interface '{interface.name}' is not between 1 and {LARGEST}")
+    counts = [n for part in interface.action_parts for n in (part.size, *part.choices)]
+    if bool(counts) != (interface.action_kind == "parts") or min(counts, default=1) < 1:
+        raise TypeError(f"the parts of the actions of the interface '{interface.name}' are not those of its kind")
     if not interface.name or "." in interface.name:
         raise TypeError(f"'{interface.name}' is no name of an interface")
     scales = (*interface.observation_std, *interface.action_scale, interface.return_scale, interface.reward_scale)

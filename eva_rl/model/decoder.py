@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,6 @@ from eva_rl.interface import Batch
 from eva_rl.model.attention import padded, unseen
 from eva_rl.model.decision_transformer import Block, DecisionTransformer
 
-PIECES = 4
-"""So many parts the next window is computed in, where it is computed ahead."""
 LEAST = 16
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
 
@@ -35,11 +34,11 @@ class Decoder:
 
     Args:
         alone: acts in a control loop, where each step's own time counts: no rows are computed beside the episodes', and the
-            window that starts anew is computed ahead, a part of it every few steps, while the old one goes on. The actions are
-            the same but for rounding.
+            window that starts anew is computed ahead, each step's tokens together with those of the window that goes on. The
+            actions are the same but for rounding.
     """
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, model: DecisionTransformer, interface: str, episodes: int, alone: bool = False):
         config = model.config
         self.model, self.episodes, self.alone = model, episodes, alone
@@ -78,7 +77,7 @@ class Decoder:
         """Tokens whose keys and values are there."""
         self.unseen = unseen(places, places, 0, 1, self.dtype, device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
         """The next action of each episode, in the environment's units: (n, *action_shape), int64 where it is a choice.
 
@@ -92,17 +91,19 @@ class Decoder:
         self._show(observations=observations, returns_to_go=returns_to_go)
         self._embed(0, self.state + 1)
         end = (self.length - 1) * self.kinds + self.state + 1  # later tokens of this step are not known yet
-        features = self._extend(0, self.tokens[:, self.kept[0] : end])
+        pieces = [(0, self.tokens[:, self.kept[0] : end])]
+        before = self.model.config.context - self.half
+        if self.alone and self.length > before:  # this step will be in the next window
+            pieces.append((1, self.tokens[:, before * self.kinds + self.kept[1] : end]))
+        features = self._extend(*pieces)
         predicted = self.head(self.model.trunk.norm(features))[: self.episodes].float()  # (n, act)
         return self.embedder.greedy(predicted)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def record(self, actions: Tensor, rewards: Tensor) -> None:
         """What was done (n, *action_shape), and what it earned (n,)."""
         self._show(actions=actions, rewards=rewards)
         self._embed(self.state + 1, self.kinds)
-        if self.alone:
-            self._look_ahead()
 
     def keep(self, episodes: Tensor) -> None:
         """Go on with these episodes (m,) only, in this order."""
@@ -133,42 +134,56 @@ class Decoder:
         self.caches.reverse()
         self.kept = [*self.kept[1:], 0]
 
-    def _look_ahead(self) -> None:
-        """Every few steps, take those steps into the next window that will be in it, so that little is left when it begins."""
-        before = self.model.config.context - self.half
-        steps = self.length - before
-        if steps > 0 and steps % -(-self.half // PIECES) == 0:
-            first, last = before * self.kinds + self.kept[1], self.length * self.kinds
-            self._extend(1, self.tokens[:, first:last])
+    def _extend(self, *pieces: tuple[int, Tensor]) -> Tensor:
+        """Run the trunk on the next tokens (n, m, d) of windows, by their numbers, and keep their keys and values; return the features of
+        the first piece's last token, (n, d).
 
-    def _extend(self, window: int, tokens: Tensor) -> Tensor:
-        """Run the trunk on a window's next tokens (n, m, d), keep their keys and values; return the last one's features (n, d).
-
-        A step of one episode is over in a millisecond, of which calls that compute nothing would take most: hence few of them.
+        A step of one episode is over in a millisecond, of which calls that compute nothing would take most: hence few of them. And
+        the weights are read once for all pieces, which takes longer than the products themselves.
         """
-        n, m, d = tokens.shape
-        start, end = self.kept[window], self.kept[window] + m
-        *blocks, last = zip(self.blocks, self.caches[window], strict=True)
-        autocast = torch.is_autocast_enabled(tokens.device.type)  # all is cast where it should be
-        with torch.autocast(tokens.device.type, enabled=False) if autocast else nullcontext():
-            x = (tokens + self.places[start:end]).view(n * m, d)
-            for block, cache in blocks:
+        spans = [(self.caches[window], self.kept[window], tokens.shape[1]) for window, tokens in pieces]
+        placed = [
+            tokens + self.places[start : start + m] for (_, tokens), (_, start, m) in zip(pieces, spans, strict=True)
+        ]
+        x = placed[0] if len(placed) == 1 else torch.cat(placed, 1)
+        n, m, d = x.shape
+        *blocks, last = self.blocks
+        autocast = torch.is_autocast_enabled(x.device.type)  # all is cast where it should be
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            x = x.view(n * m, d)
+            for layer, block in enumerate(blocks):
                 qkv = block.queries_keys_values(block.attention_norm(x))  # (n m, 3 d)
                 qkv = qkv.view(n, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, h, m, e)
-                cache[..., start:end, :] = qkv[1:]
-                x = block.write(x, self._attend(qkv[0], cache, start))
-            block, cache = last  # the outputs of all tokens but the last would go nowhere
-            normed = block.attention_norm(x)
-            kv = block.keys_values(normed)  # (n m, 2 d)
-            cache[..., start:end, :] = kv.view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            x, normed = (y.view(n, m, d)[:, -1].contiguous() for y in (x, normed))  # (n, d)
-            q = block.queries(normed)
-            x = block.write(x, self._attend(q.view(n, self.heads, 1, -1), cache, end - 1))
-        self.kept[window] = end
+                self._keep(layer, qkv[1:], spans)
+                x = block.write(x, self._attended(layer, qkv[0], spans))
+            normed = last.attention_norm(x)  # the outputs of all tokens but one would go nowhere
+            kv = last.keys_values(normed)  # (n m, 2 d)
+            self._keep(-1, kv.view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4), spans)
+            cache, start, own = spans[0]
+            x, normed = (y.view(n, m, d)[:, own - 1].contiguous() for y in (x, normed))  # (n, d)
+            q = last.queries(normed).view(n, self.heads, 1, -1)
+            x = last.write(x, self._attend(q, cache[-1], start + own - 1).view(n, d))
+        for (window, _), (_, start, own) in zip(pieces, spans, strict=True):
+            self.kept[window] = start + own
         return x
 
+    def _keep(self, layer: int, kv: Tensor, spans: Sequence[Span]) -> None:
+        """Put keys and values (2, n, h, m, e) into their windows' caches."""
+        first = 0
+        for cache, start, m in spans:
+            cache[layer, ..., start : start + m, :] = kv[..., first : first + m, :]
+            first += m
+
+    def _attended(self, layer: int, q: Tensor, spans: Sequence[Span]) -> Tensor:
+        """What queries (n, h, m, e) see, each piece's in its own window: (n m, d)."""
+        first, seen = 0, []
+        for cache, start, m in spans:
+            seen.append(self._attend(q[:, :, first : first + m], cache[layer], start))
+            first += m
+        return (seen[0] if len(seen) == 1 else torch.cat(seen, 1)).flatten(0, 1)
+
     def _attend(self, q: Tensor, cache: Tensor, start: int) -> Tensor:
-        """What the tokens from number `start` on, of queries (n, h, m, e), see in the cache: (n m, d)."""
+        """What the tokens from number `start` on, of queries (n, h, m, e), see in the cache: (n, m, d)."""
         n, h, m, e = q.shape
         k, v = cache.view(2, n * h, -1, e)
         q, mask = q.reshape(n * h, m, e), self.unseen[start : start + m]
@@ -177,7 +192,11 @@ class Decoder:
             y = torch.bmm(scores.softmax(-1), v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return y.view(n, h, m, e).transpose(1, 2).reshape(n * m, h * e)
+        return y.view(n, h, m, e).transpose(1, 2).reshape(n, m, h * e)
+
+
+Span = tuple[Tensor, int, int]
+"""A window's cache, the place of the first of some tokens in it, and how many they are."""
 
 
 @dataclass(frozen=True)

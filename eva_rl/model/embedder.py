@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -10,6 +11,33 @@ from torch import Tensor, nn
 
 from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
 from eva_rl.model.observations import make_encoder
+from eva_rl.spaces import ActionPart
+
+
+class ActionParts(nn.Module):
+    """The sum of what the parts of an action say: rows (..., act) in the model's units -> (..., d)."""
+
+    def __init__(self, parts: Sequence[ActionPart], outputs: int, width: int):
+        super().__init__()
+        self.parts = tuple(parts)
+        real = sum(part.size for part in parts if not part.choices)
+        if real:
+            self.numbers = nn.Linear(real, width)
+        if outputs > real:
+            choices = [n for part in parts for n in part.choices]
+            self.choices = nn.Embedding(outputs - real, width)
+            self.register_buffer("first", torch.tensor((0, *choices[:-1])).cumsum(0), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        cut = list(zip(self.parts, rows.split([part.size for part in self.parts], -1), strict=True))
+        real, chosen = ([own for part, own in cut if bool(part.choices) == which] for which in (False, True))
+        token = self.numbers(torch.cat(real, -1)) if real else 0
+        return token + self.choices(torch.cat(chosen, -1).long() + self.first).sum(-2) if chosen else token
+
+
+def _best(logits: Tensor, choices: Sequence[int]) -> Tensor:
+    """The likeliest choice of each component, (..., components)."""
+    return torch.stack([own.argmax(-1) for own in logits.split(choices, -1)], -1)
 
 
 class Embedder(nn.Module):
@@ -22,10 +50,8 @@ class Embedder(nn.Module):
         if "return" in self.tokens:
             self.return_to_go = nn.Linear(1, width)
         if "action" in self.tokens:
-            discrete = interface.action_kind != "continuous"
-            self.action = (
-                nn.Embedding(interface.action_size, width) if discrete else nn.Linear(interface.action_size, width)
-            )
+            make = {"continuous": nn.Linear, "parts": partial(ActionParts, interface.action_parts)}
+            self.action = make.get(interface.action_kind, nn.Embedding)(interface.action_size, width)
         if "reward" in self.tokens:
             self.reward = nn.Linear(1, width)
         self.norm = nn.LayerNorm(width)
@@ -38,10 +64,12 @@ class Embedder(nn.Module):
             "first_choices": first_choices,
         }.items():
             self.register_buffer(name, value, persistent=False)
+        exact_mean = torch.tensor(interface.observation_mean, dtype=torch.float64)
+        self.register_buffer("exact_observation_mean", exact_mean, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        """Actions in the environment's units (..., act) -> the model's units; discrete actions as they are."""
-        if self.interface.action_kind != "continuous":
+        """Actions in the environment's units (..., act) -> the model's units; choices as they are."""
+        if not self.interface.action_mean:
             return actions
         return (actions - self.action_mean) / self.action_scale
 
@@ -49,7 +77,12 @@ class Embedder(nn.Module):
         """The head's output (..., act) -> actions in the environment's units (..., *action_shape)."""
         if self.interface.action_kind == "continuous":
             return predicted * self.action_scale + self.action_mean
-        best = torch.stack([logits.argmax(-1) for logits in predicted.split(self.interface.choices, -1)], -1)
+        if self.interface.action_kind == "parts":
+            cut = predicted.split([part.outputs for part in self.interface.action_parts], -1)
+            pairs = zip(self.interface.action_parts, cut, strict=True)
+            rows = [_best(own, part.choices).to(own.dtype) if part.choices else own for part, own in pairs]
+            return torch.cat(rows, -1) * self.action_scale + self.action_mean
+        best = _best(predicted, self.interface.choices)
         return best if self.interface.action_kind == "multi_discrete" else best[..., 0]
 
     def normalize_observations(self, observations: Tensor) -> Tensor:
@@ -64,10 +97,14 @@ class Embedder(nn.Module):
         seen = self._normalised(seen)
         sizes = [column.shape[-1] for column, vector in zip(columns, vectors, strict=True) if vector]
         normalised = iter(seen.split(sizes, -1))
-        return torch.cat([next(normalised) if v else c for c, v in zip(columns, vectors, strict=True)], -1)
+        return torch.cat(
+            [next(normalised) if v else c.to(seen.dtype) for c, v in zip(columns, vectors, strict=True)], -1
+        )
 
     def _normalised(self, vectors: Tensor) -> Tensor:
-        return ((vectors - self.observation_mean) / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        exact = vectors.dtype == torch.float64  # numbers so large that float32 holds them without their mean alone
+        centred = (vectors - self.exact_observation_mean).float() if exact else vectors - self.observation_mean
+        return (centred / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
     def embed(self, kind: str, batch: Batch) -> Tensor:
         """The tokens of one kind, (B, T, d)."""

@@ -11,7 +11,7 @@ import numpy as np
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.model import policy_of
 from eva_rl.rollout import Actor, TargetReturn
-from eva_rl.spaces import action_row, flatten, to_action
+from eva_rl.spaces import action_row, action_rows, flatten, nested, parts_of, to_action, together
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ class ActingPolicy:
     ):
         self.model, self.interface, self.task, self.statistics = model, interface, task, statistics
         self.observation_space, self.action_space = spaces
+        self._parts = parts_of(self.observation_space)
         self._make_policy, self._device = policy_of(model, interface.name, alone=True), device
         self._actor: Actor | None = None
         self._done: np.ndarray | None = None
@@ -92,17 +93,17 @@ class ActingPolicy:
         """
         return to_action(self.action_space, self._choose(self._rows(observation, ())[None])[0])
 
-    def act_batch(self, observations: Any) -> np.ndarray:
+    def act_batch(self, observations: Any) -> Any:
         """The actions (n, ...) of n episodes that step together, for observations with a leading axis of n.
 
-        Those of a Dict are a dict of such arrays, those of a Tuple a tuple, as vector environments have them. An episode's
+        Those of a Dict are a dict of such arrays, those of a Tuple a tuple, as vector environments have them. So are actions. An episode's
         actions do not depend on those beside it.
 
         Raises:
             UserError: if those are not observations of `observation_space`, or not of as many episodes as are running.
         """
         rows = self._choose(self._rows(observations, (None,)))
-        return np.stack([to_action(self.action_space, row) for row in rows])
+        return together(self.action_space, [to_action(self.action_space, row) for row in rows])
 
     def observe(self, reward: float | np.ndarray, action: Any = None) -> None:
         """What the last action earned: a number, or one (n,) for each episode.
@@ -163,6 +164,8 @@ class ActingPolicy:
 
     def _what_was_done(self, action: Any) -> np.ndarray:
         """The rows (n, act) of an action, or of a batch of them."""
+        if nested(self.action_space):
+            return self._parts_done(action)
         expected = len(self._done), *self.action_space.shape
         try:
             actions = np.asarray(action, np.float64).reshape(expected)
@@ -174,6 +177,23 @@ class ActingPolicy:
             raise UserError(f"The action {action} was given where {len(self._done)} of {space} was expected.")
         return np.stack([action_row(self.action_space, one) for one in actions])
 
+    def _parts_done(self, action: Any) -> np.ndarray:
+        """The same, of actions of several parts."""
+        try:
+            rows = np.atleast_2d(action_rows(self.action_space, action))
+            actions = [to_action(self.action_space, row) for row in rows]
+            kept = np.stack([action_row(self.action_space, own) for own in actions])
+            fits = all(map(self.action_space.contains, actions)) and np.isfinite(rows.astype(np.float32)).all()
+        except NO_OBSERVATION:
+            rows = kept = np.zeros((0, 0))
+            fits = False
+        chosen = [bool(part.choices) for part in self.interface.action_parts for _ in range(part.size)]
+        if not fits or rows.shape != self._done.shape or (rows != kept)[:, chosen].any():
+            raise UserError(
+                f"The action {action} was given where {len(self._done)} of {self.action_space} was expected."
+            )
+        return rows
+
     def _settle(self) -> None:
         if self._done is not None:
             self.observe(0.0)
@@ -181,7 +201,7 @@ class ActingPolicy:
     def _rows(self, observations: Any, leading: tuple) -> np.ndarray:
         """Flat observations, (obs,) or (n, obs)."""
         try:
-            rows = flatten(self.observation_space, observations)
+            rows = flatten(self.observation_space, observations, self._parts)
         except UserError as error:
             raise UserError(f"{self._expected()} {error}.") from error
         except NO_OBSERVATION as error:

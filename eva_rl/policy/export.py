@@ -17,7 +17,8 @@ from eva_rl.errors import UserError
 from eva_rl.files import replacing
 from eva_rl.interface import Batch
 from eva_rl.policy.acting import ActingPolicy
-from eva_rl.prepared import Prepared, Words
+from eva_rl.prepared import Exact, Prepared, Words
+from eva_rl.spaces import first_choice, nested
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 NOTES = "eva_rl.json"
@@ -28,8 +29,9 @@ class Window(nn.Module):
     """The greedy action for the newest step of a window that the caller keeps, in the environment's units, shape and type.
 
     Inputs are arrays over `context` steps, of which those behind `step` are not looked at: one for each array of an observation,
-    `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions`, `rewards` and `returns_to_go` that the
-    model reads. All are as the environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
+    `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions` (or `actions.<key>`), `rewards` and
+    `returns_to_go` that the model reads. There is one output for each array of an action, `action` or `action.<key>`. All are as the
+    environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
     """
 
     def __init__(self, policy: ActingPolicy):
@@ -38,16 +40,18 @@ class Window(nn.Module):
         self.context = policy.model.config.context
         self.leaves = dict(leaves(policy.observation_space, "observations"))
         tokens = policy.model.embedders[self.interface.name].tokens
-        past = {"action": ("actions", self.space), "reward": ("rewards", NUMBER), "return": ("returns_to_go", NUMBER)}
-        self.past = dict(past[kind] for kind in tokens if kind != "state")
+        self.acts = dict(leaves(self.space, "actions"))
+        past = {"action": self.acts, "reward": {"rewards": NUMBER}, "return": {"returns_to_go": NUMBER}}
+        self.past = {name: space for kind in tokens if kind != "state" for name, space in past[kind].items()}
         self.names = (*self.leaves, *self.past, "step")
+        self.outputs = tuple(name for name, _ in leaves(self.space, "action"))
 
     def examples(self) -> tuple[Tensor, ...]:
         """Inputs of the right shapes and types."""
         spaces = (*self.leaves.values(), *self.past.values())
         return *(torch.zeros(self.context, *_shape(s), dtype=_type(s)) for s in spaces), torch.tensor(0)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         *windows, step = inputs
         given = dict(zip(self.names, windows, strict=False))
         steps = torch.arange(self.context)
@@ -59,15 +63,17 @@ class Window(nn.Module):
             numbers = numbers.reshape(self.context, -1)
             return torch.where(seen[:, None], numbers, torch.zeros_like(numbers))  # (T, size)
 
-        observations = [rows(name, space, steps <= step).float() for name, space in self.leaves.items()]
+        wide = torch.float64 if self.interface.observation_dtype == "float64" else torch.float32
+        observations = [rows(name, space, steps <= step).to(wide) for name, space in self.leaves.items()]
         number = {
             name: rows(name, NUMBER, steps <= step)[:, 0] if name in given else torch.zeros(self.context)
             for name in ("rewards", "returns_to_go")
         }
         kind = torch.int64 if self.interface.choices else torch.float32
         actions = torch.zeros(self.context, *self.interface.action_shape, dtype=kind)
-        if "actions" in given:
-            actions = rows("actions", self.space, steps < step).to(kind).reshape(actions.shape)
+        if self.acts.keys() <= given.keys():
+            done = torch.cat([rows(name, space, steps < step) for name, space in self.acts.items()], -1)
+            actions = done.to(kind).reshape(actions.shape)
         batch = Batch(
             observations=torch.cat(observations, -1)[None],
             actions=actions[None],
@@ -77,21 +83,26 @@ class Window(nn.Module):
             interface=self.interface.name,
         )
         predicted = self.model(batch)[0].index_select(0, step.reshape(1))[0]  # (act,)
-        return self._action(self.model.embedders[self.interface.name].greedy(predicted))
+        chosen = self.model.embedders[self.interface.name].greedy(predicted)
+        if not nested(self.space):
+            return _action(self.space, chosen)
+        columns = chosen.split([part.size for part in self.interface.action_parts])
+        return tuple(_action(space, own) for space, own in zip(self.acts.values(), columns, strict=True))
 
-    def _action(self, chosen: Tensor) -> Tensor:
-        """As `eva_rl.spaces.to_action`."""
-        if self.interface.choices:
-            return chosen + torch.as_tensor(getattr(self.space, "start", 0))
-        low, high = (torch.as_tensor(side.reshape(-1).astype(np.float32)) for side in (self.space.low, self.space.high))
-        return torch.maximum(torch.minimum(chosen, high), low).reshape(self.space.shape)
+
+def _action(space: gym.Space, chosen: Tensor) -> Tensor:
+    """As `eva_rl.spaces.to_action`, of a space without members."""
+    if not isinstance(space, gym.spaces.Box):
+        return (chosen.long() + torch.as_tensor(first_choice(space))).reshape(space.shape)
+    low, high = (torch.as_tensor(side.reshape(-1).astype(np.float32)) for side in (space.low, space.high))
+    return torch.maximum(torch.minimum(chosen, high), low).reshape(space.shape)
 
 
 NUMBER = gym.spaces.Box(-np.inf, np.inf, (), np.float32)
 
 
 def leaves(space: gym.Space, name: str) -> Iterator[tuple[str, gym.Space]]:
-    """The arrays that an observation consists of, in the order of its flat form, with their names."""
+    """The arrays that an observation or action consists of, in the order of its flat form, with their names."""
     if isinstance(space, gym.spaces.Dict):
         for key in sorted(space):
             yield from leaves(space[key], f"{name}.{key}")
@@ -107,6 +118,8 @@ def _shape(space: gym.Space) -> tuple[int, ...]:
 
 
 def _type(space: gym.Space) -> torch.dtype:
+    if isinstance(space, Exact):
+        return torch.float64
     if not isinstance(space, Words) and np.issubdtype(space.dtype, np.floating):
         return torch.float32
     return torch.uint8 if space.dtype == np.uint8 else torch.int64
@@ -142,19 +155,18 @@ def export_policy(policy: ActingPolicy, format: str, output: Path) -> None:
         with replacing(output) as temporary:
             torch.export.save(program, temporary, extra_files={NOTES: json.dumps(notes)})
         return
-    model = _as_onnx(program, window.names)
+    model = _as_onnx(program, window)
     model.metadata_props.extend(_entries(notes))
     with replacing(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 
-def _as_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> Any:
+def _as_onnx(program: torch.export.ExportedProgram, window: Window) -> Any:
     try:
         import onnxscript  # noqa: F401  torch asks for it deep inside, and once
 
-        found = torch.onnx.export(
-            program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False, optimize=True
-        )
+        names = {"input_names": list(window.names), "output_names": list(window.outputs)}
+        found = torch.onnx.export(program, **names, dynamo=True, verbose=False, optimize=True)
         return found.model_proto
     except ImportError as error:
         raise UserError(

@@ -12,7 +12,8 @@ from eva_rl.interface import Interface, TaskStatistics, interface_name
 from eva_rl.model import NOTES, find_base, load_base, load_base_of, load_notes
 from eva_rl.model.action_model import ActionModel
 from eva_rl.policy.acting import ActingPolicy
-from eva_rl.spaces import action_choices, parts_of, spaces_from_text
+from eva_rl.spaces import action_choices, action_parts, parts_of, spaces_from_text
+from eva_rl.table import counted
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
         model, own, known, name = found.model, found.task, found.tasks, None
     task = task or own or (next(iter(known)) if len(known) == 1 else None)
     if task is None:
-        raise UserError(f"'{path}' knows {len(known)} tasks: say in which of them to act, such as task='{min(known)}'.")
-    name = name if task == own and name else _interface_of(task, model)
+        such = f", such as task='{min(known)}'" if known else ""
+        raise UserError(f"'{path}' knows {counted(len(known), 'task')}: say in which of them to act{such}.")
+    if not (task == own and name):
+        name = _interface_of(task, model, task in known or task == own)
     if name not in model.interfaces:
         hint = did_you_mean(task, known)
         raise UserError(f"'{path}' can't act in '{task}', of whose observations it knows nothing. {hint}".rstrip())
@@ -102,8 +105,13 @@ def find_folder(path: str | Path) -> Path:
     return folder
 
 
-def _interface_of(task: str, model: ActionModel) -> str:
-    if len(model.interfaces) == 1:
+def _interface_of(task: str, model: ActionModel, known: bool) -> str:
+    """The name of the task's interface; a model of a single one has no other for what it knows.
+
+    Raises:
+        UserError: if there is no such task.
+    """
+    if len(model.interfaces) == 1 and known:
         return next(iter(model.interfaces))
     if task.startswith("minari/"):
         return interface_name(task.removeprefix("minari/"))
@@ -126,8 +134,8 @@ def _spaces(trained: Trained, *given: gym.Space | None) -> tuple[gym.Space, gym.
     except ValueError as error:
         raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
     observation_space, action_space = (own if own is not None else kept for own, kept in zip(given, known, strict=True))
-    found = parts_of(observation_space), action_choices(action_space)
-    if found != (trained.interface.parts, trained.interface.choices):
+    found = parts_of(observation_space), action_choices(action_space), action_parts(action_space)
+    if found != (trained.interface.parts, trained.interface.choices, trained.interface.action_parts):
         raise UserError(
             f"The spaces {observation_space} and {action_space} are not those of the interface '{name}', which has "
             f"{trained.interface.in_words}."

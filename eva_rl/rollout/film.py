@@ -29,10 +29,12 @@ def film(
     device: torch.device | str = "cpu",
     max_steps: int | None = None,
     longest: int = LONGEST,
+    every: int = EVERY,
 ) -> np.ndarray:
-    """(T, height, width, 3) uint8: the job's episode, every fourth step of it. `job.make_env` takes a `render_mode`.
+    """(T, height, width, 3) uint8: the job's episode. `job.make_env` takes a `render_mode`.
 
     max_steps, longest: where it is cut, as in `rollout`.
+    every: steps from one frame to the next.
 
     Raises:
         UserError: if the environment can't be rendered here.
@@ -41,7 +43,7 @@ def film(
 
     def make_env() -> gym.Env:
         try:
-            return _Filmed(job.make_env(render_mode="rgb_array"), frames, job.task)
+            return _Filmed(job.make_env(render_mode="rgb_array"), frames, job.task, every)
         except (TypeError, gym.error.Error) as error:  # it knows no such mode
             raise Unseen(job.task, in_one_line(error)) from error
 
@@ -58,15 +60,15 @@ class Unseen(UserError):
 
     def __init__(self, task: str, why: str):
         super().__init__(
-            f"The environment of '{task}' can't be rendered ({why[:200]}): leave out video=true; where there is no display, "
+            f"The environment of '{task}' can't be rendered ({why[:200]}): set video=false; where there is no display, "
             "MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa and that library."
         )
 
 
 class _Filmed(gym.Wrapper):
-    def __init__(self, env: gym.Env, frames: list[np.ndarray], task: str):
+    def __init__(self, env: gym.Env, frames: list[np.ndarray], task: str, every: int):
         super().__init__(env)
-        self.frames, self.task, self.steps = frames, task, 0
+        self.frames, self.task, self.every, self.steps = frames, task, every, 0
 
     def reset(self, **options: Any):
         result = self.env.reset(**options)
@@ -76,7 +78,7 @@ class _Filmed(gym.Wrapper):
     def step(self, action: Any):
         result = self.env.step(action)
         self.steps += 1
-        if self.steps % EVERY == 0 or result[2] or result[3]:
+        if self.steps % self.every == 0 or result[2] or result[3]:
             self._keep()
         return result
 

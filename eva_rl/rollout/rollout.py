@@ -24,7 +24,8 @@ from eva_rl.errors import UserError
 from eva_rl.prepared import Prepared, PreparedEnv, members_of
 from eva_rl.rollout.actor import Actor, ForJobs, Policy
 from eva_rl.rollout.simulators import UNKNOWN, Board, Died, Job, LocalSimulator, Simulator, Simulators
-from eva_rl.spaces import action_choices, parts_of, spaces_from_text
+from eva_rl.spaces import action_choices, action_numbers, action_parts, parts_of, spaces_from_text
+from eva_rl.table import counted
 
 if TYPE_CHECKING:
     import torch
@@ -213,11 +214,11 @@ def check_spaces(make_env: Callable[[], gym.Env], interface: Interface) -> int |
     env.close()
     name = f"The environment '{env.spec.id if env.spec else env}'"
     try:
-        choices = action_choices(env.action_space)
-        found = (parts_of(env.observation_space), choices, math.prod(env.action_space.shape))
+        acts = action_choices(env.action_space), action_parts(env.action_space), action_numbers(env.action_space)
+        found = (parts_of(env.observation_space), *acts)
     except UserError as error:
         raise UserError(f"{name} can't be used: {error}") from error
-    if found != (interface.parts, interface.choices, math.prod(interface.action_shape)):
+    if found != (interface.parts, interface.choices, interface.action_parts, math.prod(interface.action_shape)):
         raise UserError(
             f"{name} has observations {env.observation_space} and actions {env.action_space}, but the model's interface "
             f"'{interface.name}' has {interface.in_words}."
@@ -303,7 +304,8 @@ def _report_cuts(groups: Sequence[_Group], limits: Mapping[str, int]) -> None:
     cut = [task for group in groups for task in group.cut]
     for task in dict.fromkeys(cut):
         warnings.warn(
-            f"{cut.count(task)} episodes of '{task}' had not ended after {limits[task]} steps: they are cut there and scored as they stand; "
+            f"{counted(cut.count(task), 'episode')} of '{task}' had not ended after {limits[task]} steps: cut there, and scored by what was "
+            "earned so far; "
             "max_episode_steps=... sets another number.",
             stacklevel=3,
         )

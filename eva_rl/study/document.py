@@ -18,6 +18,7 @@ from eva_rl.study.plots import plots, to_png, to_svg, varied_plot
 from eva_rl.study.runs import table, to_csv
 from eva_rl.study.study import Study
 from eva_rl.study.tables import improvement_table, method_table, task_table, varied_table
+from eva_rl.table import counted
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.figure import Figure
@@ -32,6 +33,8 @@ STATED = {
     "episodes": "{} episodes a score",
 }
 """The settings of a protocol that its section begins with."""
+COUNTED = ("demonstrations",)
+"""Those of them that are one thing or several."""
 INTERVALS = (
     "95 % intervals by stratified bootstrap over runs: of no width where all runs of each task agree, and none of a "
     "probability where on each task all pairs of runs compare alike."
@@ -157,9 +160,13 @@ def _varied_part(found: Varied) -> list[str]:
 def _study_part(study: Study) -> list[str]:
     """The methods of one protocol: what they share, what is amiss, and the tables."""
     settings = study.protocol
-    stated = [words.format(settings[name]) for name, words in STATED.items() if settings.get(name) is not None]
+    known = {name: settings[name] for name in STATED if settings.get(name) is not None}
+    stated = [
+        counted(value, name[:-1]) if name in COUNTED and isinstance(value, int) else STATED[name].format(value)
+        for name, value in known.items()
+    ]
     parts = [
-        f"## {study.title or 'Methods'}\n\n{len(study.tasks)} tasks, {_seeds(study.seeds)}; "
+        f"## {study.title or 'Methods'}\n\n{counted(len(study.tasks), 'task')}, {_seeds(study.seeds)}; "
         f"{', '.join(stated)}. {INTERVALS if len(study.seeds) > 1 else 'One seed: no intervals.'}"
         + _curves(study)
         + _unlike(study)

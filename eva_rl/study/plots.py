@@ -13,6 +13,7 @@ from eva_rl.run import Estimate
 from eva_rl.study.bootstrap import average, interquartile_mean
 from eva_rl.study.compare import Varied
 from eva_rl.study.study import Study, improvement, told_apart
+from eva_rl.table import counted
 
 if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.axes import Axes
@@ -69,7 +70,9 @@ def curves_plot(study: Study) -> Figure:
         curve = study.mean_curve(name)
         if len(curve) > 1:
             axes.plot(*zip(*curve, strict=True), label=_plain(name), **style)
-    axes.set(xlabel="optimiser steps", ylabel=f"{study.score.replace('_', ' ')}, mean of {len(study.tasks)} tasks")
+    axes.set(
+        xlabel="optimiser steps", ylabel=f"{study.score.replace('_', ' ')}, mean of {counted(len(study.tasks), 'task')}"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
