@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy, ReferenceScores
+from eva_rl.envs.trained import QUALITIES, load
 
 TASKS = (
     "Ant-v5",
@@ -61,7 +62,14 @@ class MuJoCo(Domain):
         return f"{self.name}_{name.replace('-', '_')}"
 
     def expert(self, name: str, env: gym.Env) -> Policy:
-        raise NotImplementedError
+        return self.demonstrator(name, env, "expert", 0)
+
+    def qualities(self, name: str) -> tuple[str, ...]:
+        return QUALITIES
+
+    def demonstrator(self, name: str, env: gym.Env, quality: str, episode: int) -> Policy:
+        snapshots = load(self.name, name)
+        return snapshots.policy(snapshots.chosen(quality, episode), env.action_space)
 
     def reference_scores(self, name: str) -> ReferenceScores | None:
         return D4RL.get(name) or super().reference_scores(name)

@@ -219,6 +219,7 @@ class CollectConfig:
     task: str
     episodes: int
     noise: tuple[float, ...]
+    quality: str
     seed: int
     workers: int
 
