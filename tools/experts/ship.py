@@ -45,12 +45,15 @@ def choose(rough: Sequence[float], measure: Callable[[int], float], random: floa
     scores = np.asarray(rough)
     returns = {i: measure(i) for i in np.argsort(-scores, kind="stable")[:CANDIDATES].tolist()}
     expert = max(returns, key=returns.__getitem__)
+    earlier = scores[:expert]
     half = (random + returns[expert]) / 2
-    near = [i for i in np.argsort(np.abs(scores - half), kind="stable").tolist() if i < expert][:CANDIDATES]
-    spread = {round(i) for i in np.linspace(0, expert, KEPT)}
+    near = np.argsort(np.abs(earlier - half), kind="stable")[:CANDIDATES].tolist()
+    # By return rather than by time: a search may learn nothing for long, and then all at once.
+    levels = np.linspace(earlier.min(), min(returns[expert], earlier.max()), KEPT - 1)
+    spread = [int(np.abs(earlier - level).argmin()) for level in levels]
     returns |= {i: measure(i) for i in sorted({*near, *spread} - returns.keys())}
     medium = min((i for i in returns if i < expert), key=lambda i: abs(returns[i] - half))
-    numbers = sorted(spread | {medium})
+    numbers = sorted({*spread, medium, expert})
     return Choice(numbers, [returns[i] for i in numbers], numbers.index(medium))
 
 
