@@ -26,6 +26,8 @@ def train(task: str, folder: Path, seed: int, steps: int, every: int) -> None:
     env, search = domain.make(name), SEARCHES[task]
     path = folder / f"{task.replace('/', '.')}-seed{seed}.npz"
     state = ars.restore(path) if path.is_file() else ars.new_state(env)
+    if not state.snapshots:
+        ars.snapshot(env, state, search)  # where the search begins
     began = time.monotonic()
     while state.steps < steps:
         mean = ars.iterate(env, state, search, seed)

@@ -8,7 +8,6 @@ SEARCHES = {
     "mujoco/Hopper-v5": Search(8, 4, 0.015, 0.025, alive_bonus=1.0),
     "mujoco/InvertedDoublePendulum-v5": Search(8, 4, 0.02, 0.03),
     "mujoco/Pusher-v5": Search(16, 8, 0.02, 0.03),
-    "mujoco/Reacher-v5": Search(16, 8, 0.02, 0.03),
     "mujoco/Walker2d-v5": Search(30, 15, 0.03, 0.025, alive_bonus=1.0, horizon=300, growth=2),
     "gym/BipedalWalker-v3": Search(16, 8, 0.03, 0.04, horizon=400, growth=3),
     "dmc/ball_in_cup-catch": Search(16, 8, 0.1, 0.3),

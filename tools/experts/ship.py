@@ -43,7 +43,8 @@ def choose(rough: Sequence[float], measure: Callable[[int], float], random: floa
         random: the mean return of random actions.
     """
     scores = np.asarray(rough)
-    returns = {i: measure(i) for i in np.argsort(-scores, kind="stable")[:CANDIDATES].tolist()}
+    later = 1 + np.argsort(-scores[1:], kind="stable")  # the expert is not the first: something has to come before it
+    returns = {i: measure(i) for i in later[:CANDIDATES].tolist()}
     expert = max(returns, key=returns.__getitem__)
     earlier = scores[:expert]
     half = (random + returns[expert]) / 2
