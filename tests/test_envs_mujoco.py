@@ -83,11 +83,11 @@ def test_the_expert_balances_and_the_medium_policy_falls_halfway():
     assert 2000 < medium < 7500
 
 
-def test_the_reacher_stays_at_its_target():
+def test_the_reacher_comes_to_its_target():
     env = DOMAIN.make("Reacher-v5")
-    for seed in range(3):
-        observations = rollout(env, "Reacher-v5", seed, 50)["observations"]
-        assert np.linalg.norm(observations[-1, 8:10]) < 0.01  # m, from fingertip to target
+    episodes = [rollout(env, "Reacher-v5", seed, 50)["observations"][:, 8:10] for seed in range(10)]
+    distances = np.linalg.norm(episodes, axis=-1)  # (10, 51) m, from fingertip to target
+    assert np.median(distances[:, -1]) < 0.02 < np.median(distances[:, 0])
 
 
 def test_scores_are_on_d4rls_scale_where_it_has_one():
