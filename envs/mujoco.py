@@ -1,9 +1,9 @@
 """Gymnasium's MuJoCo tasks (https://gymnasium.farama.org/environments/mujoco), the locomotion that offline RL is compared on.
 
-Observations: 9 to 105 numbers, the simulator's positions and velocities, as Gymnasium gives them, in float32. Actions: 1 to 8 torques.
+Observations: 9 to 23 numbers, the simulator's positions and velocities, as Gymnasium gives them, in float32. Actions: 1 to 7 torques.
 Each task goes through an interface of its own. The tasks define no success.
 
-Scores of Ant, HalfCheetah, Hopper and Walker2d are normalised by the returns of D4RL (Fu et al. 2020, https://arxiv.org/abs/2004.07219),
+Scores of HalfCheetah, Hopper and Walker2d are normalised by the returns of D4RL (Fu et al. 2020, https://arxiv.org/abs/2004.07219),
 which were measured on version 2 of these tasks; the others by the returns of random actions and of the expert here.
 """
 
@@ -21,7 +21,6 @@ from eva_rl.envs.domain import Domain, Policy, ReferenceScores
 from eva_rl.envs.trained import QUALITIES, load
 
 TASKS = (
-    "Ant-v5",
     "HalfCheetah-v5",
     "Hopper-v5",
     "InvertedDoublePendulum-v5",
@@ -33,7 +32,6 @@ TASKS = (
 HELDOUT = ("Pusher-v5", "Walker2d-v5")
 
 D4RL = {
-    "Ant-v5": ReferenceScores(-325.6, 3879.7),
     "HalfCheetah-v5": ReferenceScores(-280.178953, 12135.0),
     "Hopper-v5": ReferenceScores(-20.272305, 3234.3),
     "Walker2d-v5": ReferenceScores(1.629008, 4592.3),
@@ -65,7 +63,8 @@ class MuJoCo(Domain):
         return self.demonstrator(name, env, "expert", 0)
 
     def qualities(self, name: str) -> tuple[str, ...]:
-        return QUALITIES if load(self.name, name) else ("expert",)
+        snapshots = load(self.name, name)
+        return QUALITIES if snapshots and len(snapshots.weights) > 1 else ("expert",)
 
     def demonstrator(self, name: str, env: gym.Env, quality: str, episode: int) -> Policy:
         if name == "Reacher-v5":

@@ -2,7 +2,7 @@
 
 A file holds `weights` (K, act, obs) and `biases` (K, act) of K linear policies in the order of training, each an action for an observation:
 clip(W o + b). `returns` (K,) are their mean undiscounted episode returns. The last is the expert; the metadata's `medium` is the number
-of the one about halfway in return between random actions and the expert. `python -m tools.experts` makes these files.
+of the one about halfway in return between random actions and the expert. Where none is, a file holds the expert alone. `python -m tools.experts` makes these files.
 """
 
 from __future__ import annotations

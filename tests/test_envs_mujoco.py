@@ -109,9 +109,9 @@ TRAINED = sorted(set(DOMAIN.tasks) - {"Reacher-v5"})
 def test_a_file_of_trained_policies_is_small_and_ends_with_the_best(name):
     snapshots = load("mujoco", name)
     assert path_of("mujoco", name).stat().st_size <= 200_000
-    assert np.ptp(snapshots.returns) > 0
     assert snapshots.returns[-1] >= snapshots.returns.max() - 0.05 * np.ptp(snapshots.returns)
-    assert 0 <= snapshots.medium < len(snapshots.returns) - 1
+    if "medium" in DOMAIN.qualities(name):
+        assert snapshots.returns[snapshots.medium] < 0.7 * snapshots.returns[-1]
     assert len(snapshots.weights) == len(snapshots.biases) == len(snapshots.returns)
 
 

@@ -118,6 +118,12 @@ def test_the_best_of_the_candidates_is_the_expert_and_the_one_halfway_the_medium
     assert choice.returns == [true[i] for i in choice.numbers]
 
 
+def test_where_no_snapshot_is_halfway_the_expert_ships_alone():
+    scores = [0.0, 2, 3, 90, 95, 100]
+    choice = choose(scores, scores.__getitem__, random=0.0)
+    assert (choice.numbers, choice.returns) == ([5], [100])
+
+
 @pytest.mark.parametrize("task", SEARCHES)
 def test_every_search_is_of_a_task_and_uses_no_more_directions_than_it_tries(task):
     from eva_rl.envs import find_task

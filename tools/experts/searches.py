@@ -3,7 +3,6 @@
 from tools.experts.ars import Search
 
 SEARCHES = {
-    "mujoco/Ant-v5": Search(30, 15, 0.015, 0.025, alive_bonus=1.0, horizon=300, growth=2),
     "mujoco/HalfCheetah-v5": Search(16, 8, 0.02, 0.03, horizon=250, growth=2),
     "mujoco/Hopper-v5": Search(8, 4, 0.015, 0.025, alive_bonus=1.0),
     "mujoco/InvertedDoublePendulum-v5": Search(8, 4, 0.02, 0.03),

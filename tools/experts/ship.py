@@ -32,7 +32,7 @@ class Choice:
     numbers: list[int]
     returns: list[float]
     medium: int
-    """The place in `numbers` of the one that is halfway to the expert."""
+    """The place in `numbers` of the one that is halfway to the expert; where none is, the expert alone is shipped."""
 
 
 def choose(rough: Sequence[float], measure: Callable[[int], float], random: float) -> Choice:
@@ -54,6 +54,8 @@ def choose(rough: Sequence[float], measure: Callable[[int], float], random: floa
     spread = [int(np.abs(earlier - level).argmin()) for level in levels]
     returns |= {i: measure(i) for i in sorted({*near, *spread} - returns.keys())}
     medium = min((i for i in returns if i < expert), key=lambda i: abs(returns[i] - half))
+    if abs(returns[medium] - half) > 0.2 * (returns[expert] - random):  # none plays half as well
+        return Choice([expert], [returns[expert]], 0)
     numbers = sorted({*spread, medium, expert})
     return Choice(numbers, [returns[i] for i in numbers], numbers.index(medium))
 
