@@ -19,8 +19,6 @@ from eva_rl.envs.domain import Policy
 
 FOLDER = Path(__file__).with_name("experts")
 QUALITIES = ("expert", "medium", "mixed")
-GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples, without their whole parts, are spread evenly over [0, 1) however many there are."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,14 @@ class Snapshots:
         return lambda observation: np.clip(weights @ observation + bias, space.low, space.high)
 
     def chosen(self, quality: str, episode: int) -> int:
-        """The snapshot that plays this episode: for `mixed`, all in turn, evenly however many episodes there are."""
+        """The snapshot that plays this episode: for `mixed`, all in turn.
+
+        Each round begins one later, so that a snapshot does not meet the same action noise, which is taken in turn, too, in all of them.
+        """
+        count = len(self.weights)
         if quality == "mixed":
-            return int(len(self.weights) * (episode * GOLDEN % 1))
-        return self.medium if quality == "medium" else len(self.weights) - 1
+            return (episode + episode // count) % count
+        return self.medium if quality == "medium" else count - 1
 
 
 def path_of(domain: str, name: str) -> Path:

@@ -130,7 +130,7 @@ def test_a_mixture_takes_all_snapshots_evenly_whatever_its_length(episodes):
     snapshots = Snapshots(np.zeros((8, 1, 1)), np.zeros((8, 1)), np.arange(8.0), medium=3)
     taken = np.bincount([snapshots.chosen("mixed", episode) for episode in range(episodes)], minlength=8)
     assert taken.sum() == episodes
-    assert taken.max() - taken.min() <= 2
+    assert taken.max() - taken.min() <= 1
     assert {snapshots.chosen("medium", episode) for episode in range(episodes)} == {3}
     assert {snapshots.chosen("expert", episode) for episode in range(episodes)} == {7}
 
@@ -151,7 +151,7 @@ def test_a_mixture_is_the_same_whatever_the_number_of_workers(datasets_root, tmp
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / str(workers)))
         [dataset_id] = collect([recipe], workers=workers)
         trajectories = load_dataset(dataset_id, recipe.task)
-        found.append((trajectories.observations.numpy().tobytes(), trajectories.actions.values.numpy().tobytes()))
+        found.append((trajectories.observations.numpy().tobytes(), trajectories.actions.numpy().tobytes()))
     assert found[0] == found[1]
 
 
