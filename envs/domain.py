@@ -57,6 +57,14 @@ class Domain(ABC):
         It may look into the environment, and keep a state of its own.
         """
 
+    def qualities(self, name: str) -> tuple[str, ...]:
+        """The kinds of demonstrators that task `name` has, the default first."""
+        return ("expert",)
+
+    def demonstrator(self, name: str, env: gym.Env, quality: str, episode: int) -> Policy:
+        """The policy of this quality that plays the episode of this number, `env` having just been reset."""
+        return self.expert(name, env)
+
     def interface(self, name: str) -> str:
         """The name of the interface that task `name` goes through; tasks of one interface share their spaces."""
         return self.name

@@ -1,4 +1,4 @@
-"""A task's scripted expert -> a Minari dataset: `python -m eva_rl.collect task=metaworld/hammer-v3 episodes=40`."""
+"""A task's expert -> a Minari dataset: `python -m eva_rl.collect task=metaworld/hammer-v3 episodes=40`."""
 
 from eva_rl.config import CollectConfig, entry_point
 
@@ -9,7 +9,8 @@ def main(config: CollectConfig) -> None:
     from eva_rl.envs import expand_tasks
     from eva_rl.table import markdown
 
-    recipes = [Recipe(task, config.episodes, config.noise, config.seed) for task in expand_tasks(config.task)]
+    settings = config.episodes, config.noise, config.seed, config.quality
+    recipes = [Recipe(task, *settings) for task in expand_tasks(config.task)]
     rows = []
     for recipe, dataset_id in zip(recipes, collect(recipes, config.workers), strict=True):
         statistics = load_dataset(dataset_id, recipe.task).statistics()

@@ -223,6 +223,7 @@ class CollectConfig:
     task: str
     episodes: int
     noise: tuple[float, ...]
+    quality: str
     seed: int
     workers: int
 
@@ -432,6 +433,8 @@ class FinetuneConfig:
     """Such as `metaworld/hammer-v3`, or `minari/<dataset id>`."""
     dataset: str | None = None
     demonstrations: int | None = None
+    filter: float = 1.0
+    """The share of the demonstrations that is learned from, those of the highest return."""
     mirror: bool = True
     """Show half of the windows as in a mirror, where the task's domain knows its mirror image."""
     base: str = "mt40-small"
@@ -463,6 +466,10 @@ class FinetuneConfig:
     """In Python also the name of a file of `configs/allocator/`."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.filter <= 1:
+            raise UserError(
+                f"filter={self.filter} was given where a share of the demonstrations was expected, above 0 and at most 1."
+            )
         if not 0 <= self.fresh_learning_rate < math.inf:
             raise UserError(
                 f"fresh_learning_rate={self.fresh_learning_rate} was given where a number of at least 0 was expected."

@@ -125,7 +125,13 @@ def test_metadata_say_how_the_dataset_was_made(reach, monkeypatch):
     returns = [episode.rewards.sum() for episode in dataset]
     solved = [episode.infos["success"].max() > 0 for episode in dataset]
     assert metadata["dataset_id"] == REACH.dataset_id
-    assert metadata["recipe"] == {"task": REACH.task, "episodes": 3, "noise": [0.0, 0.2], "seed": 0}
+    assert metadata["recipe"] == {
+        "task": REACH.task,
+        "episodes": 3,
+        "noise": [0.0, 0.2],
+        "seed": 0,
+        "quality": "expert",
+    }
     assert metadata["success_rate"] == np.mean(solved) > 0
     assert metadata["episode_return_mean"] == pytest.approx(np.mean(returns))
     assert metadata["eva_rl_version"] == eva_rl.__version__

@@ -515,6 +515,8 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
         ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
+        ([f"task={TASK}", "filter=0"], "filter=0.0 was given where a share"),
+        ([f"task={TASK}", "filter=10"], "above 0 and at most 1"),
         ([f"task={TASK}", "base="], "base= was given without a value"),
         ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),
         ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),
@@ -556,12 +558,24 @@ def test_the_config_of_a_run_makes_the_same_run_again(run, base):
 def test_the_config_of_a_run_of_a_former_version_still_makes_it(run, base):
     assert run("finetune", f"task={TASK}", f"base={base}", "run_dir=first", *QUICK)[0] == 0
     lines = Path("first/config.yaml").read_text().splitlines()
-    former = [line for line in lines if not line.startswith(("mirror:", "tracker:"))]
-    assert len(former) == len(lines) - 2
+    former = [line for line in lines if not line.startswith(("filter:", "mirror:", "tracker:"))]
+    assert len(former) == len(lines) - 3
     Path("first/config.yaml").write_text("\n".join(former))
     status, _, err = run("finetune", "--config-dir", "first", "--config-name", "config", "run_dir=second")
     assert status == 0, err
-    assert "mirror" not in result_of(Path("second"))["settings"]
+    assert not {"filter", "mirror"} & result_of(Path("second"))["settings"].keys()
+
+
+def test_a_run_may_learn_from_the_best_demonstrations_alone(run, base):
+    arguments = ["finetune", f"task={TASK}", f"base={base}", "adapter=bc", "demonstrations=6", *QUICK]
+    found = {}
+    for share in ("1", "0.2"):
+        status, _, err = run(*arguments, f"filter={share}", f"run_dir=best-{share}")
+        assert status == 0, err
+        found[share] = result_of(Path(f"best-{share}"))
+    assert [found[share]["demonstrations"] for share in found] == [6, 6]  # what there was to choose from
+    assert found["0.2"]["settings"]["filter"] == 0.2
+    assert found["0.2"]["target_return"] > found["1"]["target_return"]  # that of the best one, and the median
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, base, tmp_path):

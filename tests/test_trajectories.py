@@ -124,6 +124,22 @@ def test_statistics_say_what_the_episodes_achieved():
     assert statistics.success_rate == 0.75
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.floats(0.01, 1))
+def test_the_best_share_are_whole_episodes_of_the_highest_returns_in_their_order(per_step, share):
+    episodes = [an_episode(2 + seed % 3, seed) for seed in range(len(per_step))]
+    for episode, reward in zip(episodes, per_step, strict=True):
+        episode["rewards"] = np.full(len(episode["rewards"]), reward)
+    every = pack("dummy", episodes, OBSERVATIONS, BOUNDED)
+    best = every.best(share)
+    count = max(1, round(share * len(episodes)))
+    assert best.statistics().episodes == count
+    assert best.episode_returns.sort().values.tolist() == every.episode_returns.sort().values[-count:].tolist()
+    wanted = sorted(sorted(range(len(episodes)), key=lambda e: -float(every.episode_returns[e]))[:count])
+    alone = pack("dummy", [episodes[e] for e in wanted], OBSERVATIONS, BOUNDED)
+    for name in ("observations", "actions", "rewards", "returns_to_go", "starts", "successes"):
+        assert torch.equal(getattr(best, name), getattr(alone, name)), name
+
+
 def test_an_episode_that_does_not_mention_success_failed_where_another_mentions_it():
     said, silent = an_episode(seed=1) | {"success": np.array([np.nan, 0, 0, 0, 1])}, an_episode() | {"success": None}
     assert pack("dummy", [said, silent], OBSERVATIONS, BOUNDED).statistics().success_rate == 0.5

@@ -82,7 +82,7 @@ ONLY_IMPORTED_BY = {
 }  # fmt: skip
 
 # Besides the standard library and the simulators in pyproject.toml; the last two come with gymnasium[box2d].
-PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "Box2D", "pygame"}
+PACKAGES_OF_ENVS = {"eva_rl", "gymnasium", "numpy", "safetensors", "Box2D", "pygame"}
 EXTRAS_WITHOUT_SIMULATOR = {"all", "arrow", "dev", "docs", "domains", "joblib", "onnx", "optimizers", "ray", "slurm"}
 
 

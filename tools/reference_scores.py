@@ -26,20 +26,21 @@ SEED = 1000
 
 
 def measure(task: str, episodes: int) -> dict[str, float | list[float] | None]:
-    """Mean episode return of both policies with its interval, and how often the expert succeeds."""
+    """Mean episode returns with their intervals, and how often the expert succeeds; those of `medium`, too, where there is one."""
     domain, name = envs.find_task(task)
     env = domain.make(name)
-    returns: dict[str, list[float]] = {"random": [], "expert": []}
+    played = ["random", "expert", *(quality for quality in domain.qualities(name) if quality == "medium")]
+    returns: dict[str, list[float]] = {policy: [] for policy in played}
     solved = []
     for policy, totals in returns.items():
         for episode in range(episodes):
             rng = episode_rng(task, SEED, episode)
             env.action_space.seed(int(rng.integers(2**31)))
             observation, _ = env.reset(seed=episode_seed("collect", task, SEED, episode))
-            expert = domain.expert(name, env)
+            act = None if policy == "random" else domain.demonstrator(name, env, policy, episode)
             total, ended, success = 0.0, False, None  # None: the environment does not say
             while not ended:
-                action = env.action_space.sample() if policy == "random" else expert(observation)
+                action = env.action_space.sample() if act is None else act(observation)
                 observation, reward, terminated, truncated, info = env.step(action)
                 total, ended = total + float(reward), terminated or truncated
                 if "success" in info:

@@ -91,6 +91,8 @@ def identity(config: Any) -> dict[str, Any]:
         del settings["allocator"]
     if not settings.get("mirror", True):  # likewise
         del settings["mirror"]
+    if settings.get("filter") == 1:  # likewise
+        del settings["filter"]
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 

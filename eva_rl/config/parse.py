@@ -40,7 +40,7 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
     return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
 
 
-ADDED = frozenset({"allocator", "optimizer", "tracker", "library"})
+ADDED = frozenset({"allocator", "filter", "library", "optimizer", "tracker"})
 """Settings that the files of earlier runs do not have."""
 
 

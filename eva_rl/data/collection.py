@@ -1,4 +1,4 @@
-"""Scripted expert -> Minari dataset: parallel, reproducible from the seed, and safe to interrupt."""
+"""A domain's expert -> Minari dataset: parallel, reproducible from the seed, and safe to interrupt."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Recipe:
     """Standard deviations of the Gaussian noise added to the expert's actions, in units of half the action range;
     episodes take them in turn."""
     seed: int = 0
+    quality: str = "expert"
+    """Who plays: one of the task's `Domain.qualities`."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -61,13 +63,14 @@ class Recipe:
     def dataset_id(self) -> str:
         """The Minari id this recipe's dataset is stored under; equal recipes have equal ids."""
         noise = "" if self.noise == Recipe.noise else "-noise" + "_".join(f"{100 * s:.12g}" for s in self.noise)
-        return f"{self.task}/expert{noise.replace('.', 'p')}-{self.episodes}-seed{self.seed}-v0"
+        return f"{self.task}/{self.quality}{noise.replace('.', 'p')}-{self.episodes}-seed{self.seed}-v0"
 
     @property
     def staging(self) -> Path:
         """Where finished episodes wait until all are there. Recipes that differ in length alone share it."""
         noise = "_".join(f"{s:.12g}" for s in self.noise)
-        return get_dataset_path() / ".collecting" / f"{self.task.replace('/', '.')}-{noise}-seed{self.seed}"
+        quality = "" if self.quality == "expert" else f"-{self.quality}"
+        return get_dataset_path() / ".collecting" / f"{self.task.replace('/', '.')}{quality}-{noise}-seed{self.seed}"
 
 
 def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
@@ -78,7 +81,8 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     at once, one does and the others wait for it.
 
     Raises:
-        UserError: for fewer than 0 workers, or one that dies, as in a script without `if __name__ == "__main__":`.
+        UserError: for fewer than 0 workers, or one that dies, as in a script without `if __name__ == "__main__":`; for a quality
+            that a task doesn't have.
     """
     refuse_while_imported()
     if workers < 0:
@@ -86,6 +90,10 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     recipes = list(recipes)
     for recipe in (missing := _missing(recipes)):
         domain, name = find_task(recipe.task)
+        if recipe.quality not in (known := domain.qualities(name)):
+            raise UserError(
+                f"quality={recipe.quality} was given where {recipe.task} has {' or '.join(known)}: choose a quality that it has."
+            )
         domain.make(name).close()  # a missing extra is met here, before anything is written
     if missing:
         lock = FileLock(make_folder(get_dataset_path()) / ".collecting.lock")
@@ -163,7 +171,7 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
     rng = episode_rng(recipe.task, recipe.seed, episode)
     noise = recipe.noise[episode % len(recipe.noise)]
     observation, info = env.reset(seed=episode_seed("collect", recipe.task, recipe.seed, episode))
-    expert = domain.expert(name, env)
+    expert = domain.demonstrator(name, env, recipe.quality, episode)
     observations, successes = [observation], [info.get("success", np.nan)]
     intended, actions, rewards, terminations, truncations = [], [], [], [], []
     while not actions or not (terminations[-1] or truncations[-1]):
@@ -291,8 +299,8 @@ def _described(recipe: Recipe) -> dict[str, Any]:
         "eval_env": env.spec,
         "observation_space": env.observation_space,
         "action_space": env.action_space,
-        "algorithm_name": "scripted expert with action noise",
-        "description": f"{recipe.episodes} episodes of {recipe.task} by the scripted expert of its domain; the "
+        "algorithm_name": f"{recipe.quality} of the domain with action noise",
+        "description": f"{recipe.episodes} episodes of {recipe.task} by the domain's demonstrator of quality '{recipe.quality}'; the "
         f"actions carry noise of scale {list(recipe.noise)}, in turn.",
         "requirements": [f"eva_rl[{domain.extra}]"],
         "ref_min_score": scores.random if scores else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -55,6 +55,23 @@ class Trajectories:
     @property
     def episode_returns(self) -> Tensor:
         return self.returns_to_go[self.starts[:-1]]  # (E,)
+
+    def best(self, share: float) -> Trajectories:
+        """This share of the episodes, at least one, in their order: those of the highest return, of equal ones the first. (%BC of Chen et al.
+        2021, section 5.1, but for whole episodes)"""
+        count = max(1, round(share * len(self.lengths)))
+        if count == len(self.lengths):
+            return self
+        kept = self.episode_returns.argsort(descending=True, stable=True)[:count].sort().values  # (count,)
+        rows = torch.cat([torch.arange(self.starts[e], self.starts[e + 1]) for e in kept.tolist()])
+        names = ("observations", "actions", "rewards", "returns_to_go", "labels")
+        columns = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{name: column if column is None else column[rows] for name, column in columns.items()},
+            starts=torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[kept].cumsum(0)]),
+            successes=None if self.successes is None else self.successes[kept],
+        )
 
     def statistics(self) -> TaskStatistics:
         return TaskStatistics(

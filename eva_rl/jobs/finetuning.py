@@ -263,7 +263,11 @@ class Demonstrated:
     source: TaskSource
     dataset_id: str
     trajectories: Trajectories
+    """Those that are learned from."""
     statistics: TaskStatistics
+    """Of those."""
+    demonstrations: int
+    """How many there were to choose from."""
 
 
 def demonstrated(asked: Asked, clock: Stopwatch) -> Demonstrated:
@@ -274,7 +278,8 @@ def demonstrated(asked: Asked, clock: Stopwatch) -> Demonstrated:
         dataset_id = source.dataset(config.demonstrations, config.seed)
     with clock("load"):
         trajectories = load_dataset(dataset_id, config.task, config.demonstrations)
-    return Demonstrated(source, dataset_id, trajectories, trajectories.statistics())
+    best = trajectories.best(config.filter)
+    return Demonstrated(source, dataset_id, best, best.statistics(), len(trajectories.lengths))
 
 
 @dataclass(frozen=True)
@@ -393,7 +398,7 @@ def facts_of(asked: Asked, base: Base, task: Demonstrated, learner: Learner, tar
         "steps": config.steps,
         "learning_rate": asked.training.learning_rate,
         "dataset": task.dataset_id,
-        "demonstrations": task.statistics.episodes,
+        "demonstrations": task.demonstrations,
         "target_return": target_return,
         "trainable_parameters": trainable_parameters(learner.model),
         "total_parameters": learner.total_parameters,

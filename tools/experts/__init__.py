@@ -1,0 +1,1 @@
+"""Policies trained once, which ship with the domains as their experts."""
