@@ -222,7 +222,7 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return ()
     raise UserError(
-        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of those was "
+        f"Actions of {space} were met where a Box of real numbers, Discrete, MultiDiscrete, MultiBinary of one dimension, or a Dict or Tuple of those was "
         "expected."
     )
 

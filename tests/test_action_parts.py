@@ -125,7 +125,7 @@ def test_choices_that_there_are_not_are_refused(dataset):
         pack("toy/hand", [episode], Hand.observation_space, HAND)
 
 
-@pytest.mark.parametrize("adapter", ["bc", "eva"])
+@pytest.mark.parametrize("adapter", [pytest.param("bc", marks=pytest.mark.slow), "eva"])
 def test_what_is_fine_tuned_on_them_plays_and_acts(adapter, dataset, run, base, tmp_path):
     words = [f"task=minari/{dataset}", f"base={base}", f"adapter={adapter}", "steps=400", "episodes=2", "workers=0"]
     words += ["training.batch_size=16", "training.learning_rate=0.005", f"run_dir={tmp_path / 'run'}"]

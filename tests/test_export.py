@@ -104,13 +104,18 @@ def torch_caller(path: Path) -> Caller:
 @pytest.mark.parametrize(
     ("observations", "actions"),
     [
-        ("vector", "numbers"),
         ("dict", "one"),
-        ("tuple", "several"),
-        ("grid", "unbounded"),
-        ("choice", "numbers"),
         ("vector", "parts"),
-        ("clock", "numbers"),
+        *(
+            pytest.param(*kinds, marks=pytest.mark.slow)
+            for kinds in [
+                ("vector", "numbers"),
+                ("tuple", "several"),
+                ("grid", "unbounded"),
+                ("choice", "numbers"),
+                ("clock", "numbers"),
+            ]
+        ),
     ],
 )
 def test_the_onnx_file_acts_as_the_policy_over_a_hundred_steps(observations, actions, tmp_path):

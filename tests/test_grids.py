@@ -202,7 +202,9 @@ def test_a_study_is_one_word(run, base, monkeypatch):
 STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "study").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize(
+    "study", [pytest.param(name, marks=[] if name == "cw10_base" else [pytest.mark.slow]) for name in STUDIES]
+)
 def test_every_value_of_a_shipped_study_can_be_composed_and_has_a_folder_of_its_own(study):
     """The first run, and all that differ from it in one setting."""
     with initialize_config_module("eva_rl.configs", version_base="1.3"):
@@ -275,6 +277,7 @@ def launch(folder: Path, *options: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_launcher_runs_a_grid_in_several_processes(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     grid = launch(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "adapter=none,lora", "seed=0")

@@ -272,10 +272,9 @@ def test_several_choices_are_numbered_from_zero():
 
 
 def test_actions_of_other_spaces_are_refused():
-    actions = {"position": np.zeros((2, 2), np.float32)}
-    space = gym.spaces.Dict({"position": FLAT})
-    write_dataset("mine/odd-v0", np.zeros((3, 2), np.float32), actions, FLAT, space)
-    with pytest.raises(UserError, match="'mine/odd-v0' can't be used: Actions of Dict"):
+    space = gym.spaces.MultiBinary([2, 2])
+    write_dataset("mine/odd-v0", np.zeros((3, 2), np.float32), np.zeros((2, 2, 2), np.int8), FLAT, space)
+    with pytest.raises(UserError, match="'mine/odd-v0' can't be used: Actions of MultiBinary"):
         load_dataset("mine/odd-v0", "mine")
 
 

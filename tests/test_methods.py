@@ -190,6 +190,7 @@ def test_what_a_method_draws_from_the_runs_seed_does_not_make_it_several():
     assert {name: len(runs) for name, runs in study.methods.items()} == {"lora": 6, "shira": 6}
 
 
+@pytest.mark.slow
 def test_every_shipped_method_is_compared_with_every_other_under_one_protocol():
     names = [line.split()[0] for line in choices("adapter", "finetune").splitlines()]
     results = []

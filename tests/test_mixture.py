@@ -290,6 +290,7 @@ PRETRAIN = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(datasets_root, tmp_path):
     def start(*launcher: str, folder: str) -> dict[int, float]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(datasets_root)}

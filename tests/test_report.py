@@ -418,7 +418,17 @@ def test_a_phase_that_goes_on_counts_up_to_now(monkeypatch):
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", sorted(path.parents[1].name for path in COMMITTED.glob("*/report/report.md")))
+# Small studies by default: a report of five hundred runs takes ten seconds.
+LARGE = {"adapters", "cw10", "cw10_demonstrations", "cw10_eva", "cw10_ranks", "cw10_steps"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name in sorted(path.parents[1].name for path in COMMITTED.glob("*/report/report.md"))
+    ],
+)
 def test_a_committed_report_is_what_its_runs_make(name, tmp_path):
     save_report(tmp_path, compare([COMMITTED / name]))
     for file in ("report.md", "runs.csv"):

@@ -54,7 +54,7 @@ def test_a_task_counts_the_same_whatever_the_number_of_its_runs():
     assert stratified({"a": [1.0] * 9, "b": [0.0]}).mean == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_in_a_thousand_draws_the_interval_of_the_mean_holds_the_truth_as_often_as_it_says(seeds):
     rng, means = np.random.default_rng(0), np.linspace(0.2, 0.9, TASKS)
     held = 0
@@ -73,7 +73,7 @@ def test_it_does_where_most_tasks_are_solved_by_every_run(spreads):
     assert 930 <= held <= 970
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_in_a_thousand_draws_the_interval_of_the_interquartile_mean_does(seeds):
     rng, means = np.random.default_rng(1), np.full(TASKS, 0.5)
     held = 0
@@ -102,7 +102,10 @@ def paired(
     return ({f"task-{i}": row for i, row in enumerate(rows)} for rows in (one + better, other))
 
 
-@pytest.mark.parametrize(("seeds", "better", "shared"), [(3, 0.0, 0.0), (3, 0.05, 0.2), (10, 0.05, 0.1)])
+@pytest.mark.parametrize(
+    ("seeds", "better", "shared"),
+    [(3, 0.05, 0.2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 0.0, 0.0), (10, 0.05, 0.1)])],
+)
 def test_in_a_thousand_draws_the_intervals_of_what_is_between_two_methods_hold_it(seeds, better, shared):
     rng, held = np.random.default_rng(2), np.zeros(2)
     truths = scipy.stats.norm.cdf(better / 0.1 / np.sqrt(2)), better
