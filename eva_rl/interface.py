@@ -45,6 +45,8 @@ class Interface:
     """The choices of each component of a discrete action; by default `action_size` of one."""
     tokens: tuple[str, ...] = ()
     """Those of the model's tokens that it reads, in the model's order; by default all."""
+    tasks: tuple[str, ...] = ()
+    """Those that have a vector of their own in the model, in the order of its rows."""
     spaces: str = ""
     """The environment's spaces of observations and actions, as `eva_rl.spaces.spaces_to_text` writes them; empty if unknown."""
     action_parts: tuple[ActionPart, ...] = ()
@@ -55,6 +57,10 @@ class Interface:
             object.__setattr__(self, "parts", (Part("vector", (self.observation_size,)),))
         if not self.choices and self.action_kind == "discrete":
             object.__setattr__(self, "choices", (self.action_size,))
+
+    def number_of(self, task: str) -> int:
+        """The row of the task's vector; -1 where it has none."""
+        return self.tasks.index(task) if task in self.tasks else -1
 
     @property
     def observation_dtype(self) -> str:
@@ -151,6 +157,7 @@ class Batch:
     rewards: Tensor  # (B, T) float32
     mask: Tensor  # (B, T) bool: True where the step is real
     interface: str
+    tasks: Tensor | None = None  # (B,) int64: rows of the interface's task vectors, -1 for none; None: the one in force
     labels: Tensor | None = None  # as actions: what is to be predicted, where that is not the action that was taken
 
     @property

@@ -322,6 +322,8 @@ class PretrainConfig:
     labels: str = "actions"
     std_floor: float = 1.5
     tokens: dict[str, Any] | None = None
+    task_vectors: bool = False
+    """Learn a vector for each task, added to its state tokens: fine-tuning begins with the one that fits the demonstrations best."""
     model: ModelConfig = SMALL
     """In Python also the name of a file of `configs/model/`, or some of its settings in a dict."""
     training: TrainingConfig = OWN

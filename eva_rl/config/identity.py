@@ -93,6 +93,8 @@ def identity(config: Any) -> dict[str, Any]:
         del settings["mirror"]
     if settings.get("filter") == 1:  # likewise
         del settings["filter"]
+    if not settings.get("task_vectors", True):  # likewise
+        del settings["task_vectors"]
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 

@@ -40,7 +40,7 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
     return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
 
 
-ADDED = frozenset({"allocator", "filter", "library", "optimizer", "tracker"})
+ADDED = frozenset({"allocator", "filter", "library", "optimizer", "task_vectors", "tracker"})
 """Settings that the files of earlier runs do not have."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.interface import Batch
 
+UNNAMED = 0.1
+"""The share of windows that do not name their task where they may, so that a model also knows tasks it is not told of."""
 JOINED = 2 * 2**30
 """Bytes of observations up to which a sampler joins its tasks, in memory."""
 
@@ -22,9 +25,20 @@ class WindowSampler:
     A window is any run of `context` consecutive steps that overlaps an episode, cut to the episode: windows that hang
     over the beginning start at step 0 and are shorter, as histories are early in a rollout; windows that hang over the
     end are shorter too. The real steps stand first and zeros follow.
+
+    named: whether batches say which of the trajectories a window is of, see `Batch.tasks`; all but `UNNAMED` of their windows do.
     """
 
-    def __init__(self, trajectories: Sequence[Trajectories], interface: str, context: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectories],
+        interface: str,
+        context: int,
+        batch_size: int,
+        seed: int,
+        named: bool = False,
+    ):
+        self.named = named
         self.interface, self.context, self.batch_size, self.seed = interface, context, batch_size, seed
         bytes_in_all = sum(t.observations.numel() * t.observations.element_size() for t in trajectories)
         if bytes_in_all <= JOINED:
@@ -71,7 +85,11 @@ class WindowSampler:
     def draw(self, rng: np.random.Generator, count: int) -> Batch:
         """So many windows."""
         tasks = rng.integers(len(self.task_first), size=count)
-        return self.gather(torch.from_numpy(self.task_first[tasks] + rng.integers(self.task_windows[tasks])))
+        batch = self.gather(torch.from_numpy(self.task_first[tasks] + rng.integers(self.task_windows[tasks])))
+        if not self.named:
+            return batch
+        told = np.where(rng.random(count) < UNNAMED, -1, tasks)
+        return replace(batch, tasks=torch.from_numpy(told))
 
     def gather(self, windows: Tensor) -> Batch:
         """The windows of these numbers (B,), each between 0 and the last of `window_ends` (excluded)."""

@@ -26,8 +26,8 @@ from eva_rl.files import check_run_folder, make_folder, write_json, write_text
 from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.playing import Stage
 from eva_rl.library.serve import Adapters, adapters_of
-from eva_rl.model import find_adapter, load_base, load_base_of, load_notes
-from eva_rl.rollout import Episodes, ForJobs, Job, Simulators, TargetReturn, check_spaces
+from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_in
+from eva_rl.rollout import Episodes, ForJobs, Job, Policy, Simulators, TargetReturn, check_spaces
 from eva_rl.run import (
     SCORES,
     Scores,
@@ -118,6 +118,8 @@ class Loaded:
     model: nn.Module
     known: Mapping[str, TaskStatistics]
     """The tasks it was trained on."""
+    own: str | None = None
+    """The one it was fine-tuned on, if it was."""
     served: Adapters | None = None
     """A library's adapters, one for each task, which act on the model as the base."""
 
@@ -132,18 +134,19 @@ def load(asked: Asked) -> Loaded:
     if config.library is not None:
         tasks = [source.task for source in asked.sources]
         served = adapters_of(config.library, tasks, config.adapter, config.checkpoint, device)
-        return Loaded(config.checkpoint or config.library, served.model, served.known, served)
+        return Loaded(config.checkpoint or config.library, served.model, served.known, served=served)
     if config.adapter is None:
         if config.checkpoint is None:
             raise UserError("Nothing to evaluate was named: add checkpoint=... (a base), adapter=... (a run), or both.")
         base = load_base(config.checkpoint, device)
-        return Loaded(config.checkpoint, base.model, dict(base.tasks))
+        return Loaded(config.checkpoint, base.model, dict(base.tasks), base.task)
     folder = find_adapter(Path(config.adapter))
     notes = load_notes(folder)
     base = load_base_of(folder, notes, "checkpoint", config.checkpoint, device)
     base.model.connect(notes.interface, f"The adapter in '{folder}'")
     model = load_adapter(base.model, folder)
-    return Loaded(config.checkpoint or notes.base, model, dict(base.tasks) | {notes.task: notes.statistics})
+    known = dict(base.tasks) | {notes.task: notes.statistics}
+    return Loaded(config.checkpoint or notes.base, model, known, notes.task)
 
 
 def jobs_of(asked: Asked, loaded: Loaded) -> Sequence[Job]:
@@ -173,12 +176,12 @@ def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
     """Play the episodes, those of one interface together; what breaks off keeps those that had ended."""
     finished: dict[int, tuple] = {}
     interface_of = {source.task: source.interface for source in asked.sources}
-    policy = ForJobs(loaded.served.policy_of) if loaded.served else None
     with Simulators(asked.config.workers) as simulators:
         try:
             for interface in dict.fromkeys(interface_of.values()):
                 numbers = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface]
                 own, ended = [jobs[i] for i in numbers], {}
+                policy = ForJobs(loaded.served.policy_of if loaded.served else partial(_policy, loaded, interface))
                 try:
                     asked.stage.play(loaded.model, interface, own, simulators, asked.config.task, ended, policy)
                 finally:
@@ -186,6 +189,10 @@ def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
         except (UserError, KeyboardInterrupt) as error:
             return Played(finished, error)
     return Played(finished, None)
+
+
+def _policy(loaded: Loaded, interface: str, jobs: Sequence[Job]) -> Policy:
+    return policy_in(loaded.model, interface, [job.task for job in jobs], loaded.own)
 
 
 def scored(asked: Asked, jobs: Sequence[Job], played: Played) -> Mapping[Place, Scores]:
@@ -249,7 +256,8 @@ def _film(asked: Asked, loaded: Loaded, jobs: Sequence[Job], tensorboard: Tensor
     """Film each task's first episode."""
     interface_of = {source.task: source.interface for source in asked.sources}
     for job in {job.task: job for job in reversed(jobs)}.values():
-        policy = partial(loaded.served.alone, job.task) if loaded.served else None
+        alone = partial(policy_in, loaded.model, interface_of[job.task], [job.task], loaded.own)
+        policy = partial(loaded.served.alone, job.task) if loaded.served else lambda _, alone=alone: alone()
         frames = asked.stage.film(loaded.model, interface_of[job.task], job, policy)
         save_film(asked.run.folder, tensorboard, 0, job.task, job.seed, frames)
 

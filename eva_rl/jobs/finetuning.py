@@ -78,6 +78,7 @@ from eva_rl.training import (
     Saves,
     TrainingConfig,
     TrainingResult,
+    autocast,
     check_run,
     check_shares,
     choose_device,
@@ -290,6 +291,8 @@ class Learner:
     interface: str
     fresh_modules: tuple[str, ...]
     """An embedder and head that the base does not have, by name."""
+    task_vector: tuple[str, ...]
+    """The module of the vector that tells the task from others, by name, where the base has such vectors."""
     known_tasks: Mapping[str, TaskStatistics]
     """Those that its weights know already."""
     sampler: WindowSampler | MirroredSampler
@@ -319,7 +322,27 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
         model.check_token(asked.tokens, interface.name)
         size = method.budget, method.rank, method.tolerance, method.sizes
         peft_config = within_budget(model, method.peft_config, *size)
-    return Learner(model, interface.name, fresh_modules, known_tasks, sampler, total_parameters, peft_config)
+    vector = _nearest_task(asked, model, interface.name, sampler) if method.network == "base" else ()
+    return Learner(model, interface.name, fresh_modules, vector, known_tasks, sampler, total_parameters, peft_config)
+
+
+@torch.no_grad()
+def _nearest_task(
+    asked: Asked, model: ActionModel, interface: str, sampler: WindowSampler | MirroredSampler
+) -> tuple[str, ...]:
+    """Begin with the vector of that of the base's tasks which predicts the demonstrations best; the name of its module."""
+    embedder, tasks = model.embedders[interface], model.interfaces[interface].tasks
+    if not tasks:
+        return ()
+    batch, losses = sampler.spread(0).to(asked.device), []
+    with autocast(asked.training.precision, asked.device):
+        for number in range(len(tasks)):
+            embedder.begin_task(number)
+            losses.append(model.loss(batch).item())
+    nearest = min(range(len(tasks)), key=losses.__getitem__)
+    embedder.begin_task(nearest)
+    print(f"of the base's tasks, {tasks[nearest]} predicts the demonstrations best: its vector is the first")
+    return (f"embedders.{interface}.task",)
 
 
 @dataclass(frozen=True)
@@ -378,7 +401,7 @@ def initialised(asked: Asked, learner: Learner, clock: Stopwatch) -> Adapter | N
                 progress=True,
                 forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
-            fresh = learner.fresh_modules
+            fresh = learner.fresh_modules + learner.task_vector
             adapter = attach(model, learner.peft_config, data, None, fresh, asked.start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):
@@ -449,7 +472,7 @@ def trained(
     rules = Rules(
         asked.recipe,
         config.adapter.ratios,
-        dict.fromkeys(learner.fresh_modules, config.fresh_learning_rate),
+        dict.fromkeys(learner.fresh_modules + learner.task_vector, config.fresh_learning_rate),
         adapter.companion if adapter else asked.allocator.on_all(model) if asked.allocator else None,
         adapter.frozen() if adapter else {},
     )

@@ -193,7 +193,9 @@ def mixed(asked: Asked, trajectories: Sequence[Trajectories]) -> Mixed:
     domains, tasks = {s.interface: domain_of(s) for s in sources}, Counter(map(domain_of, sources))
     shares = domain_weights(transitions, config.weights, config.temperature)
     windows = {
-        name: WindowSampler(own, name, asked.model.context, asked.training.batch_size, config.seed)
+        name: WindowSampler(
+            own, name, asked.model.context, asked.training.batch_size, config.seed, named=config.task_vectors
+        )
         for name, own in families.items()
     }
     weights = [shares[domains[name]] * len(own) / tasks[domains[name]] for name, own in families.items()]
@@ -207,7 +209,11 @@ def mixed(asked: Asked, trajectories: Sequence[Trajectories]) -> Mixed:
 def _interface(config: PretrainConfig, name: str, family: Sequence[Trajectories]) -> Interface:
     """What the tasks of a family share; the settings say which tokens it reads."""
     floor = [config.std_floor] if len(family) > 1 else []
-    return replace(interface_of(name, family, *floor), tokens=tuple((config.tokens or {}).get(name, ())))
+    return replace(
+        interface_of(name, family, *floor),
+        tokens=tuple((config.tokens or {}).get(name, ())),
+        tasks=tuple(own.task for own in family) if config.task_vectors else (),
+    )
 
 
 def begun(asked: Asked, mixture: Mixed, group: Processes) -> DecisionTransformer:

@@ -16,7 +16,7 @@ from eva_rl.model.checkpoint import (
 from eva_rl.model.cloning import CloningConfig, CloningMLP
 from eva_rl.model.decision_transformer import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.model.decoder import Decoder
-from eva_rl.model.policies import policy_of
+from eva_rl.model.policies import policy_in, policy_of
 
 __all__ = [
     "NOTES",
@@ -35,6 +35,7 @@ __all__ = [
     "load_base",
     "load_base_of",
     "load_notes",
+    "policy_in",
     "policy_of",
     "save_base",
 ]

@@ -36,10 +36,18 @@ class Decoder:
         alone: acts in a control loop, where each step's own time counts: no rows are computed beside the episodes', and the
             window that starts anew is computed ahead, each step's tokens together with those of the window that goes on. The
             actions are the same but for rounding.
+        tasks: the row of each episode's task vector, see `Batch.tasks`; None: the one in force.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: DecisionTransformer, interface: str, episodes: int, alone: bool = False):
+    def __init__(
+        self,
+        model: DecisionTransformer,
+        interface: str,
+        episodes: int,
+        alone: bool = False,
+        tasks: Sequence[int] | None = None,
+    ):
         config = model.config
         self.model, self.episodes, self.alone = model, episodes, alone
         self.embedder, self.head = model.embedders[interface], model.heads[interface]
@@ -59,6 +67,7 @@ class Decoder:
             rewards=torch.zeros(rows, 1, device=device),
             mask=torch.ones(rows, 1, dtype=torch.bool, device=device),
             interface=interface,
+            tasks=None if tasks is None else torch.tensor([*tasks, *[tasks[0]] * (rows - episodes)], device=device),
         )
         """The newest step."""
         self.tokens = torch.zeros(rows, config.context * self.kinds, config.width, device=device)

@@ -40,6 +40,17 @@ def _best(logits: Tensor, choices: Sequence[int]) -> Tensor:
     return torch.stack([own.argmax(-1) for own in logits.split(choices, -1)], -1)
 
 
+class TaskVector(nn.Module):
+    """The vector in force for tokens (..., d) that name no task: that of the task which is adapted to or acted in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.weight
+
+
 class Embedder(nn.Module):
     """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
 
@@ -54,6 +65,9 @@ class Embedder(nn.Module):
             self.action = make.get(interface.action_kind, nn.Embedding)(interface.action_size, width)
         if "reward" in self.tokens:
             self.reward = nn.Linear(1, width)
+        if interface.tasks:
+            self.tasks, self.task = nn.Embedding(len(interface.tasks), width), TaskVector(width)
+            nn.init.normal_(self.tasks.weight, std=0.02)
         self.norm = nn.LayerNorm(width)
         first_choices = torch.tensor((0, *interface.choices[:-1])).cumsum(0)  # components have rows of their own
         for name, value in {
@@ -106,12 +120,26 @@ class Embedder(nn.Module):
         centred = (vectors - self.exact_observation_mean).float() if exact else vectors - self.observation_mean
         return (centred / self.observation_std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
+    def _of_task(self, tokens: Tensor, tasks: Tensor | None) -> Tensor:
+        """State tokens (B, T, d), each with the vector of its window's task where the interface has any."""
+        if not self.interface.tasks:
+            return tokens
+        if tasks is None:
+            return self.task(tokens)
+        named = tokens + self.tasks(tasks.clamp(min=0))[:, None]
+        return torch.where((tasks >= 0)[:, None, None], named, self.task(tokens))
+
+    def begin_task(self, number: int) -> None:
+        """Put the vector of the interface's task of this number in force."""
+        with torch.no_grad():
+            self.task.weight.copy_(self.tasks.weight[number])
+
     def embed(self, kind: str, batch: Batch) -> Tensor:
         """The tokens of one kind, (B, T, d)."""
         if kind == "return":
             token = self.return_to_go(batch.returns_to_go[..., None] / self.interface.return_scale)
         elif kind == "state":
-            token = self.state(self.normalize_observations(batch.observations))
+            token = self._of_task(self.state(self.normalize_observations(batch.observations)), batch.tasks)
         elif kind == "reward":
             token = self.reward(batch.rewards[..., None] / self.interface.reward_scale)
         elif self.interface.action_kind == "multi_discrete":

@@ -85,6 +85,9 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
     if name not in model.interfaces:
         hint = did_you_mean(task, known)
         raise UserError(f"'{path}' can't act in '{task}', of whose observations it knows nothing. {hint}".rstrip())
+    number = model.interfaces[name].number_of(task)
+    if task != own and number >= 0:  # a fine-tuned model has its task's vector in force
+        model.embedders[name].begin_task(number)
     return Trained(model.eval(), task, model.interfaces[name], known.get(task), folder)
 
 
