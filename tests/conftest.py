@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -161,12 +162,25 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first test that needed a base made for the others."""
+    return tmp_path_factory.mktemp("kept") / "made"
+
+
 @pytest.fixture
-def base(run, dummy_domain, tmp_path) -> Path:
-    """A tiny checkpoint that knows the dummy domain."""
+def base(run, dummy_domain, datasets_root, kept, tmp_path) -> Path:
+    """A tiny checkpoint that knows the dummy domain; and the datasets that it was trained on."""
+    places = {"run": tmp_path / "pretrained", "datasets": datasets_root}
+    if kept.is_dir():
+        for name, place in places.items():
+            shutil.copytree(kept / name, place, dirs_exist_ok=True)
+        return tmp_path / "pretrained" / "model"
     arguments = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=4", "training.batch_size=4"]
-    status, _, err = run("pretrain", *arguments, f"run_dir={tmp_path / 'pretrained'}")
+    status, _, err = run("pretrain", *arguments, f"run_dir={places['run']}")
     assert status == 0, err
+    for name, place in places.items():
+        shutil.copytree(place, kept / name)
     return tmp_path / "pretrained" / "model"
 
 
