@@ -10,12 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_rl.interface import Batch
+from eva_rl.interface import Batch, Interface
 from eva_rl.model.attention import padded, unseen
 from eva_rl.model.decision_transformer import Block, DecisionTransformer
 
 LEAST = 16
 """Episodes computed at a time at least: for fewer rows, libraries take other kernels, which round differently."""
+
+
+def _nothing_yet(rows: int, name: str, interface: Interface, device: torch.device) -> Batch:
+    """One step of so many episodes, of which nothing is known."""
+    return Batch(
+        observations=torch.zeros(rows, 1, interface.observation_size, device=device),
+        actions=torch.zeros(rows, 1, *interface.action_shape, device=device),
+        returns_to_go=torch.zeros(rows, 1, device=device),
+        rewards=torch.zeros(rows, 1, device=device),
+        mask=torch.ones(rows, 1, dtype=torch.bool, device=device),
+        interface=name,
+    )
 
 
 class Decoder:
@@ -60,15 +72,9 @@ class Decoder:
         self.blocks = [BlockWeights.of(block, self.dtype) for block in model.trunk.blocks]
         self.least = 1 if alone else LEAST
         rows = max(episodes, self.least)
-        self.now = Batch(
-            observations=torch.zeros(rows, 1, spec.observation_size, device=device),
-            actions=torch.zeros(rows, 1, *spec.action_shape, device=device),
-            returns_to_go=torch.zeros(rows, 1, device=device),
-            rewards=torch.zeros(rows, 1, device=device),
-            mask=torch.ones(rows, 1, dtype=torch.bool, device=device),
-            interface=interface,
-            tasks=None if tasks is None else torch.tensor([*tasks, *[tasks[0]] * (rows - episodes)], device=device),
-        )
+        self.now = _nothing_yet(rows, interface, spec, device)
+        if tasks is not None:
+            self.now = replace(self.now, tasks=torch.tensor([*tasks, *[tasks[0]] * (rows - episodes)], device=device))
         """The newest step."""
         self.tokens = torch.zeros(rows, config.context * self.kinds, config.width, device=device)
         """The window, embedded: (n, N, d)."""
