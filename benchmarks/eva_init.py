@@ -44,9 +44,9 @@ from benchmarks import language_model
 from benchmarks.measure import Memory, timed
 from eva_rl import configs
 from eva_rl.adapter.eva import EvaSettings, Reading, eva_init
+from eva_rl.batch import Batch
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
-from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig, load_base
 from eva_rl.run import versions
 from eva_rl.table import markdown

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from benchmarks.eva_init import RESULTS, TASK, load
 from eva_rl.adapter import EvaSettings, attach, starts
+from eva_rl.batch import Batch
 from eva_rl.files import write_text
-from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer
 from eva_rl.run import versions
 from eva_rl.table import markdown

@@ -30,8 +30,8 @@ from tqdm import tqdm
 import eva_rl
 from benchmarks.eva_init import RESULTS
 from eva_rl.adapter import attach, load_adapter, save_adapter
+from eva_rl.batch import Batch
 from eva_rl.files import write_text
-from eva_rl.interface import Batch
 from eva_rl.library.serve import Adapters, MixedDecoder
 from eva_rl.model import NOTES, TRUNK_LAYERS, AdapterNotes, Base, DecisionTransformer, Decoder, load_base
 from eva_rl.run import versions

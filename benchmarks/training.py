@@ -30,9 +30,9 @@ from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from benchmarks.eva_init import RESULTS, model_config
 from benchmarks.measure import timed
+from eva_rl.batch import Batch
 from eva_rl.data import WindowSampler, find_source, interface_of, load_dataset
 from eva_rl.files import write_text
-from eva_rl.interface import Batch
 from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.run import versions
 from eva_rl.table import markdown

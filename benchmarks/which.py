@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import eva_rl
 from benchmarks.eva_init import RESULTS
+from eva_rl.batch import Batch
 from eva_rl.data import Trajectories, load_dataset
 from eva_rl.envs import expand_tasks, splits
 from eva_rl.files import replacing, write_text
-from eva_rl.interface import Batch
 from eva_rl.library.sketch import Sketch, activations, make_sketch
 from eva_rl.library.which import Distances, calibrate, distances, losses
 from eva_rl.model import load_base

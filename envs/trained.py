@@ -25,9 +25,9 @@ QUALITIES = ("expert", "medium", "mixed")
 class Snapshots:
     """Linear policies of one training, from its beginning to the expert."""
 
-    weights: np.ndarray  # (K, act, obs)
-    biases: np.ndarray  # (K, act)
-    returns: np.ndarray  # (K,)
+    weights: np.ndarray  #: (K, act, obs)
+    biases: np.ndarray  #: (K, act)
+    returns: np.ndarray  #: (K,)
     medium: int
 
     def policy(self, number: int, space: gym.spaces.Box) -> Policy:

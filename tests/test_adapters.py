@@ -25,9 +25,10 @@ from eva_rl.adapter.budget import count, lora_weights, matched, within_budget
 from eva_rl.adapter.eva import Reading, eva_init
 from eva_rl.adapter.eva.moments import principal_angle
 from eva_rl.adapter.lora_da import Moments, directions, lora_da
+from eva_rl.batch import Batch
 from eva_rl.config import AdapterSettings, FinetuneConfig, choices, parse
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.training import Rules, Saves, TrainingConfig, train
 

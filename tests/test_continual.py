@@ -10,11 +10,11 @@ import torch
 from libraries import make_run
 from torch import nn
 
+from eva_rl.batch import Batch
 from eva_rl.continual import learners
 from eva_rl.continual.elastic import Elastic
 from eva_rl.continual.learners import METHODS, joined
 from eva_rl.continual.measures import area, average_performance, forgetting, forward_transfer
-from eva_rl.interface import Batch
 from eva_rl.training import TrainingConfig
 
 QUICK = [

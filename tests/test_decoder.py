@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_rl.interface import Batch, Interface
+from eva_rl.batch import Batch
+from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
 
 CONTINUOUS = Interface("toy", 3, "continuous", 2, (0.5,) * 3, (2.0,) * 3, (0.1, 0.2), (2.0, 3.0), 10.0, 1.0)

@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from eva_rl.adapter import eva
 from eva_rl.adapter.eva.drop_in import _moved
 from eva_rl.adapter.eva.moments import principal_angle
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
 
 pytestmark = [

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eva_rl.batch import Batch, Mixture
 from eva_rl.data import MixtureSampler, WindowSampler, domain_weights, pack
 from eva_rl.data import windows as windows_module
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface, Mixture
+from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
 from eva_rl.spaces import Part
 from eva_rl.training import Hooks, Saves, TrainingConfig, by_domain, train

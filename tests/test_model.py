@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
-from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
+from eva_rl.interface import OBSERVATION_CLIP, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.model.attention import attend
 from eva_rl.model.decision_transformer import Trunk

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 
 import eva_rl.model.checkpoint as checkpoint
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
 from eva_rl.files import write_json
-from eva_rl.interface import Batch, Interface, TaskStatistics
+from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model import AdapterNotes, DecisionTransformer, ModelConfig, load_base, load_notes, save_base
 from eva_rl.model.checkpoint import NOTES, find_base
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eva_rl.adapter import attach
+from eva_rl.batch import Batch
 from eva_rl.config import ADAMW, FinetuneConfig, OptimizerSettings, PretrainConfig, choices, identity, parse
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.study.labels import labelled
 from eva_rl.training import Recipe, Rules, Saves, TrainingConfig, train

@@ -21,8 +21,9 @@ from recall import KILLER, Forks, Fragile, Hangs, Mortal, Raises, Recall, Stuck
 from torch import Tensor
 from tqdm import tqdm
 
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface, TaskStatistics
+from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig
 from eva_rl.rollout import Episodes, Job, Simulators, TargetReturn, check_spaces, warn_if_far
 from eva_rl.rollout.simulators import Board, LocalSimulator

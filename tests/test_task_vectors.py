@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import eva_rl
+from eva_rl.batch import Batch
 from eva_rl.data import WindowSampler, load_dataset
-from eva_rl.interface import Batch
 from eva_rl.model import load_base, policy_in, policy_of
 from eva_rl.policy.load import find_trained
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_mixture import ARM, GAME, make_batch
 
+from eva_rl.batch import Mixture
 from eva_rl.errors import UserError
-from eva_rl.interface import Mixture
 from eva_rl.model import DecisionTransformer, Decoder, ModelConfig, load_base, save_base
 from eva_rl.rollout import TargetReturn
 

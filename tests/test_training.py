@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Interface
 from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.training import (
     Hooks,

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from eva_rl.batch import Batch
 from eva_rl.data import Recipe, Trajectories, WindowSampler, collect, interface_of, load_dataset, pack, returns_to_go
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface
+from eva_rl.interface import Interface
 from eva_rl.jobs.pretraining import warn_of_missing_labels
 from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.spaces import Part

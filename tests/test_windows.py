@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eva_rl.adapter.eva import EvaSettings, Reading, eva_init
+from eva_rl.batch import Batch
 from eva_rl.data import Trajectories, WindowSampler, pack
-from eva_rl.interface import Batch
 
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
 CONTINUOUS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)

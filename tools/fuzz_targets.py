@@ -44,7 +44,7 @@ def _model() -> Any:
 def _batch(number: int = 0) -> Any:
     import torch
 
-    from eva_rl.interface import Batch
+    from eva_rl.batch import Batch
 
     generator = torch.Generator().manual_seed(number)
     observations = torch.randn(2, 4, 3, generator=generator)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # importing peft takes seconds
 class Moments:
     """What a layer's inputs x (in,) and the loss's gradients g (out,) at its outputs are on average over the rows that train."""
 
-    covariance: Tensor | float = 0.0  # (in, in) sums of x x^T, uncentred
-    squares: Tensor | float = 0.0  # (out,) sums of g^2
-    products: Tensor | float = 0.0  # (out, in) sums of g x^T: the gradient of W
+    covariance: Tensor | float = 0.0  #: (in, in) sums of x x^T, uncentred
+    squares: Tensor | float = 0.0  #: (out,) sums of g^2
+    products: Tensor | float = 0.0  #: (out, in) sums of g x^T: the gradient of W
     rows: int = 0
     samples: int = 0
     """Windows, or sequences."""

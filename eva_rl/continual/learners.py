@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_rl.adapter import Adapter, save_adapter
+from eva_rl.batch import Batch
 from eva_rl.continual.elastic import Elastic
 from eva_rl.continual.play import Stage
 from eva_rl.data import WindowSampler
 from eva_rl.files import replacing
-from eva_rl.interface import Batch
 from eva_rl.library import Library
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name
 from eva_rl.training import Hooks, Rules, Saves, TrainingConfig, train

@@ -16,10 +16,10 @@ class Taken:
     """An episode of T steps, by column."""
 
     where: str
-    observations: dict[str, np.ndarray]  # (T + 1, ...) each
-    actions: dict[str, np.ndarray]  # (T, ...) each
-    rewards: np.ndarray | None  # (T,)
-    success: np.ndarray | None  # (T + 1,)
+    observations: dict[str, np.ndarray]  #: (T + 1, ...) each
+    actions: dict[str, np.ndarray]  #: (T, ...) each
+    rewards: np.ndarray | None  #: (T,)
+    success: np.ndarray | None  #: (T + 1,)
     terminated: bool
 
     def __len__(self) -> int:

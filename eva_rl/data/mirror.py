@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_rl.interface import Batch
+from eva_rl.batch import Batch
 
 
 class Sampler(Protocol):

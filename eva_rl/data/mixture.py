@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from eva_rl.batch import Batch, Mixture
 from eva_rl.data.windows import WindowSampler
 from eva_rl.errors import UserError, did_you_mean
-from eva_rl.interface import Batch, Mixture
 
 
 class MixtureSampler:

@@ -38,15 +38,15 @@ class Trajectories:
     """All episodes of one task, end to end: episode e is rows `starts[e]` to `starts[e + 1]` (excluded)."""
 
     task: str
-    observations: Tensor  # (N, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't; may be mapped from disk
-    actions: Tensor  # (N, act) float32, choices among them where there are several parts; or int64 choices: (N,) of one, (N, components)
-    rewards: Tensor  # (N,) float32
-    returns_to_go: Tensor  # (N,) float32
-    starts: Tensor  # (E + 1,) int64
+    observations: Tensor  #: (N, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't; may be mapped from disk
+    actions: Tensor  #: (N, act) float32, choices among them where there are several parts; or int64 choices: (N,) of one, (N, components)
+    rewards: Tensor  #: (N,) float32
+    returns_to_go: Tensor  #: (N,) float32
+    starts: Tensor  #: (E + 1,) int64
     observation_space: gym.Space
     action_space: gym.Space
-    successes: Tensor | None = None  # (E,) bool
-    labels: Tensor | None = None  # as actions: what a model is to predict, where that is not the action that was taken
+    successes: Tensor | None = None  #: (E,) bool
+    labels: Tensor | None = None  #: as actions: what a model is to predict, where that is not the action that was taken
 
     @property
     def lengths(self) -> Tensor:

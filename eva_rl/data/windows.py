@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eva_rl.batch import Batch
 from eva_rl.data.trajectories import Trajectories
-from eva_rl.interface import Batch
 
 UNNAMED = 0.1
 """The share of windows that do not name their task where they may, so that a model also knows tasks it is not told of."""

@@ -36,14 +36,14 @@ ATTENTION = ("q", "k", "v")
 class Factors:
     """A block's factors of K adapters, or of n episodes: transposed, as rows are multiplied by them, and with LoRA's scale in B."""
 
-    qkv_a: Tensor  # (K, d, 3 r)
-    qkv_b: Tensor  # (K, 3, r, d)
-    o_a: Tensor  # (K, d, r)
-    o_b: Tensor  # (K, r, d)
-    up_a: Tensor  # (K, d, r)
-    up_b: Tensor  # (K, r, 4 d)
-    down_a: Tensor  # (K, 4 d, r)
-    down_b: Tensor  # (K, r, d)
+    qkv_a: Tensor  #: (K, d, 3 r)
+    qkv_b: Tensor  #: (K, 3, r, d)
+    o_a: Tensor  #: (K, d, r)
+    o_b: Tensor  #: (K, r, d)
+    up_a: Tensor  #: (K, d, r)
+    up_b: Tensor  #: (K, r, 4 d)
+    down_a: Tensor  #: (K, 4 d, r)
+    down_b: Tensor  #: (K, r, d)
 
     def of(self, rows: Tensor) -> Factors:
         """Those of these adapters (n,), an episode each."""

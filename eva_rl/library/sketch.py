@@ -14,9 +14,9 @@ from eva_rl.adapter import EvaSettings
 from eva_rl.adapter.eva import Reading, eva_init
 from eva_rl.adapter.eva.kinds import reader
 from eva_rl.adapter.eva.observe import discover, masked_rows
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite
-from eva_rl.interface import Batch
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ KEPT_BYTES = 2**18
 class Sketch:
     """One task, as the base sees it; the layers are those that read the same tensor, by the first one's name."""
 
-    means: dict[str, Tensor]  # (d,) float32 each
-    components: dict[str, Tensor]  # (k, d) orthonormal rows
-    values: dict[str, Tensor]  # (k,) variance along each component
-    totals: dict[str, Tensor]  # () all variance
-    observations: Tensor  # (m, obs) flat, of the task; no part of what the rest was made from
+    means: dict[str, Tensor]  #: (d,) float32 each
+    components: dict[str, Tensor]  #: (k, d) orthonormal rows
+    values: dict[str, Tensor]  #: (k,) variance along each component
+    totals: dict[str, Tensor]  #: () all variance
+    observations: Tensor  #: (m, obs) flat, of the task; no part of what the rest was made from
 
     def tensors(self) -> dict[str, Tensor]:
         """As `sketch.safetensors` has them."""

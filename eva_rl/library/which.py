@@ -19,7 +19,8 @@ from eva_rl.model import load_notes
 from eva_rl.spaces import flatten, parts_of, spaces_from_text
 
 if TYPE_CHECKING:
-    from eva_rl.interface import Batch, Interface
+    from eva_rl.batch import Batch
+    from eva_rl.interface import Interface
     from eva_rl.library.index import Library
 
 DRAWS = 20
@@ -63,8 +64,8 @@ class Ranking:
 class Distances:
     """What A tasks' subspaces leave of n observations' activations in L layers."""
 
-    errors: Tensor  # (A, L, n) float64 squared distances to each task's affine subspace
-    spread: Tensor  # (L, n) squared distances to the mean over tasks
+    errors: Tensor  #: (A, L, n) float64 squared distances to each task's affine subspace
+    spread: Tensor  #: (L, n) squared distances to the mean over tasks
 
     def shares(self) -> Tensor:
         """(A,) of the activations explained, the mean over layers."""

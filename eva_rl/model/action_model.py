@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_rl.interface import Batch, Interface, Mixture
+from eva_rl.batch import Batch, Mixture
+from eva_rl.interface import Interface
 
 
 class ActionModel(nn.Module):

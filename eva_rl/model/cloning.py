@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eva_rl.batch import Batch, Mixture
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface, Mixture
+from eva_rl.interface import Interface
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.decoder import LEAST
 from eva_rl.model.embedder import Embedder

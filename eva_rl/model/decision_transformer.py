@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from eva_rl.batch import Batch, Mixture
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Interface, Mixture
+from eva_rl.interface import Interface
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.attention import CausalSelfAttention
 from eva_rl.model.embedder import Embedder

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_rl.interface import Batch, Interface
+from eva_rl.batch import Batch
+from eva_rl.interface import Interface
 from eva_rl.model.attention import padded, unseen
 from eva_rl.model.decision_transformer import Block, DecisionTransformer
 
@@ -219,7 +220,7 @@ class BlockWeights:
     """A block's weights as the decoder multiplies by them: queries, keys and values in one product."""
 
     attention_norm: _Norm
-    qkv: Tensor  # (d, 3 d)
+    qkv: Tensor  #: (d, 3 d)
     qkv_bias: Tensor
     o: Tensor
     o_bias: Tensor

@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from eva_rl.interface import OBSERVATION_CLIP, Batch, Interface
+from eva_rl.batch import Batch
+from eva_rl.interface import OBSERVATION_CLIP, Interface
 from eva_rl.model.observations import make_encoder
 from eva_rl.spaces import ActionPart
 

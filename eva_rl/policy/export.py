@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import eva_rl
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError
 from eva_rl.files import replacing
-from eva_rl.interface import Batch
 from eva_rl.policy.acting import ActingPolicy
 from eva_rl.prepared import Exact, Prepared, Words
 from eva_rl.spaces import first_choice, nested

@@ -47,10 +47,10 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaini
 class Episodes:
     """Finished episodes, in the order they were asked for."""
 
-    returns: np.ndarray  # (n,) undiscounted
-    lengths: np.ndarray  # (n,) steps
-    successes: np.ndarray | None  # (n,) bool: solved at any step; None where the environment does not say
-    solved_at_end: np.ndarray | None  # (n,) bool: solved at the last step
+    returns: np.ndarray  #: (n,) undiscounted
+    lengths: np.ndarray  #: (n,) steps
+    successes: np.ndarray | None  #: (n,) bool: solved at any step; None where the environment does not say
+    solved_at_end: np.ndarray | None  #: (n,) bool: solved at the last step
 
     def rows(self) -> Iterator[tuple]:
         """Each episode's return, length and successes."""

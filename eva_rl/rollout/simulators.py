@@ -43,11 +43,11 @@ class Job:
 class Board:
     """What a group's environments and its policy tell each other, a row an episode."""
 
-    observations: np.ndarray  # (n, obs) flat, see `eva_rl.spaces`
-    actions: np.ndarray  # (n, act) float64, in the environment's units, which clips them; choices count from 0
-    rewards: np.ndarray  # (n,) float64
-    ended: np.ndarray  # (n,) uint8: terminated or truncated at the last step or before
-    solved: np.ndarray  # (n,) int8: at this moment; or `UNKNOWN`
+    observations: np.ndarray  #: (n, obs) flat, see `eva_rl.spaces`
+    actions: np.ndarray  #: (n, act) float64, in the environment's units, which clips them; choices count from 0
+    rewards: np.ndarray  #: (n,) float64
+    ended: np.ndarray  #: (n,) uint8: terminated or truncated at the last step or before
+    solved: np.ndarray  #: (n,) int8: at this moment; or `UNKNOWN`
 
     @classmethod
     def sizes(cls, rows: int, interface: Interface) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,9 +19,9 @@ Scores = dict[str, Estimate | None]
 class Played(Protocol):
     """Finished episodes."""
 
-    returns: np.ndarray  # (n,)
-    successes: np.ndarray | None  # (n,)
-    solved_at_end: np.ndarray | None  # (n,)
+    returns: np.ndarray  #: (n,)
+    successes: np.ndarray | None  #: (n,)
+    solved_at_end: np.ndarray | None  #: (n,)
 
 
 def scores(episodes: Played | None, scale: tuple[float, float] | None) -> Scores:

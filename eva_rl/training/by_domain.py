@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eva_rl.interface import Batch, Mixture
+from eva_rl.batch import Batch, Mixture
 
 
 def by_domain(

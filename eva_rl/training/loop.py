@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eva_rl.batch import Batch, Mixture
 from eva_rl.errors import UserError
-from eva_rl.interface import Batch, Mixture
 from eva_rl.settings import TrainingConfig
 from eva_rl.training.checkpoint import Companion, TrainingState, check_run, load_newest, save
 from eva_rl.training.optimizers import ADAMW, Recipe, make_optimizer

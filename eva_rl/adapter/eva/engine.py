@@ -51,9 +51,9 @@ PATIENCE = 8
 class LayerResult:
     """What EVA found for one layer."""
 
-    components: Tensor  # (rank, d) float32: A's rows, orthonormal unless the settings say otherwise
-    explained: Tensor  # (candidates,) what each candidate component is worth, as ranked
-    squared_singular_values: Tensor  # (candidates,) S^2 of the rows seen, about their mean if centred
+    components: Tensor  #: (rank, d) float32: A's rows, orthonormal unless the settings say otherwise
+    explained: Tensor  #: (candidates,) what each candidate component is worth, as ranked
+    squared_singular_values: Tensor  #: (candidates,) S^2 of the rows seen, about their mean if centred
     total: float
     """The sum of all S^2, candidates or not."""
     rows: float
@@ -69,7 +69,7 @@ class LayerResult:
     """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
     """The first of the layers that read the same tensor."""
-    mean: Tensor  # (d,) float32: of the rows seen; zero if not centred
+    mean: Tensor  #: (d,) float32: of the rows seen; zero if not centred
 
     def facts(self) -> dict[str, Any]:
         """What a reader of `eva.json` wants to know, as plain numbers; the spectrum in shares of the total variance."""
@@ -96,8 +96,8 @@ class _Stream:
     group: Group
     moments: Moments
     index: int
-    captured: Tensor  # (candidates,) as in `Change`
-    cosines: Tensor  # (candidates,)
+    captured: Tensor  #: (candidates,) as in `Change`
+    cosines: Tensor  #: (candidates,)
     seen: bool = False
     """Whether any batch of any process has reached it."""
     batches: int = 0

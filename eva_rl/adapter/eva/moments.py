@@ -28,9 +28,9 @@ them."""
 class Change:
     """What one batch did to the components of A streams."""
 
-    finite: Tensor  # (A,) bool: the rows were
-    cosines: Tensor  # (A, k) between each component and its predecessor
-    captured: Tensor  # (A, k) share of variance the first j components will hold of what the best j do; see `_expect`
+    finite: Tensor  #: (A,) bool: the rows were
+    cosines: Tensor  #: (A, k) between each component and its predecessor
+    captured: Tensor  #: (A, k) share of variance the first j components will hold of what the best j do; see `_expect`
 
 
 class Moments(ABC):

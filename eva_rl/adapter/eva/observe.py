@@ -31,7 +31,7 @@ class Group:
 class Seen:
     """What a forward pass showed of one layer."""
 
-    rows: Tensor  # (n, d) that count; none if it did not run
+    rows: Tensor  #: (n, d) that count; none if it did not run
     calls: int
     """How often it ran."""
 

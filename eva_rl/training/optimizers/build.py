@@ -18,8 +18,8 @@ from eva_rl.errors import UserError, in_one_line
 class LoraPair:
     """The two factors of a LoRA layer, whose weight is W + scale B A."""
 
-    a: nn.Parameter  # (r, in)
-    b: nn.Parameter  # (out, r)
+    a: nn.Parameter  #: (r, in)
+    b: nn.Parameter  #: (out, r)
     scale: float
 
 
