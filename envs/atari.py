@@ -18,7 +18,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -55,14 +54,7 @@ class Atari(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("ale_py")
-        spec = EnvSpec(
-            id=f"atari/{name}",
-            entry_point="eva_rl.envs.atari:AtariGame",
-            max_episode_steps=EPISODE_LENGTH,
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
+        return self.registered("AtariGame", name, EPISODE_LENGTH, render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         self.require("ale_py")

@@ -17,7 +17,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -99,14 +98,7 @@ class BabyAI(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("minigrid")
-        spec = EnvSpec(
-            id=f"babyai/{name}",
-            entry_point="eva_rl.envs.babyai:TokenisedBabyAI",
-            max_episode_steps=STEP_LIMITS[name],
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
+        return self.registered("TokenisedBabyAI", name, STEP_LIMITS[name], render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         return _RobustBot(self.require("minigrid.utils.baby_ai_bot").BabyAIBot, env.unwrapped)

@@ -19,7 +19,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -48,6 +47,7 @@ class DMControl(Domain):
     name = "dmc"
     extra = "dmc"
     tasks = tuple(sorted(ACTION_REPEATS))
+    shared_spaces = False
     splits = {  # noqa: RUF012
         "all": tuple(sorted(ACTION_REPEATS)),
         "train": tuple(sorted(set(ACTION_REPEATS) - set(HELD_OUT))),
@@ -56,21 +56,18 @@ class DMControl(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("dm_control")
-        spec = EnvSpec(
-            id=f"dmc/{name}-v0",
-            entry_point="eva_rl.envs.dmc:SeededDMControl",
-            max_episode_steps=EPISODE_LENGTH // ACTION_REPEATS[name],
-            disable_env_checker=True,
-            kwargs={"name": name, "action_repeat": ACTION_REPEATS[name]},
+        return self.registered(
+            "SeededDMControl",
+            f"{name}-v0",
+            EPISODE_LENGTH // ACTION_REPEATS[name],
+            render_mode,
+            name=name,
+            action_repeat=ACTION_REPEATS[name],
         )
-        return gym.make(spec, render_mode=render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         self.require("dm_control")
         return EXPERTS[name](env.unwrapped)
-
-    def interface(self, name: str) -> str:
-        return f"dmc_{name.replace('-', '_')}"
 
 
 class SeededDMControl(gym.Env):

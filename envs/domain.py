@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.errors import MissingExtra
 
@@ -45,6 +46,8 @@ class Domain(ABC):
     """The optional dependency group that installs the simulator: `pip install eva_rl[extra]`."""
     tasks: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, tuple[str, ...]]]
+    shared_spaces: ClassVar[bool] = True
+    """Whether all tasks go through one interface; otherwise each has its own."""
 
     @abstractmethod
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
@@ -57,6 +60,22 @@ class Domain(ABC):
         It may look into the environment, and keep a state of its own.
         """
 
+    def registered(
+        self, environment: str, called: str, steps: int, render_mode: str | None = None, /, **settings: Any
+    ) -> gym.Env:
+        """An environment of this domain's class of that name, known as `<domain>/<called>` and truncated after so many steps.
+
+        Its spec recreates it. `settings` are the class's own, by default the task's name alone.
+        """
+        spec = EnvSpec(
+            id=f"{self.name}/{called}",
+            entry_point=f"eva_rl.envs.{self.name}:{environment}",
+            max_episode_steps=steps,
+            disable_env_checker=True,
+            kwargs=settings or {"name": called},
+        )
+        return gym.make(spec, render_mode=render_mode)
+
     def qualities(self, name: str) -> tuple[str, ...]:
         """The kinds of demonstrators that task `name` has, the default first."""
         return ("expert",)
@@ -67,7 +86,7 @@ class Domain(ABC):
 
     def interface(self, name: str) -> str:
         """The name of the interface that task `name` goes through; tasks of one interface share their spaces."""
-        return self.name
+        return self.name if self.shared_spaces else f"{self.name}_{name.replace('-', '_')}"
 
     def mirror(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """What the mirror image of task `name` shows and does: the signs (obs,) and (act,) by which observations and actions are multiplied.

@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -35,23 +34,14 @@ class Gymnasium(Domain):
     extra = "box2d"
     tasks = TASKS
     splits = {"train": tuple(t for t in TASKS if t not in HELDOUT), "heldout": HELDOUT, "all": TASKS}  # noqa: RUF012
+    shared_spaces = False
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         if name in BOX2D:
             self.require("Box2D")
         if render_mode is not None:
             self.require("pygame")
-        spec = EnvSpec(
-            id=f"gym/{name}",
-            entry_point="eva_rl.envs.gym:GymnasiumTask",
-            max_episode_steps=gym.spec(name).max_episode_steps,
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
-
-    def interface(self, name: str) -> str:
-        return f"{self.name}_{name.replace('-', '_')}"
+        return self.registered("GymnasiumTask", name, gym.spec(name).max_episode_steps, render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         if name == "BipedalWalker-v3":

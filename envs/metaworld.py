@@ -15,7 +15,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -67,14 +66,7 @@ class MetaWorld(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("metaworld")
-        spec = EnvSpec(
-            id=f"metaworld/{name}",
-            entry_point="eva_rl.envs.metaworld:SeededMetaWorld",
-            max_episode_steps=EPISODE_LENGTH,
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
+        return self.registered("SeededMetaWorld", name, EPISODE_LENGTH, render_mode)
 
     def mirror(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """At the plane x = 0, in which the robot stands: a quaternion (w, x, y, z) becomes (w, x, -y, -z)."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy, ReferenceScores
 from eva_rl.envs.trained import QUALITIES, load
@@ -44,20 +43,11 @@ class MuJoCo(Domain):
     extra = "mujoco"
     tasks = TASKS
     splits = {"train": tuple(t for t in TASKS if t not in HELDOUT), "heldout": HELDOUT, "all": TASKS}  # noqa: RUF012
+    shared_spaces = False
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("mujoco")
-        spec = EnvSpec(
-            id=f"mujoco/{name}",
-            entry_point="eva_rl.envs.mujoco:MuJoCoTask",
-            max_episode_steps=gym.spec(name).max_episode_steps,
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
-
-    def interface(self, name: str) -> str:
-        return f"{self.name}_{name.replace('-', '_')}"
+        return self.registered("MuJoCoTask", name, gym.spec(name).max_episode_steps, render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         return self.demonstrator(name, env, "expert", 0)

@@ -14,7 +14,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain, Policy
 
@@ -35,14 +34,7 @@ class PointMaze(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("gymnasium_robotics")
-        spec = EnvSpec(
-            id=f"pointmaze/{name}",
-            entry_point="eva_rl.envs.pointmaze:FlatPointMaze",
-            max_episode_steps=EPISODE_LENGTHS[name],
-            disable_env_checker=True,
-            kwargs={"name": name},
-        )
-        return gym.make(spec, render_mode=render_mode)
+        return self.registered("FlatPointMaze", name, EPISODE_LENGTHS[name], render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         """Follow the shortest path, from one of its turns to the next, by PD control of the position."""

@@ -277,14 +277,14 @@ def test_lisa_moves_the_blocks_that_were_drawn_and_what_is_in_none(tmp_path):
     config = configured("lisa", "adapter=full", "allocator.config.every=5", "seed=1")
     companion = config.allocator.allocator().on_all(model)
     looks = []
-    draw = companion._draw
+    draw = companion.draw
 
     def look() -> None:
         now = {n: p.detach().clone() for n, p in model.named_parameters()}
         looks.append(now)
         draw()
 
-    companion._draw = look
+    companion.draw = look
     losses = train(
         model, lambda n: make_batch(n % 4), model.loss, 40, TRAINING, Saves(tmp_path), Rules(companion=companion)
     ).losses

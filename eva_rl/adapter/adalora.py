@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from eva_rl.adapter.allocators import Idle
+
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import PeftModel
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class Pruning:
+class Pruning(Idle):
     """peft's rank allocator, its penalty and its state, see `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: PeftModel):
         self.tuner = peft_model.base_model
         self.config = peft_model.peft_config["default"]
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser is left alone."""
 
     def penalty(self) -> Tensor:
         """gamma times the mean over the matrices of ||A A^T - I||_F and ||B^T B - I||_F (eq. 4), as peft adds it."""

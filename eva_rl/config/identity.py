@@ -82,19 +82,14 @@ FREE = frozenset(
 """The settings that may change where one run continues another."""
 
 
+AS_BEFORE = {"optimizer": ADAMW, "allocator": NO_ALLOCATOR, "mirror": False, "filter": 1.0, "task_vectors": False}
+"""Settings that runs of former versions did not have, and the value at which a run is one of those."""
+
+
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
-    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in FREE}
-    if config.optimizer == ADAMW:  # as in the runs of former versions
-        del settings["optimizer"]
-    if getattr(config, "allocator", None) == NO_ALLOCATOR:  # likewise
-        del settings["allocator"]
-    if not settings.get("mirror", True):  # likewise
-        del settings["mirror"]
-    if settings.get("filter") == 1:  # likewise
-        del settings["filter"]
-    if not settings.get("task_vectors", True):  # likewise
-        del settings["task_vectors"]
+    left_out = FREE | {name for name, value in AS_BEFORE.items() if getattr(config, name, None) == value}
+    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in left_out}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from eva_rl.adapter.allocators import Idle
+
 WINDOWS = 64
 """Windows that a task's Fisher information is estimated from, each by itself."""
 
 
-class Elastic:
+class Elastic(Idle):
     """The penalty strength / 2 sum_i F_i (theta_i - theta*_i)^2 as a companion of training, see `eva_rl.training.Companion`.
 
     F sums the diagonal Fisher information of all past tasks, theta* are the weights after the last of them: the penalties of a task
@@ -23,15 +25,9 @@ class Elastic:
         self.fisher = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.anchor = {name: p.detach().clone() for name, p in self.parameters.items()}
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser is left alone."""
-
     def penalty(self) -> Tensor:
         parts = [(self.fisher[name] * (p - self.anchor[name]).square()).sum() for name, p in self.parameters.items()]
         return self.strength / 2 * torch.stack(parts).sum()
-
-    def after_step(self, step: int) -> None:
-        """Nothing is done between steps."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f"fisher.{n}": t for n, t in self.fisher.items()} | {f"anchor.{n}": t for n, t in self.anchor.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,7 @@ def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
             for interface in dict.fromkeys(interface_of.values()):
                 numbers = [i for i, job in enumerate(jobs) if interface_of[job.task] == interface]
                 own, ended = [jobs[i] for i in numbers], {}
-                policy = ForJobs(loaded.served.policy_of if loaded.served else partial(_policy, loaded, interface))
+                policy = _policies(loaded, interface)
                 try:
                     asked.stage.play(loaded.model, interface, own, simulators, asked.config.task, ended, policy)
                 finally:
@@ -191,8 +190,13 @@ def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
     return Played(finished, None)
 
 
-def _policy(loaded: Loaded, interface: str, jobs: Sequence[Job]) -> Policy:
-    return policy_in(loaded.model, interface, [job.task for job in jobs], loaded.own)
+def _policies(loaded: Loaded, interface: str) -> ForJobs:
+    """Makes the policies of episodes through this interface, each in its own task."""
+
+    def make(jobs: Sequence[Job]) -> Policy:
+        return policy_in(loaded.model, interface, [job.task for job in jobs], loaded.own)
+
+    return ForJobs(loaded.served.policy_of if loaded.served else make)
 
 
 def scored(asked: Asked, jobs: Sequence[Job], played: Played) -> Mapping[Place, Scores]:
@@ -256,9 +260,8 @@ def _film(asked: Asked, loaded: Loaded, jobs: Sequence[Job], tensorboard: Tensor
     """Film each task's first episode."""
     interface_of = {source.task: source.interface for source in asked.sources}
     for job in {job.task: job for job in reversed(jobs)}.values():
-        alone = partial(policy_in, loaded.model, interface_of[job.task], [job.task], loaded.own)
-        policy = partial(loaded.served.alone, job.task) if loaded.served else lambda _, alone=alone: alone()
-        frames = asked.stage.film(loaded.model, interface_of[job.task], job, policy)
+        interface = interface_of[job.task]
+        frames = asked.stage.film(loaded.model, interface, job, _policies(loaded, interface))
         save_film(asked.run.folder, tensorboard, 0, job.task, job.seed, frames)
 
 

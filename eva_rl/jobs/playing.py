@@ -48,7 +48,7 @@ class Stage:
         model: ActionModel,
         interface: str,
         job: Job,
-        make_policy: Callable[[int], Policy] | None = None,
+        make_policy: Callable[[int], Policy] | ForJobs | None = None,
         short: bool = False,
     ) -> np.ndarray:
         """(T, height, width, 3) uint8: the job's episode, see `film`; if `short`, its first steps at most."""

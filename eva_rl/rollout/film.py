@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError, in_one_line
-from eva_rl.rollout.rollout import LONGEST, Policy, rollout
+from eva_rl.rollout.rollout import LONGEST, ForJobs, Policy, rollout
 from eva_rl.rollout.simulators import Job, Simulators
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ EVERY = 4
 
 
 def film(
-    make_policy: Callable[[int], Policy],
+    make_policy: Callable[[int], Policy] | ForJobs,
     interface: Interface,
     job: Job,
     device: torch.device | str = "cpu",

@@ -26,15 +26,15 @@ if TYPE_CHECKING:  # importing matplotlib takes seconds
 Picture = Literal["png", "svg"]
 OWN_PICTURE = re.compile(r"(scores|pareto|improvement|curves|varied)(-\d+)?\.(png|svg)")
 STATED = {
-    "base": "base {}",
-    "demonstrations": "{} demonstrations",
-    "steps": "{} steps",
-    "adapter.rank": "rank {}",
-    "episodes": "{} episodes a score",
+    "base": "base {}".format,
+    "demonstrations": lambda value: (
+        counted(value, "demonstration") if isinstance(value, int) else f"{value} demonstrations"
+    ),
+    "steps": "{} steps".format,
+    "adapter.rank": "rank {}".format,
+    "episodes": "{} episodes a score".format,
 }
-"""The settings of a protocol that its section begins with."""
-COUNTED = ("demonstrations",)
-"""Those of them that are one thing or several."""
+"""The settings of a protocol that its section begins with, and how it says them."""
 INTERVALS = (
     "95 % intervals by stratified bootstrap over runs: of no width where all runs of each task agree, and none of a "
     "probability where on each task all pairs of runs compare alike."
@@ -160,11 +160,7 @@ def _varied_part(found: Varied) -> list[str]:
 def _study_part(study: Study) -> list[str]:
     """The methods of one protocol: what they share, what is amiss, and the tables."""
     settings = study.protocol
-    known = {name: settings[name] for name in STATED if settings.get(name) is not None}
-    stated = [
-        counted(value, name[:-1]) if name in COUNTED and isinstance(value, int) else STATED[name].format(value)
-        for name, value in known.items()
-    ]
+    stated = [say(settings[name]) for name, say in STATED.items() if settings.get(name) is not None]
     parts = [
         f"## {study.title or 'Methods'}\n\n{counted(len(study.tasks), 'task')}, {_seeds(study.seeds)}; "
         f"{', '.join(stated)}. {INTERVALS if len(study.seeds) > 1 else 'One seed: no intervals.'}"

@@ -50,6 +50,30 @@ class Idle:
         """Nothing was remembered."""
 
 
+class ByStep(Idle):
+    """A companion whose draws follow from the run's seed and the step's number alone, so that the number is all it remembers."""
+
+    def __init__(self, seed: int):
+        self.seed, self.step = seed, 0
+
+    def draw(self) -> None:
+        """Draw for the step that comes."""
+        raise NotImplementedError
+
+    def generator(self, number: int) -> torch.Generator:
+        """That of the draw of this number."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many steps were made."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.step = int(state["step"])
+        self.draw()
+
+
 def lora_pairs_at_zero(peft_model: nn.Module, what: str) -> list[tuple[str, LoraLayer]]:
     """The layers with LoRA by their names, if all of them start at B = 0.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_rl.adapter.allocators.build import Allocator, Idle
+from eva_rl.adapter.allocators.build import Allocator, ByStep
 from eva_rl.adapter.eva.load import lora_layers
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, replacing, write_json
@@ -51,32 +50,24 @@ class Nested(nn.Module):
         return (more**0.5 if self.root else more) * F.linear(x[..., : self.taken], self.weight[:, : self.taken])
 
 
-class Draws(Idle):
-    """Draws the ranks of each step, from the run's seed and the step's number alone."""
+class Draws(ByStep):
+    """Draws the ranks of each step."""
 
     def __init__(self, factors: list[Nested], seed: int):
-        self.factors, self.seed, self.step = factors, seed, 0
-        self._draw()
+        super().__init__(seed)
+        self.factors = factors
+        self.draw()
 
-    def _draw(self) -> None:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
-        share = float(torch.rand((), generator=generator))
+    def draw(self) -> None:
+        """The same share of each layer's ranks."""
+        share = float(torch.rand((), generator=self.generator(self.step)))
         for factor in self.factors:
             factor.taken = 1 + min(int(share * factor.weight.shape[1]), factor.weight.shape[1] - 1)
 
     def after_step(self, step: int) -> None:
         """Draw for the next one."""
         self.step = step
-        self._draw()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """How many steps were made."""
-        return {"step": torch.tensor(self.step)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
-        self.step = int(state["step"])
-        self._draw()
+        self.draw()
 
 
 def truncate(folder: Path, rank: int, output: Path) -> Path:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from eva_rl.adapter.allocators.build import Allocator, Idle
+from eva_rl.adapter.allocators.build import Allocator, ByStep
 from eva_rl.errors import UserError
 
 
@@ -37,19 +35,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
 
 
-class Blocks(Idle):
-    """Draws the blocks of each period, from the run's seed and the period's number alone."""
+class Blocks(ByStep):
+    """Draws the blocks of each period."""
 
     def __init__(self, blocks: list[nn.Module], active: int, every: int, seed: int):
+        super().__init__(seed)
         self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-        self.active, self.every, self.seed, self.step = min(active, len(blocks)), every, seed, 0
+        self.active, self.every = min(active, len(blocks)), every
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Draw for the first steps: the optimiser knows all weights by now, and passes over those without a gradient."""
-        self._draw()
+        self.draw()
 
-    def _draw(self) -> None:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step // self.every) % 2**63)
+    def draw(self) -> None:
+        """The blocks of the period that the step is in."""
+        generator = self.generator(self.step // self.every)
         drawn = torch.randperm(len(self.trained), generator=generator)[: self.active].tolist()
         for number, parameters in enumerate(self.trained):
             for parameter in parameters:
@@ -59,13 +59,4 @@ class Blocks(Idle):
         """Draw anew where a period ends."""
         self.step = step
         if step % self.every == 0:
-            self._draw()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """How many steps were made."""
-        return {"step": torch.tensor(self.step)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
-        self.step = int(state["step"])
-        self._draw()
+            self.draw()
