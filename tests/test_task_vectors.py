@@ -11,7 +11,7 @@ import torch
 import eva_rl
 from eva_rl.batch import Batch
 from eva_rl.data import WindowSampler, load_dataset
-from eva_rl.model import load_base, policy_in, policy_of
+from eva_rl.model import load_base, policy_in, policy_of, save_base
 from eva_rl.policy.load import find_trained
 
 
@@ -107,9 +107,10 @@ def test_fine_tuning_begins_with_the_nearest_tasks_vector_trains_it_and_keeps_it
     still = ["training.learning_rate=0", "fresh_learning_rate=0", "training.weight_decay=0"]
     status, out, err = run("finetune", *words, "steps=1", *still, f"run_dir={tmp_path / 'still'}")
     assert status == 0, err
-    [nearest] = [task for task in spec.tasks if f"tasks, {task} predicts" in out]
+    nearest = [task for task in spec.tasks if f"tasks, {task} predicts" in out]
+    wanted = embedder.tasks.weight[spec.number_of(nearest[0])] if nearest else embedder.task.weight
     first = find_trained(tmp_path / "still").model.embedders[name].task.weight
-    torch.testing.assert_close(first, embedder.tasks.weight[spec.number_of(nearest)])
+    torch.testing.assert_close(first, wanted)
 
     status, _, err = run("finetune", *words, "steps=3", f"run_dir={tmp_path / 'run'}")
     assert status == 0, err
@@ -118,6 +119,20 @@ def test_fine_tuning_begins_with_the_nearest_tasks_vector_trains_it_and_keeps_it
     if adapter == "eva":
         torch.testing.assert_close(trained.tasks.weight, embedder.tasks.weight, atol=0, rtol=0)
     assert eva_rl.load_policy(tmp_path / "run").act(np.zeros(spec.observation_size, np.float32)).shape == (2,)
+
+
+def test_the_vector_that_a_base_comes_with_stays_where_no_tasks_vector_is_nearer(told, run, tmp_path):
+    base = load_base(str(told))
+    name, _, embedder = one_interface(base.model)
+    with torch.no_grad():
+        embedder.tasks.weight.fill_(1e4)  # as far from any task as can be
+    save_base(tmp_path / "far", base.model, base.tasks)
+    words = ["task=dummy/Steps-v0", f"base={tmp_path / 'far'}", "adapter=full", "demonstrations=2", "episodes=0"]
+    still = ["training.learning_rate=0", "fresh_learning_rate=0", "training.weight_decay=0"]
+    status, out, err = run("finetune", *words, "steps=1", *still, f"run_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert "no task of the base predicts the demonstrations better" in out
+    torch.testing.assert_close(find_trained(tmp_path / "run").model.embedders[name].task.weight, embedder.task.weight)
 
 
 def test_a_fine_tuned_tasks_own_vector_is_evaluated_and_a_bases_from_its_table(told, run, tmp_path):

@@ -330,18 +330,26 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
 def _nearest_task(
     asked: Asked, model: ActionModel, interface: str, sampler: WindowSampler | MirroredSampler
 ) -> tuple[str, ...]:
-    """Begin with the vector of that of the base's tasks which predicts the demonstrations best; the name of its module."""
+    """Begin with the vector that predicts the demonstrations best: one of the base's tasks', or the one already there.
+
+    The one already there is that of a fine-tuned base's own task, or what pretraining made of windows of no named task.
+    """
     embedder, tasks = model.embedders[interface], model.interfaces[interface].tasks
     if not tasks:
         return ()
-    batch, losses = sampler.spread(0).to(asked.device), []
+    batch, vector = sampler.spread(0).to(asked.device), embedder.task.weight
+    candidates = [vector.detach().clone(), *embedder.tasks.weight.detach()]  # each (d,)
+    losses = []
     with autocast(asked.training.precision, asked.device):
-        for number in range(len(tasks)):
-            embedder.begin_task(number)
+        for candidate in candidates:
+            vector.copy_(candidate)
             losses.append(model.loss(batch).item())
-    nearest = min(range(len(tasks)), key=losses.__getitem__)
-    embedder.begin_task(nearest)
-    print(f"of the base's tasks, {tasks[nearest]} predicts the demonstrations best: its vector is the first")
+        nearest = min(range(len(losses)), key=losses.__getitem__)
+        vector.copy_(candidates[nearest])
+    if nearest:
+        print(f"of the base's tasks, {tasks[nearest - 1]} predicts the demonstrations best: its vector is the first")
+    else:
+        print("no task of the base predicts the demonstrations better than the vector that the base came with")
     return (f"embedders.{interface}.task",)
 
 
