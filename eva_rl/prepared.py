@@ -10,6 +10,7 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import gymnasium as gym
@@ -28,6 +29,8 @@ LARGEST_PICTURE = 128
 """Pixels a side; larger pictures are reduced to at most so many."""
 LARGE = 2.0**20
 """Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
+EPISODES_SEEN = 32
+"""Episodes that are read for numbers that float32 can't hold; more would be a second reading of large datasets."""
 
 
 class Prepared(gym.Space):
@@ -164,16 +167,15 @@ def words_of(text: str) -> list[str]:
 
 
 def prepared(space: gym.Space, episodes: Callable[[], Iterable[Any]]) -> gym.Space:
-    """The space with its large pictures reduced, its words numbered, the most frequent first, and those numbers kept in float64 that the
-    first episode shows to need it.
+    """The space with its large pictures reduced, its words numbered, the most frequent first, and those numbers kept in float64 that one of
+    the first `EPISODES_SEEN` episodes shows to need it.
 
     Args:
         episodes: makes an iterable of observations with a leading axis; called where there is text, or float64.
     """
     members = [_reduced(member) for member in members_of(space)]
     if any(isinstance(member, gym.spaces.Box) and member.dtype.itemsize == 8 for member in members):
-        shown = [values for _, values in leaves(space, next(iter(episodes())))]
-        members = [Exact(m) if len(v) and loses_digits(m, v).any() else m for m, v in zip(members, shown, strict=True)]
+        members = _exact(space, members, islice(episodes(), EPISODES_SEEN))
     if any(map(_without_numbers, members)):
         members = _with_words(space, members, episodes())
     return _rebuilt(space, iter(members))
@@ -224,6 +226,14 @@ def _reduced(space: gym.Space) -> gym.Space:
 
 def _without_numbers(space: gym.Space) -> bool:
     return isinstance(space, gym.spaces.Text) and not isinstance(space, Words)
+
+
+def _exact(space: gym.Space, members: list[gym.Space], episodes: Iterable[Any]) -> list[gym.Space]:
+    """The members, those kept in float64 that an episode shows to need it."""
+    for episode in episodes:
+        shown = [values for _, values in leaves(space, episode)]
+        members = [Exact(m) if len(v) and loses_digits(m, v).any() else m for m, v in zip(members, shown, strict=True)]
+    return members
 
 
 def _with_words(space: gym.Space, members: list[gym.Space], episodes: Iterable[Any]) -> list[gym.Space]:

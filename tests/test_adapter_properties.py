@@ -9,7 +9,7 @@ from peft import LoraConfig
 from test_adapters import actions, attached, make_batch, make_model, rules, settings, trained, training
 
 from eva_rl.adapter import attach, load_adapter, save_adapter, starts, trainable_parameters
-from eva_rl.adapter.fedsvd import refactored
+from eva_rl.adapter.fedsvd import refactored, turn_moments
 from eva_rl.adapter.fila import fila, importance, weighted
 from eva_rl.adapter.gora import shared_out
 from eva_rl.adapter.hydra import HydraConfig
@@ -61,6 +61,17 @@ def test_fedsvds_a_is_renewed_when_it_is_due_and_adams_moment_follows(tmp_path):
     torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=1e-5)
     now = adapter.companion.optimizer.state[b]["exp_avg"]
     torch.testing.assert_close(now, moment @ old_a @ a.detach().T, rtol=0, atol=1e-5)  # as A was orthonormal
+
+
+def test_what_another_optimiser_than_adam_remembers_of_b_starts_anew():
+    b, turn = torch.ones(7, 4), 2 * torch.eye(4, dtype=torch.float64)
+    adam = {"step": torch.tensor(3.0), "exp_avg": torch.ones(7, 4), "exp_avg_sq": torch.ones(7, 4)}
+    turn_moments(adam, b, turn)
+    assert adam["exp_avg"].eq(2).all()
+    assert adam["exp_avg_sq"].eq(4).all()
+    for other in ({"momentum_buffer": torch.ones(7, 4)}, adam | {"exp_avg": torch.ones(7, 2)}):
+        turn_moments(other, b, turn)
+        assert other == {}
 
 
 def test_eva_fedsvd_begins_at_evas_directions():

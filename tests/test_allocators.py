@@ -21,7 +21,7 @@ from eva_rl.jobs.finetuning import asked_for
 from eva_rl.model import DecisionTransformer, ModelConfig
 from eva_rl.study.labels import labelled
 from eva_rl.training import Rules, Saves, train
-from eva_rl.training.optimizers import lora_pairs
+from eva_rl.training.optimizers import Recipe, lora_pairs
 
 ALL = [line.split()[0] for line in choices("allocator", "finetune").splitlines()]
 WHILE_TRAINING = [name for name in ALL if name not in ("none", "prilora")]
@@ -261,6 +261,17 @@ def test_priloras_ranks_rise_linearly_with_depth_at_the_same_number_of_weights_a
     assert depths_of(["q", "up"]) == [0, 0]
 
 
+def test_priloras_ranks_rise_from_those_that_a_user_gave():
+    model = make_model()
+    given = ["++adapter.config.rank_pattern={q: 4}", "++adapter.config.alpha_pattern={q: 8}"]
+    attached("prilora", model, *given)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    of_q = {n: m for n, m in layers.items() if n.endswith(".q")}
+    assert [m.r["default"] for m in of_q.values()] == [2, 6]
+    assert {m.scaling["default"] for m in of_q.values()} == {2.0}
+    assert {m.r["default"] for n, m in layers.items() if n not in of_q} == {4, 12}
+
+
 def test_an_optimiser_of_pairs_sees_no_pair_where_the_product_has_a_gate():
     model = make_model()
     attached("sora", model)
@@ -298,7 +309,10 @@ def test_lisa_moves_the_blocks_that_were_drawn_and_what_is_in_none(tmp_path):
     assert len(set(drawn)) > 1
 
 
-def test_lisa_with_all_weights_is_resumed_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
+def test_lisa_with_all_weights_is_resumed_bit_for_bit(optimizer, tmp_path):
+    recipe = Recipe(**configured("lisa", "adapter=full", f"optimizer={optimizer}").optimizer.recipe())
+
     def trained_to(folder: Path, read=lambda number: make_batch(number % 4), resume: bool = False):
         model = make_model()
         companion = (
@@ -307,7 +321,7 @@ def test_lisa_with_all_weights_is_resumed_bit_for_bit(tmp_path):
             .on_all(model)
         )
         torch.manual_seed(1)
-        rules = Rules(companion=companion)
+        rules = Rules(recipe, companion=companion)
         return train(model, read, model.loss, STEPS, TRAINING, Saves(folder, resume), rules).losses, model
 
     losses, model = trained_to(tmp_path / "whole")
@@ -316,6 +330,25 @@ def test_lisa_with_all_weights_is_resumed_bit_for_bit(tmp_path):
     again, resumed = trained_to(tmp_path / "broken", resume=True)
     assert again == losses
     assert torch.equal(actions(resumed.eval()), actions(model.eval()))
+
+
+def test_lisa_leaves_frozen_what_an_optimiser_froze_after_it_was_made():
+    model = make_model()
+    companion = configured("lisa", "adapter=full").allocator.allocator().on_all(model)
+    frozen = model.trunk.blocks[0].attention.q.weight.requires_grad_(False)
+    companion.watch(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    for step in range(1, 50):
+        companion.after_step(step)
+        assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("setting", ["allocator=sora", "allocator=dylora", "allocator=increlora", "adapter=lora_xs"])
+def test_a_bias_of_lora_that_the_method_has_no_place_for_is_refused(setting):
+    model = make_model()
+    expected = actions(model)
+    with pytest.raises(UserError, match="lora_bias=true was given, but the method has no bias"):
+        attached("none", model, setting, "++adapter.config.lora_bias=true")
+    assert torch.equal(actions(model), expected)
 
 
 def test_lisa_goes_with_all_weights_and_with_lora_and_with_nothing_else(tmp_path):

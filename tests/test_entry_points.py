@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eva_rl import settings
+from eva_rl.data import load_dataset
+from eva_rl.jobs.finetuning import demonstrated
 from eva_rl.model import load_base, load_notes, save_base
+from eva_rl.run import Stopwatch
 
 TASK = "dummy/Steps-v0"
 OWN = "minari/mine/random-v0"
@@ -576,6 +580,14 @@ def test_a_run_may_learn_from_the_best_demonstrations_alone(run, base):
     assert [found[share]["demonstrations"] for share in found] == [6, 6]  # what there was to choose from
     assert found["0.2"]["settings"]["filter"] == 0.2
     assert found["0.2"]["target_return"] > found["1"]["target_return"]  # that of the best one, and the median
+
+
+def test_episodes_are_given_up_by_the_longest_demonstration_not_the_longest_of_the_best(dummy_domain):
+    config = SimpleNamespace(task=TASK, dataset=None, trust_environment=False, demonstrations=6, seed=0, filter=0.2)
+    found = demonstrated(SimpleNamespace(config=config), Stopwatch("collect", "load"))
+    lengths = load_dataset(found.dataset_id, TASK, 6).lengths
+    assert found.longest == lengths.max()
+    assert len(found.trajectories.lengths) < len(lengths) == found.demonstrations
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, base, tmp_path):

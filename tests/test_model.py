@@ -3,10 +3,12 @@
 from dataclasses import replace
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from gymnasium.spaces import Box
 from torch import Tensor, nn
 
 from eva_rl.batch import Batch
@@ -15,6 +17,8 @@ from eva_rl.interface import OBSERVATION_CLIP, Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.model.attention import attend
 from eva_rl.model.decision_transformer import Trunk
+from eva_rl.prepared import Exact
+from eva_rl.spaces import parts_of, spaces_to_text
 
 PRESETS = files("eva_rl.configs") / "model"
 TINY = ModelConfig(layers=2, heads=2, width=32, context=5, dropout=0.0)
@@ -384,6 +388,19 @@ def test_connecting_makes_modules_for_a_new_interface_only():
     made = model.connect(game, "the dataset")
     assert model(make_batch(game)).shape == (4, 5, 4)
     assert {name for name, _ in model.named_modules()} >= set(made) == {"embedders.game", "heads.game"}
+
+
+def test_what_was_kept_in_float64_stays_so_whatever_newer_data_shows():
+    box = Box(-np.inf, np.inf, (3,), np.float64)
+    wide, narrow = (
+        replace(make_interface("arm"), parts=parts_of(own), spaces=spaces_to_text(own, Box(-1, 1, (2,))))
+        for own in (Exact(box), box)
+    )
+    for first, then in ((wide, narrow), (narrow, wide)):
+        model = make_model(TINY, first)
+        model.connect(then, "the dataset")
+        assert model.interfaces["arm"].observation_dtype == "float64"
+        assert model.interfaces["arm"].spaces == wide.spaces
 
 
 def test_connecting_an_interface_of_other_sizes_is_refused():

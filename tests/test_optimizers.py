@@ -23,7 +23,7 @@ from eva_rl.interface import Interface
 from eva_rl.model import TRUNK_LAYERS, DecisionTransformer, ModelConfig
 from eva_rl.study.labels import labelled
 from eva_rl.training import Recipe, Rules, Saves, TrainingConfig, train
-from eva_rl.training.optimizers import lora_pairs, make_optimizer
+from eva_rl.training.optimizers import lora_pairs, make_optimizer, pack, unpack
 from eva_rl.training.optimizers.dct_adamw import transform
 from eva_rl.training.optimizers.lora_pro import adjusted, equivalent
 from eva_rl.training.optimizers.reflora import refactoring
@@ -215,6 +215,20 @@ def test_galores_moments_live_in_few_dimensions(tmp_path):
     optimizer.step()
     weight = model.trunk.blocks[0].feed_forward.up.weight  # (128, 32)
     assert optimizer.state[weight]["exp_avg"].shape == (128, 8)
+
+
+def test_weights_that_no_step_has_moved_yet_have_no_state_after_a_resume():
+    model = make_model(False)
+    up, down = model.trunk.blocks[0].feed_forward.up.weight, model.trunk.blocks[0].feed_forward.down.weight
+    recipe = Recipe(**settings("galore").recipe())
+    optimizer, resumed = (make_optimizer(recipe, model, 1e-3, 0.0, {}) for _ in range(2))
+    model.loss(batches(0)).backward()
+    down.grad = None  # as of a block that LISA did not draw
+    optimizer.step()
+    parameters = dict(model.named_parameters())
+    unpack(resumed, parameters, *pack(optimizer, parameters))
+    assert up in resumed.state
+    assert down not in resumed.state
 
 
 def test_lora_pros_equivalent_gradient_is_the_full_one_but_for_what_neither_factor_reaches():

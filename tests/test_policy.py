@@ -376,6 +376,20 @@ def test_spaces_that_a_checkpoint_does_not_know_have_to_be_given(tmp_path):
         eva_rl.load_policy(folder, **given | {"action_space": spaces.Discrete(5)})
 
 
+@pytest.mark.parametrize("kind", ["clock", "mission", "screen"])
+def test_an_environments_own_spaces_are_seen_as_the_checkpoint_sees_them(kind, tmp_path):
+    env = Diary(OBSERVATIONS[kind], ACTIONS["one"])
+    folder = make_checkpoint(tmp_path / "model", env)
+    known, given = (eva_rl.load_policy(folder, **own) for own in ({}, {"observation_space": env.observation_space}))
+    for policy in (known, given):
+        policy.reset()
+    for seed in range(3):
+        env.observation_space.seed(seed)
+        shown = env.observation_space.sample()
+        assert known.act(shown) == given.act(shown)
+    assert known.observation_space == given.observation_space
+
+
 def test_where_there_is_nothing_all_that_may_be_named_is_said(tmp_path):
     with pytest.raises(UserError, match=f"There is no run, checkpoint or base '{tmp_path}/nope': name a folder"):
         eva_rl.load_policy(tmp_path / "nope")

@@ -16,6 +16,7 @@ from eva_rl.data import WindowSampler, interface_of, load_dataset, pack, write_d
 from eva_rl.data.environments import environment_of
 from eva_rl.errors import UserError
 from eva_rl.model import DecisionTransformer, ModelConfig, policy_of
+from eva_rl.prepared import Exact, prepared
 from eva_rl.rollout import Job, Simulators, rollout
 from eva_rl.rollout.rollout import preparing
 from eva_rl.rollout.simulators import Board, Stage
@@ -106,6 +107,21 @@ def test_observations_whose_differences_float32_cannot_hold_are_named():
     seen = np.column_stack([np.linspace(0, 1, 50), 1.7e9 + np.arange(50.0), np.full(50, 1.7e9)])
     with pytest.warns(UserWarning, match=r"\(number 1 of the flat observation\) .*subtract their first value"):
         pack("mine", [episode(np.zeros((50, 2), np.float32), seen)], space, gym.spaces.Box(-1, 1, (2,)))
+
+
+def test_observations_whose_differences_float32_cannot_hold_are_named_wherever_they_are():
+    space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    acts = np.zeros((50, 2), np.float32)
+    still, clock = (np.full((50, 1), 1.7e9), 1.7e9 + np.arange(50.0)[:, None])
+    with pytest.warns(UserWarning, match=r"\(number 0 of the flat observation\)"):
+        pack("mine", [episode(acts, still), episode(acts, clock)], space, gym.spaces.Box(-1, 1, (2,)))
+
+
+def test_numbers_that_move_in_a_later_episode_only_are_kept_exactly():
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    still, clock = np.full((50, 2), 1.7e9), 1.7e9 + np.arange(100.0).reshape(50, 2)
+    assert isinstance(prepared(space, lambda: iter([still, clock])), Exact)
+    assert prepared(space, lambda: iter([still, still])) == space
 
 
 @pytest.mark.parametrize("at", [0.0, 1.7e9, -1e13])

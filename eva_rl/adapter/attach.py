@@ -123,8 +123,18 @@ def attach(
             raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
         allocated = allocator is not None and allocator.put_on is not None
         companion = allocator.put_on(peft_model) if allocated else _companion(peft_model, config)
+        _check_biases(model)
     _leave_casts_to_autocast(model)
     return Adapter(peft_model, found, initial, companion, allocated or hasattr(config, "put_on"))
+
+
+def _check_biases(model: nn.Module) -> None:
+    """Raise a `UserError` if a bias was asked for beside B, and a form of LoRA that is not peft's dropped it."""
+    for name, layer in lora_layers(model):
+        if layer.lora_bias["default"] and getattr(layer.lora_B["default"], "bias", None) is None:
+            raise UserError(
+                f"lora_bias=true was given, but the method has no bias beside its factors (layer '{name}'): leave it out."
+            )
 
 
 def _leave_casts_to_autocast(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -34,7 +35,7 @@ class FedSvdConfig(LoraConfig):
 
 
 class Refactored(Idle):
-    """Renews A, and turns B and Adam's moments of it along."""
+    """Renews A, and turns B and Adam's moments of it along, see `turn_moments`."""
 
     def __init__(self, peft_model: nn.Module, every: int):
         layers = lora_layers(peft_model)
@@ -55,10 +56,8 @@ class Refactored(Idle):
             new_a, new_b, turn = refactored(a, b)
             a.copy_(new_a)
             b.copy_(new_b)
-            state = {} if self.optimizer is None else self.optimizer.state.get(b, {})
-            for name, by in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
-                if name in state:
-                    state[name].copy_(state[name].double() @ by)
+            if self.optimizer is not None and b in self.optimizer.state:
+                turn_moments(self.optimizer.state[b], b, turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every A as it is now."""
@@ -69,6 +68,20 @@ class Refactored(Idle):
         """The inverse of `state_dict`."""
         for name, (a, _) in self.factors.items():
             a.copy_(state[name])
+
+
+def turn_moments(state: dict[str, Any], b: Tensor, turn: Tensor) -> None:
+    """Turn Adam's moments of B along; what another optimiser remembers of it starts anew.
+
+    Args:
+        turn: T (r, r), see `refactored`.
+    """
+    moments = {"exp_avg": turn, "exp_avg_sq": turn.square()}
+    if set(state) != {"step", *moments} or any(state[name].shape != b.shape for name in moments):
+        state.clear()
+        return
+    for name, by in moments.items():
+        state[name].copy_(state[name].double() @ by)
 
 
 def refactored(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

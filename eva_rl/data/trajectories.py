@@ -147,7 +147,7 @@ def checked(
     Raises:
         UserError: see `pack`.
     """
-    number, labelled = -1, None
+    number, labelled, lost = -1, None, set()
     for number, episode in enumerate(episodes):
         name = f"Episode {number} of the dataset of '{task}'"
         rewards, actions = np.asarray(episode["rewards"], np.float32), episode["actions"]
@@ -159,8 +159,8 @@ def checked(
             observations = flatten(observation_space, episode["observations"])[: len(rewards)]
         except UserError as error:
             raise UserError(f"{name}: {error}.") from error
+        lost |= set(_lost_digits(observation_space, episode["observations"]))
         if number == 0:
-            _warn_of_lost_digits(task, observation_space, episode["observations"])
             labelled = episode.get("labels") is not None
         if labelled != (episode.get("labels") is not None):
             raise UserError(
@@ -181,6 +181,13 @@ def checked(
         yield columns
     if number < 0:
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
+    if lost:
+        warnings.warn(
+            f"The observations of '{task}' hold numbers (number {', '.join(map(str, sorted(lost)[:5]))} of the flat observation) whose "
+            "differences float32 can't hold at their size, so that they tell a model nothing: subtract their first value, or leave them "
+            "out.",
+            stacklevel=2,
+        )
 
 
 def _check_sizes(
@@ -226,19 +233,12 @@ def _checked_labels(name: str, labels: np.ndarray, actions: np.ndarray) -> np.nd
     return labels
 
 
-def _warn_of_lost_digits(task: str, space: gym.Space, observations: Any) -> None:
-    """Warn of numbers that differ by less than float32 tells apart at their size, such as seconds since 1970."""
-    first, lost = 0, []
+def _lost_digits(space: gym.Space, observations: Any) -> Iterator[int]:
+    """The numbers of the flat observation that differ by less than float32 tells apart at their size, such as seconds since 1970."""
+    first = 0
     for member, values in leaves(space, observations):
-        lost += [first + int(at) for at in np.flatnonzero(loses_digits(member, values))]
+        yield from (first + int(at) for at in np.flatnonzero(loses_digits(member, values)))
         first += sum(part.size for part in parts_of(member))
-    if lost:
-        warnings.warn(
-            f"The observations of '{task}' hold numbers (number {', '.join(map(str, lost[:5]))} of the flat observation) whose "
-            "differences float32 can't hold at their size, so that they tell a model nothing: subtract their first value, or leave them "
-            "out.",
-            stacklevel=2,
-        )
 
 
 def _as_kept(actions: Any, space: gym.Space) -> np.ndarray:

@@ -269,6 +269,8 @@ class Demonstrated:
     """Of those."""
     demonstrations: int
     """How many there were to choose from."""
+    longest: int
+    """Steps of the longest of those."""
 
 
 def demonstrated(asked: Asked, clock: Stopwatch) -> Demonstrated:
@@ -280,7 +282,8 @@ def demonstrated(asked: Asked, clock: Stopwatch) -> Demonstrated:
     with clock("load"):
         trajectories = load_dataset(dataset_id, config.task, config.demonstrations)
     best = trajectories.best(config.filter)
-    return Demonstrated(source, dataset_id, best, best.statistics(), len(trajectories.lengths))
+    lengths = trajectories.lengths
+    return Demonstrated(source, dataset_id, best, best.statistics(), len(lengths), int(lengths.max()))
 
 
 @dataclass(frozen=True)
@@ -385,7 +388,7 @@ def player_of(asked: Asked, task: Demonstrated, learner: Learner, simulators: Si
     warn_if_far(target_return, name, task.statistics)
     if asked.seeds:
         check_spaces(source.make_env, learner.model.interfaces[learner.interface])
-    patience = PATIENCE * int(task.trajectories.lengths.max())
+    patience = PATIENCE * task.longest
     stage = Stage(asked.device, asked.training.precision, asked.config.max_episode_steps, patience)
     jobs = [Job(name, source.make_env, seed, target_return) for seed in asked.seeds]
     return Player(stage, learner.interface, jobs, source.score_scale, target_return, simulators, clock)

@@ -116,7 +116,7 @@ class DecisionTransformer(ActionModel):
         A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
 
         There are none where the model has an interface of that name: its own statistics stay in force, but the spaces, and what is kept
-        of observations, become those of the newer one.
+        of observations, become those of the newer one, unless its own keep some in float64.
 
         Raises:
             UserError: if that interface has other sizes; the sentence names `what`.
@@ -124,9 +124,11 @@ class DecisionTransformer(ActionModel):
         if interface.name in self.embedders:
             own = self.interfaces[interface.name]
             own.require(interface, what)
-            self.embedders[interface.name].interface = replace(
-                own, spaces=interface.spaces or own.spaces, parts=interface.parts
-            )
+            exact = own.observation_dtype == "float64" and bool(own.spaces)
+            if not exact:  # newer data may need float64; what once did still does
+                self.embedders[interface.name].interface = replace(
+                    own, spaces=interface.spaces or own.spaces, parts=interface.parts
+                )
             return ()
         if not interface.tokens:
             alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]

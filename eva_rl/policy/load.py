@@ -12,6 +12,7 @@ from eva_rl.interface import Interface, TaskStatistics, interface_name
 from eva_rl.model import NOTES, find_base, load_base, load_base_of, load_notes
 from eva_rl.model.action_model import ActionModel
 from eva_rl.policy.acting import ActingPolicy
+from eva_rl.prepared import prepared_as
 from eva_rl.spaces import action_choices, action_parts, parts_of, spaces_from_text
 from eva_rl.table import counted
 
@@ -137,6 +138,7 @@ def _spaces(trained: Trained, *given: gym.Space | None) -> tuple[gym.Space, gym.
     except ValueError as error:
         raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
     observation_space, action_space = (own if own is not None else kept for own, kept in zip(given, known, strict=True))
+    observation_space = prepared_as(observation_space, known[0])
     found = parts_of(observation_space), action_choices(action_space), action_parts(action_space)
     if found != (trained.interface.parts, trained.interface.choices, trained.interface.action_parts):
         raise UserError(

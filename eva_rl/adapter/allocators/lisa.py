@@ -40,11 +40,15 @@ class Blocks(ByStep):
 
     def __init__(self, blocks: list[nn.Module], active: int, every: int, seed: int):
         super().__init__(seed)
-        self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-        self.active, self.every = min(active, len(blocks)), every
+        self.blocks, self.active, self.every = blocks, min(active, len(blocks)), every
+        self.trained: list[list[nn.Parameter]] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Draw for the first steps: the optimiser knows all weights by now, and passes over those without a gradient."""
+        """Draw for the first steps: the optimiser knows all weights by now, and passes over those without a gradient.
+
+        What is frozen by now, by an optimiser too, stays so.
+        """
+        self.trained = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
         self.draw()
 
     def draw(self) -> None:

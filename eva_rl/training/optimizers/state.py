@@ -46,7 +46,9 @@ def unpack(
         optimizer.step()
         optimizer.zero_grad()
     for name, p in parameters.items():
-        if name in rest["state"]:
+        if name not in rest["state"]:
+            optimizer.state.pop(p, None)  # it had made no step with this one
+        else:
             there = dict(optimizer.state[p]) if p in optimizer.state else {}
             own = rest["state"][name]
             optimizer.state[p] = {
