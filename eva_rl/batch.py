@@ -41,6 +41,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return self._mapped(lambda value: value.to(device, non_blocking=True))
 
+    def of(self, rows: Tensor) -> Batch:
+        """These of its windows, in this order."""
+        return self._mapped(lambda value: value[rows])
+
     def share(self, index: int, count: int) -> Batch:
         """Its windows `index`, `index + count` and so on: `count` shares make up the whole."""
         return self._mapped(lambda value: value[index::count])

@@ -24,13 +24,19 @@ from eva_rl.model import (
 TASK = "dummy/Steps-v0"
 
 
-def make_run(folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4, base_seed: int = 0) -> Path:
-    """Write a base, if there is none yet, and a run with a LoRA whose weights are random."""
+def make_run(
+    folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4, base_seed: int = 0, vectors: bool = False
+) -> Path:
+    """Write a base, if there is none yet, and a run with a LoRA whose weights are random.
+
+    vectors: whether the base has vectors of tasks, and the run one of its own.
+    """
     trajectories = episodes("dummy/Steps-v0", np.array([1.0, 0, 0]), count=5)
     if not (folder / "base").exists():
         torch.manual_seed(base_seed)
         interface = interface_of("dummy", [trajectories])
         interface = replace(interface, observation_mean=(0.0,) * 3, observation_std=(1.0,) * 3)  # wide enough for all
+        interface = replace(interface, tasks=("dummy/Other-v0",) if vectors else ())
         config = ModelConfig(layers=2, heads=2, width=32, context=8, dropout=0.0, tokens=("state",))
         model = DecisionTransformer(config, [interface])
         for parameter in model.parameters():  # so that no branch is near zero
@@ -39,7 +45,9 @@ def make_run(folder: Path, name: str = "tuned", seed: int = 0, rank: int = 4, ba
     base = load_base(str(folder / "base"))
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=8, target_modules=list(TRUNK_LAYERS), init_lora_weights=False)
-    adapter = attach(base.model, lora)
+    adapter = attach(base.model, lora, fresh_modules=("embedders.dummy.task",) if vectors else ())
+    if vectors:
+        torch.nn.init.normal_(base.model.embedders["dummy"].task.weight)
     notes = AdapterNotes(
         str(folder / "base"), base.sha256, TASK, base.model.interfaces["dummy"], trajectories.statistics()
     )

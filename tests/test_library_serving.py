@@ -21,12 +21,13 @@ from eva_rl.policy import ActingPolicy
 RANKS = {"a": 4, "b": 2, "c": 4}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> eva_rl.Library:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "vectors"])
+def library(request, tmp_path_factory) -> eva_rl.Library:
+    """On a base without vectors of tasks, and on one with them."""
     folder = tmp_path_factory.mktemp("served")
     made = eva_rl.Library(folder / "lib")
     for seed, (name, rank) in enumerate(RANKS.items()):
-        make_run(folder, name, seed, rank)
+        make_run(folder, name, seed, rank, vectors=request.param)
         made.add(folder / name, name, sketch=False)
     return made
 

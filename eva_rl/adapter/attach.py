@@ -131,7 +131,7 @@ def attach(
 def _check_biases(model: nn.Module) -> None:
     """Raise a `UserError` if a bias was asked for beside B, and a form of LoRA that is not peft's dropped it."""
     for name, layer in lora_layers(model):
-        if layer.lora_bias["default"] and getattr(layer.lora_B["default"], "bias", None) is None:
+        if layer.lora_bias.get("default") and getattr(layer.lora_B["default"], "bias", None) is None:
             raise UserError(
                 f"lora_bias=true was given, but the method has no bias beside its factors (layer '{name}'): leave it out."
             )

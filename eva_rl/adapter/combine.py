@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from eva_rl.adapter.attach import WEIGHTS
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.adapter.starts import Start, TaskData, lora_layers, plain
 from eva_rl.errors import UserError, in_one_line
@@ -36,6 +38,8 @@ def start_from(
 
     Raises:
         UserError: if the combination is unknown, or there is not one weight for each folder.
+
+    Of the adapters, LoRA is combined; a task's vector that one may have beside it is not.
     """
     if combination not in COMBINATIONS:
         raise UserError(f"combination={combination} was given where one of {', '.join(COMBINATIONS)} was expected.")
@@ -48,8 +52,7 @@ def start_from(
         peft_model, _ = plain(model, config, data)
         names = [f"known{number}" for number in range(len(folders))]
         for name, folder in zip(names, folders, strict=True):
-            check_adapter_config(folder)
-            peft_model.load_adapter(str(folder), adapter_name=name)
+            _add(peft_model, name, folder)
         options = {} if combination in ("cat", "linear", "svd") else {"density": density}
         try:
             peft_model.add_weighted_adapter(names, list(weights), SUM, combination_type=combination, **options)
@@ -66,6 +69,18 @@ def start_from(
         return peft_model, {}
 
     return start
+
+
+def _add(peft_model: PeftModel, name: str, folder: Path) -> None:
+    """Put the adapter's LoRA on the model. Modules that it trained in full have no sum; the new one's own data decides them."""
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    check_adapter_config(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.modules_to_save, config.init_lora_weights = None, True
+    peft_model.add_adapter(name, config)
+    lora = {key: value for key, value in load_file(folder / WEIGHTS).items() if ".lora_" in key}
+    set_peft_model_state_dict(peft_model, lora, adapter_name=name)
 
 
 def _take_over(layer: nn.Module) -> None:

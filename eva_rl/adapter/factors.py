@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,14 +18,25 @@ from eva_rl.files import not_finite
 PREFIX = "base_model.model."
 
 
-def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, in) and s B (out, r) of each layer, s being LoRA's scale: the layer's weight with the adapter is W + s B A.
+@dataclass(frozen=True)
+class LoraFactors:
+    """What an adapter adds to a model."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    """A (r, in) and s B (out, r) of each layer, s being LoRA's scale: the layer's weight with the adapter is W + s B A."""
+    vector: Tensor | None
+    """(d,) its task's vector, where it has one."""
+
+
+def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: str | None = None) -> LoraFactors:
+    """Read them.
 
     Args:
         shapes: of the weights (out, in) of the layers that may have an adapter, by their names.
+        vector: the name of the parameter (d,) that may be the vector of the adapter's task; None: the base has no such vectors.
 
     Raises:
-        UserError: if the adapter is no LoRA, or does more than add products to these layers' weights.
+        UserError: if the adapter is no LoRA, or does more than add products to these layers' weights and bring that vector.
     """
     from peft import LoraConfig, PeftConfig
     from peft.utils.other import get_pattern_key
@@ -40,7 +52,7 @@ def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[st
         raise UserError(f"'{folder / WEIGHTS}' is missing or damaged ({in_one_line(error)[:200]}).") from error
     if broken := not_finite(tensors):
         raise UserError(f"'{folder / WEIGHTS}' holds NaN or infinite numbers in '{broken}': train it again.")
-    factors = {}
+    own, factors = tensors.pop(f"{PREFIX}{vector}", None), {}
     for name, (out, width) in shapes.items():
         key_a, key_b = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
         if key_a not in tensors or key_b not in tensors:
@@ -53,4 +65,4 @@ def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[st
         factors[name] = (a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a))))
     if tensors:
         raise UserError(f"{refusal}: it also has '{min(tensors)}', which is no factor of a layer of the trunk.")
-    return factors
+    return LoraFactors(factors, own)

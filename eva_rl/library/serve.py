@@ -5,6 +5,7 @@ As S-LoRA does it for language models (Sheng et al. 2023, arXiv 2311.03285, sect
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eva_rl.adapter.factors import lora_factors
+from eva_rl.batch import Batch
 from eva_rl.errors import UserError, did_you_mean
 from eva_rl.model import DecisionTransformer, Decoder, load_notes
 from eva_rl.model.decoder import BlockWeights
+from eva_rl.model.embedder import Embedder
 from eva_rl.policy import ActingPolicy
 from eva_rl.rollout import TargetReturn
 from eva_rl.spaces import spaces_from_text
@@ -61,6 +64,8 @@ class Adapters:
     statistics: tuple[TaskStatistics, ...]
     blocks: tuple[Factors, ...]
     """With factors of K adapters, in the order of their names."""
+    embedder: Embedder
+    """The base's; where it has vectors of tasks, with the adapters' (K, d) in the place of its own."""
 
     @classmethod
     def load(cls, library: Library, names: Sequence[str], device: torch.device | str = "cpu") -> Adapters:
@@ -84,11 +89,16 @@ class Adapters:
             for name, module in model.trunk.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
-        factors = [lora_factors(folder, shapes) for folder in folders]
+        name = interfaces.pop()
+        embedder, vector = _embedder_of(model, name)
+        found = [lora_factors(folder, shapes, vector) for folder in folders]
+        if vector is not None:
+            embedder.tasks = _vectors(embedder.task.weight, [own.vector for own in found])
+        factors = [own.layers for own in found]
         rank = max((len(a) for own in factors for a, _ in own.values()), default=1)
         blocks = tuple(_block(factors, shapes, i, rank, device) for i in range(model.config.layers))
         tasks, statistics = tuple(own.task for own in notes), tuple(own.statistics for own in notes)
-        return cls(model, interfaces.pop(), tuple(names), tasks, statistics, blocks)
+        return cls(model, name, tuple(names), tasks, statistics, blocks, embedder)
 
     def numbers(self, names: Sequence[str]) -> list[int]:
         """Where in `names` these are.
@@ -136,6 +146,20 @@ def adapters_of(
         hint = did_you_mean(missing[0], best)
         raise UserError(f"'{folder}' holds no adapter for '{missing[0]}'. {hint}".rstrip())
     return Adapters.load(library, [best[task] for task in tasks], device)
+
+
+def _embedder_of(model: DecisionTransformer, interface: str) -> tuple[Embedder, str | None]:
+    """The interface's embedder, and the name of its task vector's parameter; a copy of it, where it has one."""
+    embedder = model.embedders[interface]
+    if not embedder.interface.tasks:
+        return embedder, None
+    return copy.deepcopy(embedder), f"embedders.{interface}.task.weight"
+
+
+def _vectors(known: Tensor, own: Sequence[Tensor | None]) -> torch.nn.Embedding:
+    """The adapters' vectors (K, d); the known one (d,) for those that brought none."""
+    rows = [known.detach() if vector is None else vector.to(known) for vector in own]
+    return torch.nn.Embedding.from_pretrained(torch.stack(rows))
 
 
 def _score(entry: Entry) -> tuple[float, float]:
@@ -234,23 +258,43 @@ class MixedDecoder(Decoder):
 
     def __init__(self, adapters: Adapters, rows: Sequence[int], alone: bool = False):
         super().__init__(adapters.model, adapters.interface, len(rows), alone)
-        self.adapters = adapters
+        self.adapters, self.embedder = adapters, adapters.embedder
+        self.past: list[Batch] = []
+        """The window's steps (n, 1) that are over, where adapters have vectors."""
         self._plain = self.blocks
         self.use(rows)
 
+    @torch.inference_mode()
     def use(self, rows: Sequence[int]) -> None:
         """Go on with these adapters (n,); what past steps have left is computed again, with them, at the next action."""
         self.rows = torch.tensor([*rows, *[rows[0]] * (len(self.now.mask) - len(rows))], device=self.tokens.device)
         self._gather()
         self.kept = [0] * len(self.kept)
+        if self.embedder.interface.tasks:  # whose vectors the tokens hold
+            for place, step in enumerate([*self.past, self.now][: self.length]):
+                seen = self.embedder(replace(step, tasks=self.rows))  # (n, kinds, d)
+                self.tokens[:, place * self.kinds : (place + 1) * self.kinds] = seen
+
+    def record(self, actions: Tensor, rewards: Tensor) -> None:
+        super().record(actions, rewards)
+        if self.embedder.interface.tasks:
+            self.past.append(self.now)
+
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.past = self.past[max(0, len(self.past) - self.half) :]
 
     def keep(self, episodes: Tensor) -> None:
         super().keep(episodes)
         spare = len(self.now.mask) - len(episodes)
-        self.rows = self.rows[torch.cat([episodes, episodes[:1].expand(max(spare, 0))])]
+        rows = torch.cat([episodes, episodes[:1].expand(max(spare, 0))])
+        self.rows, self.past = self.rows[rows], [step.of(rows) for step in self.past]
         self._gather()
 
     def _gather(self) -> None:
+        """Give each row its adapter's factors and its vector."""
+        if self.embedder.interface.tasks:
+            self.now = replace(self.now, tasks=self.rows)
         own = [factors.of(self.rows) for factors in self.adapters.blocks]
         if self.dtype != torch.float32:
             own = [replace(f, **{n: t.to(self.dtype) for n, t in vars(f).items()}) for f in own]

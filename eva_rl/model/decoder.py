@@ -125,8 +125,7 @@ class Decoder:
         """Go on with these episodes (m,) only, in this order."""
         self.episodes = len(episodes)
         rows = torch.cat([episodes, episodes[:1].expand(max(self.least - len(episodes), 0))])
-        tensors = {k: v[rows] for k, v in vars(self.now).items() if isinstance(v, Tensor)}
-        self.now = replace(self.now, **tensors)
+        self.now = self.now.of(rows)
         self.tokens = self.tokens[rows]
         self.caches = [cache[:, :, rows] for cache in self.caches]
 
