@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from gymnasium.spaces import Box
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from eva_rl.batch import Batch
