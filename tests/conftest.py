@@ -15,6 +15,8 @@ import minari
 import numpy as np
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from minari.data_collector import EpisodeBuffer
 
 from eva_rl.envs.domain import Domain
@@ -144,6 +146,15 @@ def dummy_domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[DummyDomain]:
 def run(monkeypatch, capsys, tmp_path):
     """Run an entry point with these arguments: its exit status, and what it printed."""
     monkeypatch.chdir(tmp_path)
+
+    compose = Hydra.get_mode
+
+    def mode(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        """Hydra composes all settings once more to see whether they ask for a grid, as those of a study alone do."""
+        told = any("study=" in word or "hydra.mode" in word for word in overrides)
+        return compose(self, config_name, overrides) if told else None
+
+    monkeypatch.setattr(Hydra, "get_mode", mode)
 
     def call(name: str, *arguments: object) -> tuple[int, str, str]:
         main = importlib.import_module(f"eva_rl.{name}").main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -131,6 +132,11 @@ def _around(weights: Callable[[int], int | None], budget: int) -> list[int]:
         number = weights(size)
         return number is None or (number <= budget if falling else number >= budget)
 
+    one, two = weights(1), weights(2)
+    if one is not None and two is not None and two > one:  # most methods' numbers lie on a line
+        guess = max(2, math.ceil(1 + (budget - one) / (two - one)))
+        if beyond(guess) and not beyond(guess - 1):
+            return [guess - 1, guess]
     while not beyond(high):
         if falling and (weights(2 * high) or 0) >= (weights(high) or 0):
             break  # RandLora's falls until the rank is that of the layers, then rises
