@@ -466,6 +466,8 @@ class FinetuneConfig:
     """In Python also the name of a file of `configs/optimizer/`."""
     allocator: AllocatorSettings = NO_ALLOCATOR
     """In Python also the name of a file of `configs/allocator/`."""
+    start_from: str | None = None
+    """A library of adapters: LoRA begins as the nearest one, where that has the lower loss on the demonstrations."""
 
     def __post_init__(self) -> None:
         if not 0 < self.filter <= 1:

@@ -13,6 +13,7 @@ from libraries import TASK, episodes, make_run
 from safetensors.torch import load_file, save_file
 
 import eva_rl
+from eva_rl import load_policy
 from eva_rl.data import pack
 from eva_rl.errors import UserError
 from eva_rl.library.index import Entry
@@ -90,6 +91,51 @@ def test_a_run_is_added_listed_found_and_removed_by_its_commands(run, base):
     assert status == 0, err
     assert len(eva_rl.Library("lib")) == 0
     assert not Path("lib/adapters/Steps-v0").exists()
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_new_adapter_begins_as_the_nearest_one_of_a_library_where_that_is_better(run, dummy_domain, vectors):
+    words = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=40", "training.batch_size=4", "run_dir=base"]
+    status, _, err = run("pretrain", *words, f"task_vectors={str(vectors).lower()}")
+    assert status == 0, err
+    common = [f"task={TASK}", "base=base/model", "demonstrations=5", "episodes=0", "workers=0", "training.batch_size=4"]
+    status, _, err = run(
+        "finetune", *common, "adapter=lora", "steps=60", "training.learning_rate=0.01", "run_dir=first"
+    )
+    assert status == 0, err
+    status, _, err = run("library.__main__", "add", "library=lib", "run=first", "name=first")
+    assert status == 0, err
+
+    still = ["steps=1", "training.learning_rate=0", "fresh_learning_rate=0", "training.weight_decay=0"]
+    status, out, err = run("finetune", *common, "adapter=eva", *still, "start_from=lib", "run_dir=second")
+    assert status == 0, err
+    assert "nearest adapter is first" in out
+    assert "begins as that one" in out
+    first, second = (load_policy(own).model for own in ("first", "second"))
+    for (name, expected), found in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, msg=name)
+
+    library = eva_rl.Library("lib")
+    file = library.path("first") / "adapter_model.safetensors"
+    save_file({n: 99 * torch.randn_like(t) for n, t in load_file(file).items()}, file)  # now it is of no use
+    status, out, err = run("finetune", *common, "adapter=eva", *still, "start_from=lib", "run_dir=third")
+    assert status == 0, err
+    assert "begins as it does without a library" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapter=full", "start_from=lib"], "adapter=full has others"),
+        (["adapter=eva_dora", "start_from=lib"], "adapter=eva_dora has others"),
+        (["start_from=nowhere"], "start_from=nowhere must be a library"),
+    ],
+)
+def test_a_library_that_a_method_cannot_begin_from_is_refused(run, base, words, said):
+    status, _, err = run("finetune", f"task={TASK}", f"base={base}", *words, *QUICK)
+    assert status == 1
+    assert said in err
+    assert not Path("runs").exists()
 
 
 def test_an_adapter_of_a_library_is_one_that_evaluate_and_load_policy_take(library):

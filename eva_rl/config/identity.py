@@ -82,7 +82,14 @@ FREE = frozenset(
 """The settings that may change where one run continues another."""
 
 
-AS_BEFORE = {"optimizer": ADAMW, "allocator": NO_ALLOCATOR, "mirror": False, "filter": 1.0, "task_vectors": False}
+AS_BEFORE = {
+    "optimizer": ADAMW,
+    "allocator": NO_ALLOCATOR,
+    "mirror": False,
+    "filter": 1.0,
+    "task_vectors": False,
+    "start_from": None,
+}
 """Settings that runs of former versions did not have, and the value at which a run is one of those."""
 
 

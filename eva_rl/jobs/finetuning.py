@@ -48,6 +48,7 @@ from eva_rl.data import (
 from eva_rl.errors import UserError
 from eva_rl.files import InUseError, alone_in, make_folder, write_json, write_text
 from eva_rl.interface import TaskStatistics
+from eva_rl.jobs.known import BATCHES, check_library, known_start
 from eva_rl.jobs.playing import Stage
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name, load_base, save_base
 from eva_rl.model.action_model import ActionModel
@@ -129,7 +130,7 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
     player = player_of(asked, task, learner, simulators, clock)
     scores_base = asked.plays_zero_shot(bool(learner.fresh_modules))
     zero_shot = player.play(learner.model) if scores_base else scores(None, None)
-    adapter = initialised(asked, learner, clock)
+    adapter = initialised(asked, task, learner, clock)
     facts = facts_of(asked, base, task, learner, player.target_return)
     record = Record(asked.run.folder, facts, clock, zero_shot, dict(earlier.curve) if earlier else {})
     with open_tracker(asked.config.tracker, asked.run.folder, asked.run.protocol) as tensorboard:
@@ -187,6 +188,7 @@ def asked_for(config: FinetuneConfig, run: Plan) -> Asked:
             f"optimizer={recipe.name} works on LoRA's two factors, and adapter={method.name} has none: take adapter=lora or another "
             "one of that form."
         )
+    check_library(config)
     training = training_of(config)
     eva_options = asdict(method.eva) if method.eva else {}
     tokens = eva_options.pop("tokens", "all")
@@ -394,7 +396,7 @@ def player_of(asked: Asked, task: Demonstrated, learner: Learner, simulators: Si
     return Player(stage, learner.interface, jobs, source.score_scale, target_return, simulators, clock)
 
 
-def initialised(asked: Asked, learner: Learner, clock: Stopwatch) -> Adapter | None:
+def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopwatch) -> Adapter | None:
     """The frozen model's adapter with initialised weights; None where the method has none. What the method trains is trainable."""
     method, model, tokens = asked.config.adapter, learner.model, asked.tokens
     model.requires_grad_(method.trainable == "all")
@@ -413,7 +415,10 @@ def initialised(asked: Asked, learner: Learner, clock: Stopwatch) -> Adapter | N
                 forward=lambda observed, batch: observed.as_trained(batch, tokens),
             )
             fresh = learner.fresh_modules + learner.task_vector
-            adapter = attach(model, learner.peft_config, data, None, fresh, asked.start, asked.allocator)
+            few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
+            known = model, learner.interface, task.trajectories, few, learner.peft_config
+            start = known_start(asked.config, *known, asked.start) if asked.config.start_from else asked.start
+            adapter = attach(model, learner.peft_config, data, None, fresh, start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):
             parameter.requires_grad_(False)
