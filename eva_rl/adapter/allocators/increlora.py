@@ -100,7 +100,11 @@ class Growing(Idle):
 
     def _watch(self, number: int, layer: nn.Module) -> None:
         """Have this layer's calls counted."""
-        layer.register_forward_hook(lambda _, inputs, y: self._read(number, inputs[0], y))
+
+        def read(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            self._read(number, inputs[0], y)
+
+        layer.register_forward_hook(read)
 
     def _read(self, number: int, x: Tensor, y: Tensor) -> None:
         """Count a call's inputs (..., in) and gradients (..., out) in the gradient of W, (out, in)."""
