@@ -18,7 +18,7 @@ from eva_rl.errors import UserError, in_one_line
 class LoraPair:
     """The two factors of a LoRA layer, whose weight is W + scale B A."""
 
-    a: Tensor  #: (r, in)
+    a: nn.Parameter  #: (r, in)
     b: nn.Parameter  #: (out, r)
     scale: float
 
@@ -122,7 +122,9 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             continue
         for adapter in second:
             a, b = (cast("nn.Linear", factors[adapter]).weight for factors in (first, second))
-            if isinstance(b, nn.Parameter) and b.requires_grad and a.ndim == b.ndim == 2:
+            if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):
+                continue  # made of other numbers at every call, as Hydra's A is
+            if b.requires_grad and a.ndim == b.ndim == 2:
                 pairs.append(LoraPair(a, b, float(cast("_Scaled", layer).scaling[adapter])))
     return pairs
 

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Sequence[float], eps: float) -> Tensor:
@@ -22,7 +22,7 @@ def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Seq
     return m / (v.sqrt() + eps)
 
 
-def move(parameter: Tensor, group: dict[str, Any], direction: Tensor) -> None:
+def move(parameter: nn.Parameter, group: dict[str, Any], direction: Tensor) -> None:
     """One step of the group's learning rate against `direction`, with decoupled weight decay; the gradient is used up."""
     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
     parameter.grad = None
