@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eva_rl.adapter import attach
+from eva_rl.adapter.hydra import HydraConfig
 from eva_rl.batch import Batch
 from eva_rl.config import ADAMW, FinetuneConfig, OptimizerSettings, PretrainConfig, choices, identity, parse
 from eva_rl.errors import UserError
@@ -142,6 +143,15 @@ def test_an_optimiser_whose_package_is_missing_names_the_extra(monkeypatch):
 def test_an_optimiser_for_lora_is_refused_where_there_is_none():
     with pytest.raises(UserError, match="optimizer=riemannian works on LoRA's two factors"):
         make_optimizer(Recipe(**settings("riemannian").recipe()), make_model(False), 1e-3, 0.0, {})
+
+
+def test_an_optimiser_for_lora_is_refused_where_a_factor_is_made_of_other_numbers():
+    model = make_model(False)
+    attach(
+        model, HydraConfig(r=4, target_modules=list(TRUNK_LAYERS))
+    )  # whose A is [A_p; A_s W], computed at every call
+    with pytest.raises(UserError, match="optimizer=lora_fa works on LoRA's two factors"):
+        make_optimizer(Recipe(**settings("lora_fa").recipe()), model, 1e-3, 0.0, {})
 
 
 # --- properties

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Sequence[float], eps: float) -> Tensor:
     """Average `gradient` into the moments of `state`, and return m / (sqrt(v) + eps), both corrected for their start."""
     if "exp_avg" not in state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
+        state.update(step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
     state["step"] += 1
     first, second = betas
     state["exp_avg"].lerp_(gradient, 1 - first)
