@@ -125,20 +125,23 @@ def _interface_of(task: str, model: ActionModel, known: bool) -> str:
     return domain.interface(name)
 
 
-def _spaces(trained: Trained, *given: gym.Space | None) -> tuple[gym.Space, gym.Space]:
+def _spaces(
+    trained: Trained, observation_space: gym.Space | None, action_space: gym.Space | None
+) -> tuple[gym.Space, gym.Space]:
     """The environment's spaces: those given, or else those that the checkpoint knows."""
     text, name = trained.interface.spaces, trained.interface.name
-    if not text and None in given:
+    if text:
+        try:
+            known, known_actions = spaces_from_text(text)
+        except ValueError as error:
+            raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
+        observation_space = known if observation_space is None else prepared_as(observation_space, known)
+        action_space = known_actions if action_space is None else action_space
+    if observation_space is None or action_space is None:
         raise UserError(
             f"'{trained.folder}' is older than the spaces in checkpoints, and does not know those of its interface '{name}': give "
             "observation_space=env.observation_space and action_space=env.action_space."
         )
-    try:
-        known = spaces_from_text(text) if text else given
-    except ValueError as error:
-        raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
-    observation_space, action_space = (own if own is not None else kept for own, kept in zip(given, known, strict=True))
-    observation_space = prepared_as(observation_space, known[0])
     found = parts_of(observation_space), action_choices(action_space), action_parts(action_space)
     if found != (trained.interface.parts, trained.interface.choices, trained.interface.action_parts):
         raise UserError(
