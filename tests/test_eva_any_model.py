@@ -14,7 +14,7 @@ from benchmarks.eva_kinds import COUNT, KINDS, Kind, vectors
 from eva_rl.adapter import attach, save_adapter
 from eva_rl.adapter.eva import EvaSettings, get_eva_state_dict
 from eva_rl.adapter.eva.kinds import patches
-from eva_rl.adapter.starts import eva
+from eva_rl.adapter.starts import eva, orthogonal
 from eva_rl.errors import UserError
 
 pytestmark = [
@@ -171,6 +171,27 @@ def test_embeddings_keep_their_start_and_layers_beside_them_get_theirs(tmp_path)
     save_adapter(adapter, tmp_path / "adapter", "base")
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
     torch.testing.assert_close(loaded(torch.arange(10)), adapter.model(torch.arange(10)))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_random_rows_of_convolutions_are_orthonormal_too():
+    kind = KINDS["convolutions"]
+    adapter = attach(fresh(kind), lora(kind), start=orthogonal)
+    factors = [p.detach().flatten(1) for name, p in adapter.model.named_parameters() if "lora_A" in name]
+    assert len(factors) == len(adapter.model.targeted_module_names)
+    for rows in factors:
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)))
+
+
+@pytest.mark.filterwarnings("ignore:EVA stopped after:UserWarning")
+def test_where_the_config_says_nothing_of_eva_its_defaults_hold():
+    found = []
+    for start in (eva, partial(eva, settings=EvaSettings())):
+        torch.manual_seed(0)
+        model, config = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), LoraConfig(r=2, target_modules=["0", "1"])
+        found.append(attach(model, config, map(vectors, range(COUNT)), start=start).eva)
+    for name, layer in found[0].items():
+        torch.testing.assert_close(layer.components, found[1][name].components, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")

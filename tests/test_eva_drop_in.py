@@ -146,6 +146,16 @@ def test_on_a_decision_transformer_the_state_dict_is_pefts():
     assert_as_good(own, other)
 
 
+def test_a_config_that_says_nothing_of_eva_gets_pefts_defaults():
+    bare = LoraConfig(r=4, target_modules=TARGETS, fan_in_fan_out=True)
+    ours = eva.get_eva_state_dict(gpt2(), loader(), bare, show_progress_bar=False)
+    told = lora(**vars(EvaConfig()))
+    theirs = eva.get_eva_state_dict(gpt2(), loader(), told, show_progress_bar=False)
+    assert ours.keys() == theirs.keys()
+    for name, rows in theirs.items():
+        torch.testing.assert_close(ours[name], rows, rtol=0, atol=0)
+
+
 def test_ranks_are_shared_out_as_pefts_are():
     model = get_peft_model(gpt2(), lora(rho=2.0))
     theirs = peft.get_eva_state_dict(model, loader(), show_progress_bar=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from eva_rl.adapter.allocators import Idle
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import PeftModel
+    from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -20,8 +20,8 @@ class Pruning(Idle):
     """peft's rank allocator, its penalty and its state, see `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: PeftModel):
-        self.tuner = peft_model.base_model
-        self.config = peft_model.peft_config["default"]
+        self.tuner = cast("AdaLoraModel", peft_model.base_model)
+        self.config = cast("AdaLoraConfig", peft_model.peft_config["default"])
 
     def penalty(self) -> Tensor:
         """gamma times the mean over the matrices of ||A A^T - I||_F and ||B^T B - I||_F (eq. 4), as peft adds it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from eva_rl.adapter.adalora import Pruning
 from eva_rl.adapter.allocators import Allocator
 from eva_rl.adapter.eva import LayerResult
 from eva_rl.adapter.eva.kinds import reader
+from eva_rl.adapter.eva.load import by_pattern
 from eva_rl.adapter.kasa import Kasa
 from eva_rl.adapter.restore import restored, tensors_of
 from eva_rl.adapter.safe import check_adapter_config
@@ -35,7 +36,9 @@ DAMAGE = (
 """What peft and safetensors raise for files that are not as they write them."""
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    from eva_rl.adapter.eva.typed import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Adapter:
         """What the start decided and training does not change: a resumed run needs it as it was, to the sign of every
         singular vector."""
         tensors = {n: p.data for n, p in self.model.named_parameters() if "lora_" in n and not p.requires_grad}
-        layers = dict(self.model.base_model.model.named_modules())
+        layers = dict(lora_layers(self.model.get_base_model()))
         for name, (a, b) in self.initial.items():
             tensors |= {f"{name}.a": a, f"{name}.b": b, f"{name}.weight": layers[name].get_base_layer().weight.data}
         return tensors
@@ -99,7 +102,8 @@ def attach(
     data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
     config = copy.deepcopy(config)
     if allocator is not None and allocator.ranks is not None:
-        config = allocator.ranks(model, config)
+        config = allocator.ranks(model, cast("LoraConfig", config))
+    asked = cast("AdapterConfig", config)
     own = start is not None or isinstance(getattr(config, "init_lora_weights", None), str)
     start = start or start_of(config)
     if (
@@ -108,24 +112,30 @@ def attach(
         if own:
             _check_targets(model, config)
         _check_ranks(model, config)
+    _check_steps(asked)
+    asked.modules_to_save = [*(asked.modules_to_save or []), *fresh_modules] or None
+    weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
+    with _undone_on_failure(model, weights):
+        peft_model, found = start(model, config, data)
+        freeze = getattr(config, "freeze", None)
+        if freeze is not None:  # peft makes all of an adapter trainable whenever it turns it on
+            freeze(peft_model)
+        initial = _taken_out(model, weights)
+        if initial and asked.use_dora:
+            raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
+        put_on = None if allocator is None else allocator.put_on
+        companion = _companion(peft_model, config) if put_on is None else put_on(peft_model)
+        _check_biases(model)
+    _leave_casts_to_autocast(model)
+    return Adapter(peft_model, found, initial, companion, put_on is not None or hasattr(config, "put_on"))
+
+
+def _check_steps(config: AdapterConfig) -> None:
+    """Raise a `UserError` if AdaLoRA has no steps to prune in."""
     if getattr(config, "total_step", None) is not None and config.total_step - config.tfinal < 2:
         raise UserError(
             f"AdaLoRA prunes while it trains: {config.total_step} steps are too few for it, take at least 3."
         )
-    config.modules_to_save = [*(config.modules_to_save or []), *fresh_modules] or None
-    weights = {name: weight.detach().clone() for name, weight in _at_risk(model, config, start)} if own else {}
-    with _undone_on_failure(model, weights):
-        peft_model, found = start(model, config, data)
-        if hasattr(config, "freeze"):  # peft makes all of an adapter trainable whenever it turns it on
-            config.freeze(peft_model)
-        initial = _taken_out(model, weights)
-        if initial and config.use_dora:
-            raise UserError("DoRA was asked for with an initialisation that changes the base's weights: choose one.")
-        allocated = allocator is not None and allocator.put_on is not None
-        companion = allocator.put_on(peft_model) if allocated else _companion(peft_model, config)
-        _check_biases(model)
-    _leave_casts_to_autocast(model)
-    return Adapter(peft_model, found, initial, companion, allocated or hasattr(config, "put_on"))
 
 
 def _check_biases(model: nn.Module) -> None:
@@ -142,7 +152,8 @@ def _leave_casts_to_autocast(model: nn.Module) -> None:
     if all(p.dtype == torch.float32 for p in model.parameters()):
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+                # torch's stub has modules hold modules and tensors alone.
+                module.cast_input_dtype_enabled = False  # pyright: ignore[reportArgumentType]
 
 
 def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
@@ -151,7 +162,8 @@ def _companion(peft_model: PeftModel, config: PeftConfig) -> Any:
         return Pruning(peft_model)
     if getattr(config, "kasa_config", None) is not None:
         return Kasa(peft_model)
-    return config.companion(peft_model) if hasattr(config, "companion") else None
+    companion = getattr(config, "companion", None)
+    return None if companion is None else companion(peft_model)
 
 
 @torch.no_grad()
@@ -177,32 +189,33 @@ def _taken_out(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tup
     return initial
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield name, module
+            yield name, cast("nn.Linear", module)  # GPT-2's Conv1D has a weight, too
 
 
-def targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Parameter]:
+def targets(model: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
     """The weights, by their modules' names, that the adapter is for."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if config.target_modules == "all-linear":
+    chosen = cast("AdapterConfig", config).target_modules
+    if chosen == "all-linear":
         return {name: layer.weight for name, layer in _linear_layers(model)}
     return {
-        name: module.weight
+        name: weight
         for name, module in model.named_modules()
-        if config.target_modules
+        if chosen
         and check_target_module_exists(config, name)
-        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
     }
 
 
-def _at_risk(model: nn.Module, config: PeftConfig, start: Start) -> Iterator[tuple[str, nn.Parameter]]:
+def _at_risk(model: nn.Module, config: PeftConfig, start: Start) -> Iterator[tuple[str, Tensor]]:
     """The weights that this start may change: those of its targets, and none for one that sets nothing but A and B."""
     if getattr(start, "func", start) in LEAVE_THE_BASE:  # a partial's function
         return
-    if config.target_modules is None:  # then peft chooses them by the kind of model
+    if cast("AdapterConfig", config).target_modules is None:  # then peft chooses them by the kind of model
         yield from ((name, layer.weight) for name, layer in _linear_layers(model))
     else:
         yield from targets(model, config).items()
@@ -228,13 +241,12 @@ def _check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 def _check_ranks(model: nn.Module, config: PeftConfig) -> None:
     """Raise a `UserError` that names the first layer whose rank exceeds its width."""
-    from peft.utils.other import get_pattern_key
-
     if not hasattr(config, "lora_alpha"):
         return
+    of_lora = cast("AdapterConfig", config)
     for name, weight in targets(model, config).items():
-        pattern = {} if hasattr(config, "init_r") else config.rank_pattern
-        rank = pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, "init_r", config.r))
+        usual = getattr(config, "init_r", of_lora.r)
+        rank = usual if hasattr(config, "init_r") else by_pattern(of_lora.rank_pattern, name, usual)
         dimensions = min(len(weight), weight[0].numel()) if weight.ndim > 1 else len(weight)
         if not 1 <= rank <= dimensions:
             raise UserError(f"Rank {rank} was asked for layer '{name}', which has {dimensions} dimensions.")
@@ -327,7 +339,7 @@ def _merged(peft_model: PeftModel) -> nn.Module:
     from peft.utils import ModulesToSaveWrapper
 
     peft_model.merge_adapter()
-    model = peft_model.base_model.model
+    model = peft_model.get_base_model()
     for name, module in list(model.named_modules()):
         parent, _, own_name = name.rpartition(".")
         if isinstance(module, BaseTunerLayer):

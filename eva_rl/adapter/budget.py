@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -14,7 +14,9 @@ from eva_rl.adapter.attach import targets, trainable_parameters
 from eva_rl.errors import UserError, in_one_line
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
+
+    from eva_rl.adapter.eva.typed import AdapterConfig
 
 
 def within_budget(
@@ -58,7 +60,7 @@ def count(model: nn.Module, config: PeftConfig) -> int:
 
     config, skeleton = copy.deepcopy(config), copy.deepcopy(model).to("meta")
     if getattr(config, "init_lora_weights", "mica") != "mica":
-        config.init_lora_weights = True  # no decomposition of weights that are not there
+        cast("LoraConfig", config).init_lora_weights = True  # no decomposition of weights that are not there
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the adapter is made
@@ -68,8 +70,9 @@ def count(model: nn.Module, config: PeftConfig) -> int:
                 made = get_peft_model(copy.deepcopy(model).to_empty(device="cpu"), config)
     except (ValueError, TypeError) as error:
         raise UserError(f"The adapter does not fit the model: {in_one_line(error)}") from error
-    if hasattr(config, "put_on"):
-        config.put_on(made)
+    put_on = getattr(config, "put_on", None)
+    if put_on is not None:
+        put_on(made)
     counters = sum(p.numel() for name, p in made.named_parameters() if "ranknum" in name and p.requires_grad)
     return trainable_parameters(made) - counters  # AdaLoRA's, which peft forgets to freeze where there is no memory
 
@@ -112,7 +115,8 @@ def matched(
         if abs(found[best] - budget) <= tolerance * budget:
             return make(best)
         below = [size for size, number in found.items() if number < budget]
-        mixed = _with_some_ranks_more(skeleton, make, max(below, key=found.get), budget) if below else None
+        most = max(below, key=lambda size: found[size], default=None)
+        mixed = None if most is None else _with_some_ranks_more(skeleton, make, most, budget)
         if mixed is not None and abs(count(skeleton, mixed) - budget) <= tolerance * budget:
             return mixed
     near = sorted(set(found.values()), key=lambda number: abs(number - budget))[:2]
@@ -145,7 +149,7 @@ def _with_some_ranks_more(
     model: nn.Module, make: Callable[[int], PeftConfig], size: int, budget: int
 ) -> PeftConfig | None:
     """The LoRA config of this size with one rank more, at the same scale, for as many layers as the budget allows."""
-    config, more = make(size), make(size + 1)
+    config, more = cast("AdapterConfig", make(size)), cast("AdapterConfig", make(size + 1))
     if not hasattr(config, "lora_alpha") or hasattr(config, "init_r"):
         return None
     left = budget - count(model, config)

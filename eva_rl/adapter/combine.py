@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig, PeftModel
 
     from eva_rl.adapter.eva import LayerResult
+    from eva_rl.adapter.eva.typed import LoraLayer
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties")
 """peft's ways to combine; `cat` is the plain weighted sum of the products."""
@@ -76,14 +77,14 @@ def _add(peft_model: PeftModel, name: str, folder: Path) -> None:
     from peft import PeftConfig, set_peft_model_state_dict
 
     check_adapter_config(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    config = cast("LoraConfig", PeftConfig.from_pretrained(str(folder)))
     config.modules_to_save, config.init_lora_weights = None, True
     peft_model.add_adapter(name, config)
     lora = {key: value for key, value in load_file(folder / WEIGHTS).items() if ".lora_" in key}
     set_peft_model_state_dict(peft_model, lora, adapter_name=name)
 
 
-def _take_over(layer: nn.Module) -> None:
+def _take_over(layer: LoraLayer) -> None:
     """A and B of `default` from the leading singular components of what the sum adds to the weight: s B A = U_r S_r V_r^T."""
     rank, scale = layer.r["default"], layer.scaling["default"]
     delta = layer.get_delta_weight(SUM).float()  # (out, in)

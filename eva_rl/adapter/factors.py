@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eva_rl.adapter.attach import WEIGHTS
+from eva_rl.adapter.eva.load import by_pattern
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite
@@ -39,7 +40,6 @@ def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: st
         UserError: if the adapter is no LoRA, or does more than add products to these layers' weights and bring that vector.
     """
     from peft import LoraConfig, PeftConfig
-    from peft.utils.other import get_pattern_key
 
     check_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
@@ -60,8 +60,7 @@ def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: st
         a, b = tensors.pop(key_a).float(), tensors.pop(key_b).float()
         if a.shape[1:] != (width,) or b.shape != (out, len(a)):
             raise UserError(f"{refusal}: the factors of '{name}' are not those of a weight of {out} x {width}.")
-        pattern = config.alpha_pattern
-        alpha = pattern.get(get_pattern_key(pattern.keys(), name), config.lora_alpha)
+        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         factors[name] = (a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a))))
     if tensors:
         raise UserError(f"{refusal}: it also has '{min(tensors)}', which is no factor of a layer of the trunk.")

@@ -35,11 +35,10 @@ def gora(
         weights = [layer.get_base_layer().weight for layer in layers]
         nominal = [layer.r["default"] for layer in layers]
         importances = [float((w * g).abs().mean()) for w, g in zip(weights, gradients, strict=True)]
-        ranks = shared_out(
-            importances, [tuple(oriented(*pair).shape) for pair in zip(layers, weights, strict=True)], nominal
-        )
+        shapes = [oriented(layer, weight).shape for layer, weight in zip(layers, weights, strict=True)]  # (out, in)
+        ranks = shared_out(importances, shapes, nominal)
         names = [name for name, _ in lora_layers(model)]
-        rows = [torch.empty(rank, oriented(*pair).shape[1]) for rank, *pair in zip(ranks, layers, weights, strict=True)]
+        rows = [torch.empty(rank, width) for rank, (_, width) in zip(ranks, shapes, strict=True)]
         load_components(
             peft_model, {n: nn.init.kaiming_uniform_(a, a=5**0.5) for n, a in zip(names, rows, strict=True)}, "default"
         )
@@ -50,7 +49,7 @@ def gora(
     return peft_model, {}
 
 
-def shared_out(importances: Sequence[float], shapes: Sequence[tuple[int, int]], nominal: Sequence[int]) -> list[int]:
+def shared_out(importances: Sequence[float], shapes: Sequence[Sequence[int]], nominal: Sequence[int]) -> list[int]:
     """Ranks that rise with importance / sqrt(in + out), between `LEAST` and `MOST` times the nominal ones, for as many weights in all.
 
     The paper's ranks are round(budget importance / sqrt(in + out)); the budget is chosen here such that the number of weights stays.

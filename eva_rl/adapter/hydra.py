@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from eva_rl.adapter.eva.load import lora_layers
 from eva_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from eva_rl.adapter.eva.typed import Weighted
 
 
 @dataclass
@@ -44,7 +48,7 @@ class HydraConfig(LoraConfig):
 class Down(nn.Module):
     """In the place of A: its weight (2 r, in) is [A_p; A_s W]."""
 
-    def __init__(self, base: nn.Module, rank: int, like: Tensor, transposed: bool):
+    def __init__(self, base: Weighted, rank: int, like: Tensor, transposed: bool):
         super().__init__()
         self.base = (base,)  # a module of the model already, and so none of this one's
         self.transposed = transposed
@@ -58,9 +62,9 @@ class Down(nn.Module):
         weight = self.base[0].weight
         return torch.cat([self.parallel, self.sequential @ (weight.T if self.transposed else weight)])
 
-    def constant(self) -> Tensor:
-        """[0; A_s b] (2 r,), what the base's bias adds."""
-        return torch.cat([torch.zeros_like(self.parallel[:, 0]), self.sequential @ self.base[0].bias])
+    def constant(self, bias: Tensor) -> Tensor:
+        """[0; A_s b] (2 r,), what the base's bias b (out,) adds."""
+        return torch.cat([torch.zeros_like(self.parallel[:, 0]), self.sequential @ bias])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., 2 r) of the layer's inputs (..., in)."""
@@ -77,7 +81,8 @@ class Up(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.down[0].base[0].bias is None else self.weight @ self.down[0].constant()
+        bias = self.down[0].base[0].bias
+        return None if bias is None else self.weight @ self.down[0].constant(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (..., out)."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
 from eva_rl.adapter.allocators import Idle
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import PeftModel
+    from peft import LoraModel, PeftModel
 
 
 class Kasa(Idle):
     """See `eva_rl.training.Companion`."""
 
     def __init__(self, peft_model: PeftModel):
-        self.tuner = peft_model.base_model
+        self.tuner = cast("LoraModel", peft_model.base_model)
 
     def penalty(self) -> Tensor:
         """beta sum g^2 + gamma (||B^T B - I||_F + ||A A^T - I||_F), summed over layers, g being the trained singular values (eq. 9-11)."""
-        return self.tuner._get_kasa_loss()
+        return torch.as_tensor(self.tuner._get_kasa_loss())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +15,21 @@ from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig, PeftModel
-    from peft.tuners.lora import LoraLayer
+
+    from eva_rl.adapter.eva.typed import LoraLayer
+
+
+def _zero() -> Tensor:
+    return torch.zeros(())
 
 
 @dataclass
 class Moments:
     """What a layer's inputs x (in,) and the loss's gradients g (out,) at its outputs are on average over the rows that train."""
 
-    covariance: Tensor | float = 0.0  #: (in, in) sums of x x^T, uncentred
-    squares: Tensor | float = 0.0  #: (out,) sums of g^2
-    products: Tensor | float = 0.0  #: (out, in) sums of g x^T: the gradient of W
+    covariance: Tensor = field(default_factory=_zero)  #: (in, in) sums of x x^T, uncentred
+    squares: Tensor = field(default_factory=_zero)  #: (out,) sums of g^2
+    products: Tensor = field(default_factory=_zero)  #: (out, in) sums of g x^T: the gradient of W
     rows: int = 0
     samples: int = 0
     """Windows, or sequences."""
@@ -97,6 +102,7 @@ def _observed(model: nn.Module, layers: list[LoraLayer], data: TaskData) -> list
 
         handles.append(layer.get_base_layer().register_forward_hook(read))
     weights = [layer.get_base_layer().weight for layer in layers]
+    assert data.loss is not None  # `with_a_loss` has looked
     try:
         with as_it_was(model), torch.enable_grad():
             for weight in weights:

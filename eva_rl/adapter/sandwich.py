@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from eva_rl.adapter.eva.load import lora_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
     from eva_rl.adapter.eva import EvaSettings, LayerResult
+    from eva_rl.adapter.eva.typed import LoraLayer
 
 
 class Sandwich(nn.Module):
@@ -37,6 +37,11 @@ class Sandwich(nn.Module):
         taken: K (out, r); None: zeros.
         trained: which of these are.
     """
+
+    left: nn.Parameter
+    middle: nn.Parameter
+    outputs: nn.Parameter | None
+    taken: nn.Parameter | None
 
     def __init__(
         self,
@@ -77,6 +82,11 @@ class Sandwich(nn.Module):
         return F.linear(x, self.weight)
 
 
+def sandwich_of(layer: LoraLayer) -> Sandwich:
+    """What stands in the place of this layer's B."""
+    return cast("Sandwich", layer.lora_B["default"])
+
+
 @dataclass
 class SandwichConfig(LoraConfig):
     """LoRA whose B is a `Sandwich`."""
@@ -107,7 +117,7 @@ class SandwichConfig(LoraConfig):
         """Leave trainable what is trained."""
         for _, layer in lora_layers(peft_model):
             layer.lora_A["default"].weight.requires_grad_(self.sides)
-            layer.lora_B["default"].freeze()
+            sandwich_of(layer).freeze()
 
     def companion(self, peft_model: nn.Module) -> Landing | None:
         """What takes part in training."""
@@ -118,7 +128,7 @@ def _fill(layer: LoraLayer, left: Tensor, middle: Tensor, right: Tensor | None, 
     """Start at L (out, r), M and R (r, in), R None leaving it; with `takes` the layer computes W all the same."""
     if right is not None:
         layer.lora_A["default"].weight.data = right.to(layer.lora_A["default"].weight).contiguous()
-    old = layer.lora_B["default"]
+    old = sandwich_of(layer)
     old.left.data, old.middle.data = left.to(old.left).contiguous(), middle.to(old.middle).contiguous()
     if takes:
         old.taken = nn.Parameter(old.weight.detach().clone(), requires_grad=False)
@@ -182,8 +192,9 @@ def polar(model: nn.Module, config: SandwichConfig, data: starts.TaskData) -> tu
     config.init_lora_weights = True
     peft_model, _ = starts.plain(model, config, data)
     for _, layer in lora_layers(model):
-        factor, right = layer.lora_B["default"], layer.lora_A["default"].weight
-        _fill(layer, random_rows(*factor.left.T.shape).T, factor.middle, random_rows(*right.shape))
+        factor, right = sandwich_of(layer), layer.lora_A["default"].weight
+        (out, rank), width = factor.left.shape, right.shape[1]
+        _fill(layer, random_rows(rank, out).T, factor.middle, random_rows(rank, width))
     return peft_model, {}
 
 
@@ -195,7 +206,7 @@ def eva_xs(
     config.put_on(peft_model)  # anew, as EVA may have given layers other ranks
     with torch.no_grad():
         for _, layer in lora_layers(model):
-            factor = layer.lora_B["default"]
+            factor = sandwich_of(layer)
             left, _, _ = _svd(starts.oriented(layer, layer.get_base_layer().weight), layer.r["default"])
             _fill(layer, left, factor.middle, None)
     return peft_model, found
@@ -207,7 +218,7 @@ class Landing(Idle):
 
     def __init__(self, peft_model: nn.Module, strength: float):
         self.strength = strength
-        self.columns = [layer.lora_B["default"].left for _, layer in lora_layers(peft_model)]  # (out, r)
+        self.columns = [sandwich_of(layer).left for _, layer in lora_layers(peft_model)]  # (out, r)
         self.rows = [layer.lora_A["default"].weight for _, layer in lora_layers(peft_model)]  # (r, in)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

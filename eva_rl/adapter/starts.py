@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from eva_rl.adapter.eva import EvaSettings, LayerResult, Reading, eva_init
 from eva_rl.adapter.eva.directions import random_rows
 from eva_rl.adapter.eva.kinds import reader
-from eva_rl.adapter.eva.load import load_components, lora_layers
+from eva_rl.adapter.eva.load import by_pattern, config_of, load_components, lora_layers
 from eva_rl.adapter.eva.observe import as_it_was, discover, masked_rows
 from eva_rl.adapter.eva.tokens import IGNORED, TokenRows, call
 from eva_rl.errors import UserError, in_one_line
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel
-    from peft.tuners.lora import LoraLayer
+
+    from eva_rl.adapter.eva.typed import CordaTarget, LoraLayer
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class TaskData:
             raise UserError(f"{what} was given no batch of data: the dataset is empty.")
 
 
-Start = Callable[[nn.Module, "PeftConfig", TaskData], "tuple[PeftModel, dict[str, LayerResult]]"]
+Start = Callable[[nn.Module, Any, TaskData], "tuple[PeftModel, dict[str, LayerResult]]"]
+"""(the model, a peft config of a kind that the start knows, the data) -> what `attach` makes of them."""
 
 
 def start_of(config: PeftConfig) -> Start:
     """The start that peft's `init_lora_weights` asks for."""
-    return {"eva": eva, "corda": corda, "lora_ga": lora_ga}.get(getattr(config, "init_lora_weights", None), plain)
+    from_data: dict[object, Start] = {"eva": eva, "corda": corda, "lora_ga": lora_ga}
+    return from_data.get(getattr(config, "init_lora_weights", None), plain)
 
 
 def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
@@ -75,8 +78,9 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
     with warnings.catch_warnings(), _fitting():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # for models near the memory's limit
         peft_model = get_peft_model(model, config)
-    if hasattr(config, "put_on"):  # a form of LoRA that peft does not have
-        config.put_on(peft_model)
+    put_on = getattr(config, "put_on", None)
+    if put_on is not None:  # a form of LoRA that peft does not have
+        put_on(peft_model)
     return peft_model, {}
 
 
@@ -105,7 +109,7 @@ def eva(
         given.adjust_scaling_factors = False
     peft_model, _ = plain(model, config, data)
     ranks = {name: layer.r["default"] for name, layer in lora_layers(model)}
-    settings = settings or EvaSettings(rho=given.rho, tau=given.tau)
+    settings = settings or (EvaSettings() if given is None else EvaSettings(rho=given.rho, tau=given.tau))
     rows = TokenRows(model, _ignored(given)) if data.token_mask is None else None
     with peft_model.disable_adapter(), rows.watching() if rows else nullcontext():
         found = eva_init(
@@ -119,7 +123,7 @@ def eva(
         )
     load_components(peft_model, {name: layer.components for name, layer in found.items()}, "default")
     if not linear:
-        peft_model.peft_config["default"].eva_config = None  # which peft reads with "eva" alone
+        config_of(peft_model).eva_config = None  # which peft reads with "eva" alone
     return peft_model, found
 
 
@@ -146,7 +150,7 @@ def orthogonal(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[Pe
     peft_model, _ = plain(model, config, data)
     for _, layer in lora_layers(model):
         weight = layer.lora_A["default"].weight
-        weight.data = random_rows(*weight.shape).to(weight)
+        weight.data = random_rows(len(weight), weight[0].numel()).reshape(weight.shape).to(weight)
     return peft_model, {}
 
 
@@ -205,6 +209,7 @@ def with_gradients(
 def _gradients(
     model: nn.Module, peft_model: PeftModel, layers: list[LoraLayer], data: TaskData, what: str, squared: bool
 ) -> list[Tensor]:
+    assert data.loss is not None  # `with_a_loss` has looked
     weights = [layer.get_base_layer().weight for layer in layers]
     gradients = [torch.zeros_like(weight) for weight in weights]
     with as_it_was(model), peft_model.disable_adapter(), torch.enable_grad():
@@ -304,9 +309,9 @@ def corda(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMod
     Only the covariances are ours: peft's hooks take batches of one sequence, and padding for data.
     """
     from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens, target_modules
-    from peft.utils.other import get_pattern_key
 
-    layers = dict(target_modules(model, config))
+    assert config.corda_config is not None  # peft sees to it where `init_lora_weights` is "corda"
+    layers = dict(cast("Iterable[tuple[str, CordaTarget]]", target_modules(model, config)))
     readers = {name: reader(model, name) for name in layers}
     sums: dict[str, Tensor] = {}
     rows = 0
@@ -325,8 +330,8 @@ def corda(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMod
                     sums[name] = sums.get(name, 0) + product
             rows += len(seen[groups[0].layers[0]].rows)
     for name, layer in layers.items():
-        key = get_pattern_key(config.rank_pattern.keys(), name)
-        layer.rank, layer.corda_method = config.rank_pattern.get(key, config.r), config.corda_config.corda_method
+        layer.rank = by_pattern(config.rank_pattern, name, config.r)
+        layer.corda_method = config.corda_config.corda_method
         layer.covariance_matrix = sums[name] / rows
     with _fitting():
         collect_eigens(model, config, verbose=False)

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from eva_rl.adapter import Adapter, save_adapter
 from eva_rl.batch import Batch
@@ -21,6 +21,7 @@ from eva_rl.data import WindowSampler
 from eva_rl.files import replacing
 from eva_rl.library import Library
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name
+from eva_rl.model.action_model import ActionModel
 from eva_rl.training import Hooks, Rules, Saves, TrainingConfig, train
 
 METHODS = {
@@ -64,7 +65,7 @@ class Lessons:
 
     def train(
         self,
-        model: nn.Module,
+        model: ActionModel,
         batches: Callable[[int], Batch],
         number: int,
         score: Callable[[], float],
@@ -92,12 +93,14 @@ class Learner(Protocol):
 
     def learn(self, number: int) -> list[tuple[int, float]]:
         """Train on task `number`; its scores on the way."""
+        ...
 
     def scores(self, number: int, before: list[float]) -> list[float]:
         """The scores of all tasks now that task `number` is learned.
 
         before: those after the task before; what can't have changed since is taken from there.
         """
+        ...
 
     def save(self, number: int) -> None:
         """Write what it knows after task `number`."""
@@ -117,7 +120,7 @@ class Shared:
     """One model that all tasks are learned by, all of it or one adapter."""
 
     def __init__(self, lessons: Lessons):
-        self.lessons, self.model = lessons, copy.deepcopy(lessons.base.model)
+        self.lessons, self.model = lessons, copy.deepcopy(lessons.base.transformer)
         self.adapter = lessons.attach(self.model, lessons.sampler(0)) if lessons.method == "lora" else None
         if self.adapter is None:  # else what trains is what `attach` left trainable
             self.model.requires_grad_(True)
@@ -158,8 +161,8 @@ class Shared:
     def _file(self, number: int) -> Path:
         return self.lessons.folder / f"learned-{number}.safetensors"
 
-    def _acting(self) -> DecisionTransformer:
-        return self.model.eval() if self.adapter is None else self.adapter.merged().eval()
+    def _acting(self) -> ActionModel:
+        return self.model.eval() if self.adapter is None else _merged(self.adapter)
 
     def _replayed(self, number: int) -> Callable[[int], Batch]:
         lessons = self.lessons
@@ -192,6 +195,11 @@ def _log_likelihood(predicted: Tensor, choices: tuple[int, ...]) -> Tensor:
     return torch.stack([own.log_prob(own.sample()).sum() for own in likely]).sum()
 
 
+def _merged(adapter: Adapter) -> ActionModel:
+    """The model with the adapter in its weights, ready to act."""
+    return cast("ActionModel", adapter.merged().eval())
+
+
 class Alone:
     """Each task from the base by itself, all weights: no sequence, but what one is measured against."""
 
@@ -200,7 +208,7 @@ class Alone:
 
     def learn(self, number: int) -> list[tuple[int, float]]:
         lessons = self.lessons
-        self.model = copy.deepcopy(lessons.base.model).requires_grad_(True)
+        self.model = copy.deepcopy(lessons.base.transformer).requires_grad_(True)
 
         def score() -> float:
             return lessons.stage.score(number, self.model.eval())
@@ -225,10 +233,10 @@ class Apart:
 
     def learn(self, number: int) -> list[tuple[int, float]]:
         lessons, stage = self.lessons, self.lessons.stage
-        model = copy.deepcopy(lessons.base.model)
+        model = copy.deepcopy(lessons.base.transformer)
         adapter = lessons.attach(model, lessons.sampler(number))
         curve = lessons.train(
-            model, lessons.sampler(number).batch, number, lambda: stage.score(number, adapter.merged().eval())
+            model, lessons.sampler(number).batch, number, lambda: stage.score(number, _merged(adapter))
         )
         task, own = stage.sources[number].task, stage.trajectories[number]
         notes = AdapterNotes(

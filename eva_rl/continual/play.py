@@ -13,7 +13,8 @@ from eva_rl.errors import UserError
 from eva_rl.library import Library
 from eva_rl.library.serve import Adapters, MixedDecoder
 from eva_rl.library.which import nearest
-from eva_rl.model import DecisionTransformer, policy_of
+from eva_rl.model import policy_of
+from eva_rl.model.action_model import ActionModel
 from eva_rl.rollout import ForJobs, Job, Policy, Simulators, TargetReturn, rollout
 from eva_rl.run import scores
 from eva_rl.seeding import evaluation_seeds
@@ -43,7 +44,7 @@ class Stage:
         return [Job(source.task, source.make_env, seed, target) for seed in seeds]
 
     def score(
-        self, number: int, model: DecisionTransformer, make_policy: Callable[[int], Policy] | ForJobs | None = None
+        self, number: int, model: ActionModel, make_policy: Callable[[int], Policy] | ForJobs | None = None
     ) -> float:
         """The success rate in task `number`, or its normalised score where the environment does not say.
 
@@ -51,7 +52,7 @@ class Stage:
             UserError: if there is neither.
         """
         source = self.sources[number]
-        jobs = self.jobs(number, model.embedders[self.interface].tokens)
+        jobs = self.jobs(number, model.embedder_of(self.interface).tokens)
         make_policy = make_policy or policy_of(model, self.interface)
         with autocast(self.precision, self.device):
             spec = model.interfaces[self.interface]
@@ -60,14 +61,15 @@ class Stage:
             )
         found = scores(episodes, source.score_scale)
         for name in ("success_rate", "normalized_score"):
-            if found[name] is not None:
-                return found[name].mean
+            estimate = found[name]
+            if estimate is not None:
+                return estimate.mean
         raise UserError(f"'{source.task}' says neither success nor has reference scores: take tasks that do.")
 
     def score_found(self, number: int, library: Library) -> float:
         """The score in task `number` of the adapters that are found by each episode's first observation."""
         adapters = Adapters.load(library, [entry.name for entry in library.entries], self.device)
-        jobs = self.jobs(number, adapters.model.embedders[self.interface].tokens)
+        jobs = self.jobs(number, adapters.model.embedder_of(self.interface).tokens)
         first = np.stack([_first_observation(job) for job in jobs])  # (n, obs)
         names = nearest(library, torch.from_numpy(first))
         chosen = dict(zip([job.seed for job in jobs], adapters.numbers(names), strict=True))

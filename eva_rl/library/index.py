@@ -217,6 +217,7 @@ class Library:
         """
         with self._alone():
             entry, index = self[name], self._index()
+            assert index is not None  # it names this adapter
             rest = tuple(other for other in index.entries if other.name != entry.name)
             write_json(self.folder / INDEX, asdict(replace(index, entries=rest)))
             shutil.rmtree(self.folder / "adapters" / entry.name, ignore_errors=True)
@@ -303,7 +304,7 @@ class Library:
                     f"No demonstrations are known of the adapter in '{folder}': name them with dataset=..., or set sketch=false."
                 )
             trajectories = load_dataset(dataset, notes.task, notes.statistics.episodes)
-        return make_sketch(base.model, notes.interface.name, trajectories)
+        return make_sketch(base.transformer, notes.interface.name, trajectories)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

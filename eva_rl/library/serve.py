@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -78,14 +78,14 @@ class Adapters:
             raise UserError(f"No adapter of '{library.folder}' was named: there must be one at least.")
         folders = [library.path(name) for name in names]
         notes = [load_notes(folder) for folder in folders]
-        model, interfaces = library.base.model.to(device), {own.interface.name for own in notes}
+        model, interfaces = library.base.transformer.to(device), {own.interface.name for own in notes}
         if len(interfaces) > 1 or not interfaces <= model.interfaces.keys():
             raise UserError(
                 f"The adapters {', '.join(names)} act through {', '.join(sorted(interfaces))}, where one interface of the base was "
                 f"expected for all: {', '.join(sorted(model.interfaces))}."
             )
         shapes = {
-            f"trunk.{name}": tuple(module.weight.shape)
+            f"trunk.{name}": (module.out_features, module.in_features)
             for name, module in model.trunk.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
@@ -150,7 +150,7 @@ def adapters_of(
 
 def _embedder_of(model: DecisionTransformer, interface: str) -> tuple[Embedder, str | None]:
     """The interface's embedder, and the name of its task vector's parameter; a copy of it, where it has one."""
-    embedder = model.embedders[interface]
+    embedder = model.embedder_of(interface)
     if not embedder.interface.tasks:
         return embedder, None
     return copy.deepcopy(embedder), f"embedders.{interface}.task.weight"
@@ -164,7 +164,8 @@ def _vectors(known: Tensor, own: Sequence[Tensor | None]) -> torch.nn.Embedding:
 
 def _score(entry: Entry) -> tuple[float, float]:
     """Success rate, then return; less than any where they are unknown."""
-    return tuple(-math.inf if own is None else own.mean for own in (entry.success_rate, entry.episode_return))
+    rate, value = (-math.inf if own is None else own.mean for own in (entry.success_rate, entry.episode_return))
+    return rate, value
 
 
 def _block(
@@ -331,7 +332,7 @@ class LibraryPolicy(ActingPolicy):
 
     def _typical(self, number: int) -> float:
         """What the adapter of this number asks for."""
-        tokens = self.model.embedders[self.interface.name].tokens
+        tokens = self.model.embedder_of(self.interface.name).tokens
         [found] = TargetReturn().wanted(self.adapters.tasks[number], self.adapters.statistics[number], tokens)
         return found
 
@@ -364,15 +365,16 @@ class LibraryPolicy(ActingPolicy):
         numbers = self.adapters.numbers([adapter] if isinstance(adapter, str) else adapter)
         if not numbers:
             raise UserError("adapter=[] was given where a name, or one for each episode, was expected.")
-        running = len(self._actor.wanted) if self._actor is not None else None
+        actor = self._actor
+        running = None if actor is None else len(actor.wanted)
         if running is not None and self._acted and len(numbers) not in (1, running):
             raise UserError(
                 f"{len(numbers)} adapters were given where one, or one for each of {running} episodes, was expected."
             )
         changed = numbers != self._numbers
         self._choose_adapters(numbers)
-        if changed and running is not None and len(numbers) in (1, running):
-            self._actor.policy.use(self._spread(running))
+        if changed and actor is not None and running is not None and len(numbers) in (1, running):
+            cast("MixedDecoder", actor.policy).use(self._spread(running))
 
     def _choose_adapters(self, numbers: list[int]) -> None:
         self._numbers = numbers

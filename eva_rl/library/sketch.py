@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.adapter import EvaSettings
 from eva_rl.adapter.eva import Reading, eva_init
@@ -89,15 +89,18 @@ def make_sketch(model: DecisionTransformer, interface: str, trajectories: Trajec
     row = trajectories.observations[0]
     most = max(1, min(KEPT, KEPT_BYTES // (row.numel() * row.element_size())))
     seen, kept = spread(seen, ROWS), spread(kept, most)
-    layers = [name for name, _ in model.trunk.named_modules() if name.rpartition(".")[2] in TRUNK_LAYERS]
-    widths = {f"trunk.{name}": model.get_submodule(f"trunk.{name}").in_features for name in layers}
+    widths = {
+        f"trunk.{name}": layer.in_features
+        for name, layer in model.trunk.named_modules()
+        if name.rpartition(".")[2] in TRUNK_LAYERS and isinstance(layer, nn.Linear)
+    }
     settings = EvaSettings(rho=1.0, tau=1.0, max_batches=len(seen))  # never ends before all was seen
     found = eva_init(
         model,
         (trajectories.observations[rows] for rows in seen.split(BATCH)),
         {name: min(RANK, width) for name, width in widths.items()},
         settings,
-        Reading(forward=lambda observed, rows: states_alone(observed, interface, rows)),
+        Reading(forward=lambda _, rows: states_alone(model, interface, rows)),
         together=False,
     )
     groups = {result.group: result for result in found.values()}
@@ -139,7 +142,7 @@ def states_alone(model: DecisionTransformer, interface: str, observations: Tenso
         mask=torch.ones(n, 1, dtype=torch.bool, device=device),
         interface=interface,
     )
-    return model.trunk(model.embedders[interface].embed("state", batch), tokens=("state",))
+    return model.trunk(model.embedder_of(interface).embed("state", batch), tokens=("state",))
 
 
 @torch.no_grad()

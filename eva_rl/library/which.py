@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.adapter import load_adapter
 from eva_rl.data import Trajectories
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eva_rl.batch import Batch
     from eva_rl.interface import Interface
     from eva_rl.library.index import Library
+    from eva_rl.model import DecisionTransformer
 
 DRAWS = 20
 """Runs of a task's kept observations that the threshold is found with."""
@@ -98,7 +99,7 @@ def rank(
         raise UserError(f"transitions={transitions} was given where at least 1 was expected.")
     sketches, observations, interface = _matching(library, data)
     observations = spread(observations[:transitions], ROWS)
-    model, names = library.base.model, list(sketches)
+    model, names = library.base.transformer, list(sketches)
     layers = list(next(iter(sketches.values())).means)
     found = distances(list(sketches.values()), activations(model, interface, observations, layers))
     known = (*names, (library.folder / INDEX).stat().st_mtime_ns, len(observations))
@@ -203,10 +204,11 @@ def _matching(library: Library, data: Any) -> tuple[dict[str, Sketch], Tensor, s
         except UserError as error:
             refusal = error
             continue
-        widths = {n: m.in_features for n, m in library.base.model.named_modules() if hasattr(m, "in_features")}
+        widths = {n: m.in_features for n, m in library.base.model.named_modules() if isinstance(m, nn.Linear)}
         own = [entry.name for entry in entries if interfaces[entry.name] == name]
         sketches = {n: load_sketch(library.folder / "adapters" / n / SKETCH, interface, widths) for n in own}
         return sketches, observations, name
+    assert refusal is not None  # where there are entries there is an interface
     raise refusal
 
 
@@ -249,10 +251,10 @@ def losses(library: Library, names: Sequence[str], batches: Sequence[Batch]) -> 
     """
     found = torch.zeros(len(names), len(batches))
     for number, name in enumerate(names):
-        model = copy.deepcopy(library.base.model)
+        model = copy.deepcopy(library.base.transformer)
         folder = library.path(name)
         model.connect(load_notes(folder).interface, f"The adapter in '{folder}'")
-        model = load_adapter(model, folder).eval()
+        model = cast("DecisionTransformer", load_adapter(model, folder).eval())
         with torch.no_grad():
             found[number] = torch.stack([model.loss(batch) for batch in batches])
     return found
@@ -266,6 +268,6 @@ def nearest(library: Library, observations: Tensor) -> list[str]:
     """
     sketches, rows, interface = _matching(library, observations)
     names, layers = list(sketches), list(next(iter(sketches.values())).means)
-    found = distances(list(sketches.values()), activations(library.base.model, interface, rows, layers))
+    found = distances(list(sketches.values()), activations(library.base.transformer, interface, rows, layers))
     shares = 1 - (found.errors / found.spread.clamp(min=1e-30)).mean(1)  # (A, n)
     return [names[number] for number in shares.argmax(0).tolist()]

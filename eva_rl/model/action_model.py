@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eva_rl.batch import Batch, Mixture
 from eva_rl.interface import Interface
+
+if TYPE_CHECKING:
+    from eva_rl.model.cloning import CloningConfig
+    from eva_rl.model.embedder import Embedder
+    from eva_rl.settings import ModelConfig
 
 
 class ActionModel(nn.Module):
@@ -16,6 +23,8 @@ class ActionModel(nn.Module):
     Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
     Discrete actions: cross-entropy. Actions of several parts: the sum over the parts.
     """
+
+    config: ModelConfig | CloningConfig
 
     def __init__(self):
         super().__init__()
@@ -28,7 +37,11 @@ class ActionModel(nn.Module):
 
     @property
     def interfaces(self) -> dict[str, Interface]:
-        return {name: embedder.interface for name, embedder in self.embedders.items()}
+        return {name: self.embedder_of(name).interface for name in self.embedders}
+
+    def embedder_of(self, interface: str) -> Embedder:
+        """What turns this interface's batches into tokens."""
+        return cast("Embedder", self.embedders[interface])
 
     def modules_of(self, interface: str) -> tuple[str, str]:
         """The names of the interface's embedder and head."""
@@ -50,7 +63,7 @@ class ActionModel(nn.Module):
 
     def _errors(self, batch: Batch, predicted: Tensor) -> Tensor:
         """Each step's loss, (B, T)."""
-        embedder = self.embedders[batch.interface]
+        embedder = self.embedder_of(batch.interface)
         wanted = batch.actions if batch.labels is None else batch.labels
         spec, wanted = embedder.interface, embedder.normalize_actions(wanted)
         if spec.action_kind == "continuous":

@@ -43,6 +43,12 @@ class Base:
     task: str | None = None
     """The one it was fine-tuned on; None for a base of many."""
 
+    @property
+    def transformer(self) -> DecisionTransformer:
+        """The model, where it is known to be one, as every base of adapters is."""
+        assert isinstance(self.model, DecisionTransformer)
+        return self.model
+
 
 def save_base(folder: Path, model: ActionModel, tasks: Mapping[str, TaskStatistics], task: str | None = None) -> None:
     """Write `model` and the statistics it needs to `folder`, atomically, keeping a model card already there.

@@ -39,6 +39,8 @@ class CloningConfig:
 class CloningMLP(ActionModel):
     """Observation -> action by a multilayer perceptron; images, grids and tokens go through the encoders of the base."""
 
+    config: CloningConfig
+
     def __init__(self, config: CloningConfig, interface: Interface):
         super().__init__()
         self.config = config
@@ -84,7 +86,7 @@ class Reflexes:
         rows = F.pad(observations, (0, 0, 0, max(self.least - count, 0)))[:, None]  # (rows, 1, obs)
         nothing = torch.zeros(rows.shape[:2], device=rows.device)
         batch = Batch(rows, nothing, nothing, nothing, nothing.bool(), self.interface)
-        return self.model.embedders[self.interface].greedy(self.model(batch)[:count, 0])
+        return self.model.embedder_of(self.interface).greedy(self.model(batch)[:count, 0])
 
     def record(self, actions: Tensor, rewards: Tensor) -> None:
         """Nothing is kept."""

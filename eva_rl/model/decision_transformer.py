@@ -84,6 +84,8 @@ class Trunk(nn.Module):
 class DecisionTransformer(ActionModel):
     """Predicts each step's action from the returns-to-go, states and actions before it (and its own return and state). (Chen et al. 2021, section 3 and algorithm 1)"""
 
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig, interfaces: Sequence[Interface] = ()):
         super().__init__()
         self.config = config
@@ -94,6 +96,7 @@ class DecisionTransformer(ActionModel):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for block in self.trunk.blocks:  # GPT-2: residual branches shrink with depth
+            assert isinstance(block, Block)
             nn.init.normal_(block.attention.o.weight, std=0.02 / (2 * config.layers) ** 0.5)
             nn.init.normal_(block.feed_forward.down.weight, std=0.02 / (2 * config.layers) ** 0.5)
         for interface in interfaces:
@@ -126,9 +129,8 @@ class DecisionTransformer(ActionModel):
             own.require(interface, what)
             exact = own.observation_dtype == "float64" and bool(own.spaces)
             if not exact:  # newer data may need float64; what once did still does
-                self.embedders[interface.name].interface = replace(
-                    own, spaces=interface.spaces or own.spaces, parts=interface.parts
-                )
+                newer = replace(own, spaces=interface.spaces or own.spaces, parts=interface.parts)
+                self.embedder_of(interface.name).interface = newer
             return ()
         if not interface.tokens:
             alike = [own.tokens for own in self.interfaces.values() if own.action_kind == interface.action_kind]
@@ -142,7 +144,7 @@ class DecisionTransformer(ActionModel):
         Raises:
             UserError: if it reads no such token.
         """
-        known = ("all", *self.embedders[interface].tokens)
+        known = ("all", *self.embedder_of(interface).tokens)
         if kind not in known:
             raise UserError(f"tokens={kind} was given where one of {list(known)} was expected.")
         return kind
@@ -155,7 +157,7 @@ class DecisionTransformer(ActionModel):
         all_tokens = not self.training if all_tokens is None else all_tokens
         layouts: dict[tuple[str, ...], list[Batch]] = {}
         for part in batch.parts:
-            layouts.setdefault(self.embedders[part.interface].tokens, []).append(part)
+            layouts.setdefault(self.embedder_of(part.interface).tokens, []).append(part)
         predicted = {
             part.interface: actions
             for kinds, parts in layouts.items()
@@ -186,7 +188,7 @@ class DecisionTransformer(ActionModel):
 
     def token_mask(self, batch: Batch, kind: str = "all") -> Tensor:
         """(B, T * kinds) bool: which tokens of the trunk's input are real and of this kind."""
-        tokens = self.embedders[batch.interface].tokens
+        tokens = self.embedder_of(batch.interface).tokens
         wanted = torch.tensor([kind in ("all", token) for token in tokens], device=batch.mask.device)
         return rearrange(batch.mask[..., None] & wanted, "b t k -> b (t k)")
 
@@ -194,4 +196,4 @@ class DecisionTransformer(ActionModel):
     def act(self, history: Batch, step: Tensor) -> Tensor:
         """The greedy action for step `step` (B,) of each history, in the environment's units: (B, *action_shape)."""
         predicted = self(history)[torch.arange(len(step), device=step.device), step]  # (B, act)
-        return self.embedders[history.interface].greedy(predicted)
+        return self.embedder_of(history.interface).greedy(predicted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,14 @@ class Decoder:
     ):
         config = model.config
         self.model, self.episodes, self.alone = model, episodes, alone
-        self.embedder, self.head = model.embedders[interface], model.heads[interface]
+        self.embedder, self.head = model.embedder_of(interface), model.heads[interface]
         self.kinds, self.state = len(self.embedder.tokens), self.embedder.tokens.index("state")
         self.places = model.trunk.places(self.embedder.tokens)
         spec, device = self.embedder.interface, model.trunk.positions.weight.device
         self.dtype = model.trunk.positions.weight.dtype
         if torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
-        self.blocks = [BlockWeights.of(block, self.dtype) for block in model.trunk.blocks]
+        self.blocks = [BlockWeights.of(cast("Block", block), self.dtype) for block in model.trunk.blocks]
         self.least = 1 if alone else LEAST
         rows = max(episodes, self.least)
         self.now = _nothing_yet(rows, interface, spec, device)
@@ -239,8 +240,8 @@ class BlockWeights:
         qkv, qkv_bias = (torch.cat([getattr(x, part) for x in inputs]).to(dtype) for part in ("weight", "bias"))
         plain = {name: layer.weight.to(dtype).t() for name, layer in layers.items()}
         biases = {f"{name}_bias": layer.bias.to(dtype) for name, layer in layers.items()}
-        norms = {name: _Norm.of(getattr(block, name), dtype) for name in ("attention_norm", "feed_forward_norm")}
-        return cls(qkv=qkv.t(), qkv_bias=qkv_bias, **plain, **biases, **norms)
+        before, between = _Norm.of(block.attention_norm, dtype), _Norm.of(block.feed_forward_norm, dtype)
+        return cls(attention_norm=before, feed_forward_norm=between, qkv=qkv.t(), qkv_bias=qkv_bias, **plain, **biases)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(r, d) -> (r, 3 d)."""

@@ -18,6 +18,8 @@ from eva_rl.spaces import ActionPart
 class ActionParts(nn.Module):
     """The sum of what the parts of an action say: rows (..., act) in the model's units -> (..., d)."""
 
+    first: Tensor
+
     def __init__(self, parts: Sequence[ActionPart], outputs: int, width: int):
         super().__init__()
         self.parts = tuple(parts)
@@ -32,8 +34,12 @@ class ActionParts(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         cut = list(zip(self.parts, rows.split([part.size for part in self.parts], -1), strict=True))
         real, chosen = ([own for part, own in cut if bool(part.choices) == which] for which in (False, True))
-        token = self.numbers(torch.cat(real, -1)) if real else 0
-        return token + self.choices(torch.cat(chosen, -1).long() + self.first).sum(-2) if chosen else token
+        tokens = []
+        if real:
+            tokens.append(self.numbers(torch.cat(real, -1)))
+        if chosen:
+            tokens.append(self.choices(torch.cat(chosen, -1).long() + self.first).sum(-2))
+        return tokens[0] if len(tokens) == 1 else tokens[0] + tokens[1]
 
 
 def _best(logits: Tensor, choices: Sequence[int]) -> Tensor:
@@ -55,6 +61,13 @@ class TaskVector(nn.Module):
 class Embedder(nn.Module):
     """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
 
+    observation_mean: Tensor
+    observation_std: Tensor
+    exact_observation_mean: Tensor
+    action_mean: Tensor
+    action_scale: Tensor
+    first_choices: Tensor
+
     def __init__(self, tokens: Sequence[str], width: int, interface: Interface):
         super().__init__()
         self.tokens, self.interface = tuple(tokens), interface
@@ -69,7 +82,7 @@ class Embedder(nn.Module):
         if interface.tasks:
             self.tasks, self.task = nn.Embedding(len(interface.tasks), width), TaskVector(width)
             nn.init.normal_(self.tasks.weight, std=0.02)
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.LayerNorm(width)
         first_choices = torch.tensor((0, *interface.choices[:-1])).cumsum(0)  # components have rows of their own
         for name, value in {
             "observation_mean": torch.tensor(interface.observation_mean),

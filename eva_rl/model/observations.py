@@ -69,6 +69,8 @@ class Image(nn.Module):
 class Grid(nn.Module):
     """Each cell is the sum of its channels' embeddings; two convolutions: (n, c h w) whole numbers -> (n, width)."""
 
+    offsets: Tensor
+
     def __init__(self, part: Part, width: int):
         super().__init__()
         self.part, (channels, height, columns) = part, part.shape

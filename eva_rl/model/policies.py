@@ -7,6 +7,7 @@ from functools import partial
 
 from eva_rl.model.action_model import ActionModel
 from eva_rl.model.cloning import CloningMLP, Reflexes
+from eva_rl.model.decision_transformer import DecisionTransformer
 from eva_rl.model.decoder import Decoder
 
 
@@ -18,6 +19,7 @@ def policy_in(model: ActionModel, interface: str, tasks: Sequence[str], own: str
     spec = model.interfaces[interface]
     if not spec.tasks:
         return policy_of(model, interface)(len(tasks))
+    assert isinstance(model, DecisionTransformer)  # a cloned network knows no tasks
     return Decoder(model, interface, len(tasks), tasks=[-1 if task == own else spec.number_of(task) for task in tasks])
 
 

@@ -30,12 +30,14 @@ class Companion(Protocol):
 
     def penalty(self) -> Tensor:
         """A scalar added to every batch's loss."""
+        ...
 
     def after_step(self, step: int) -> None:
         """Called after optimiser step number `step`, counted from 1, before gradients are dropped."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs of it."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,20 @@ class TrainingResult:
 
 def learning_rate_at(step: int, steps: int, config: TrainingConfig, constant: bool = False) -> float:
     """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`; or no fall, if `constant`."""
+    highest = _highest_rate(config)
     if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
+        return highest * (step + 1) / config.warmup
     if constant:
-        return config.learning_rate
+        return highest
     progress = (step - config.warmup) / max(1, steps - config.warmup)
-    span = config.learning_rate - config.final_learning_rate
+    span = highest - config.final_learning_rate
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _highest_rate(config: TrainingConfig) -> float:
+    """The learning rate after the warm-up."""
+    assert config.learning_rate is not None  # `check_shares` has looked
+    return config.learning_rate
 
 
 def with_rate(config: TrainingConfig, rate: float) -> TrainingConfig:
@@ -57,10 +64,19 @@ def with_rate(config: TrainingConfig, rate: float) -> TrainingConfig:
     return replace(config, learning_rate=rate, final_learning_rate=share * rate)
 
 
+@runtime_checkable
+class _WithModes(Protocol):
+    """A schedule-free optimiser, which takes its gradients elsewhere than where it has got to."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 def _set_mode(model: nn.Module, optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Ready for steps or for use: a schedule-free optimiser takes its gradients elsewhere than where it has got to."""
+    """Ready for steps or for use."""
     model.train(training)
-    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+    if isinstance(optimizer, _WithModes):
         optimizer.train() if training else optimizer.eval()
 
 
@@ -152,9 +168,8 @@ def train(
     if not trainable or steps == 0:
         model.eval()
         return TrainingResult([], 0.0)
-    optimizer = make_optimizer(
-        rules.recipe, model, config.learning_rate, config.weight_decay, rules.ratios, rules.rates
-    )
+    rate = _highest_rate(config)
+    optimizer = make_optimizer(rules.recipe, model, rate, config.weight_decay, rules.ratios, rules.rates)
     if rules.companion is not None:
         rules.companion.watch(optimizer)
     state = TrainingState(trainable, optimizer, rules.companion, rules.frozen, {"steps": steps, **identity})
@@ -215,6 +230,7 @@ class _Loop:
             following = pool.submit(batches, first) if first < self.steps else None
             for step in range(first, self.steps):
                 asked = time.perf_counter()
+                assert following is not None  # there is a batch for every step
                 batch = following.result()
                 self.waited += time.perf_counter() - asked
                 following = pool.submit(batches, step + 1) if step + 1 < self.steps else None
@@ -289,6 +305,7 @@ class _Loop:
 
     def evaluate(self, done: int) -> None:
         """Log what the evaluation says of the model as it is; its seconds are no training."""
+        assert self.hooks.evaluate is not None
         _set_mode(self.model, self.state.optimizer, training=False)
         paused = time.perf_counter()
         self.hooks.log(done, self.hooks.evaluate(done))

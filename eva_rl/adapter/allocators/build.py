@@ -14,7 +14,8 @@ from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig, PeftModel
-    from peft.tuners.lora import LoraLayer
+
+    from eva_rl.adapter.eva.typed import LoraLayer
 
 
 @dataclass(frozen=True)

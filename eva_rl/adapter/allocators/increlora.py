@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
     from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+
+    from eva_rl.adapter.eva.typed import LoraLayer
+    from eva_rl.adapter.sandwich import Sandwich
 
 RESERVE = 1e-5
 """The singular value of the rank that comes next, so that its A and B learn before it counts."""
@@ -51,8 +53,8 @@ def increlora(
         config = copy.deepcopy(config)
         grown = room**0.5 if config.use_rslora else room  # so that the scale stays
         config.r, config.lora_alpha = room * config.r, grown * config.lora_alpha
-        config.rank_pattern = {name: room * rank for name, rank in config.rank_pattern.items()}
-        config.alpha_pattern = {name: grown * alpha for name, alpha in config.alpha_pattern.items()}
+        config.rank_pattern = {name: room * rank for name, rank in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = {name: grown * alpha for name, alpha in (config.alpha_pattern or {}).items()}
         return config
 
     def put_on(peft_model: nn.Module) -> Growing:
@@ -81,19 +83,28 @@ class Growing(Idle):
         self, layers: list[LoraLayer], counts: list[int], target: int, span: tuple[int, int], orthogonality: float
     ):
         self.layers, self.counts, self.target, self.strength = layers, list(counts), target, orthogonality
+        self.factors = [cast("Sandwich", layer.lora_B["default"]) for layer in layers]
         missing, time = target - sum(counts), max(1, span[1] - span[0])
         self.first, self.top = span[0], max(1, math.ceil(missing / time))  # ranks a round
         self.interval = max(1, time // max(1, math.ceil(missing / self.top)))
         self.gradients: list[Tensor | float] = [0.0] * len(layers)
         self.importance, self.uncertainty = torch.zeros(len(layers)), torch.zeros(len(layers))
         for number, layer in enumerate(layers):
-            layer.register_forward_hook(lambda _, x, y, number=number: self._read(number, x[0], y))
+            self._watch(number, layer)
         self._open()
 
     @property
     def complete(self) -> bool:
         """Whether all ranks are given."""
         return sum(self.counts) >= self.target
+
+    def _watch(self, number: int, layer: nn.Module) -> None:
+        """Have this layer's calls counted."""
+
+        def read(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            self._read(number, inputs[0], y)
+
+        layer.register_forward_hook(read)
 
     def _read(self, number: int, x: Tensor, y: Tensor) -> None:
         """Count a call's inputs (..., in) and gradients (..., out) in the gradient of W, (out, in)."""
@@ -109,8 +120,8 @@ class Growing(Idle):
     @torch.no_grad()
     def _open(self) -> None:
         """Put the rank that comes next in reserve, and all others that are not given yet to zero."""
-        for layer, count in zip(self.layers, self.counts, strict=True):
-            gate = layer.lora_B["default"].middle
+        for factor, count in zip(self.factors, self.counts, strict=True):
+            gate = factor.middle
             gate[count + 1 :] = 0.0
             gate[count : count + 1] = 0.0 if self.complete else RESERVE
 
@@ -119,16 +130,16 @@ class Growing(Idle):
         optimizer.register_step_pre_hook(lambda *_: self._shut())
 
     def _shut(self) -> None:
-        for layer, count in zip(self.layers, self.counts, strict=True):
-            gate = layer.lora_B["default"].middle
+        for factor, count in zip(self.factors, self.counts, strict=True):
+            gate = factor.middle
             if gate.grad is not None:
                 gate.grad[count:] = 0.0
 
     def penalty(self) -> Tensor:
         """How far A's rows and B's columns that take part are from orthonormal."""
         norms = []
-        for layer, count in zip(self.layers, self.counts, strict=True):
-            for rows in (layer.lora_A["default"].weight[: count + 1], layer.lora_B["default"].left.T[: count + 1]):
+        for layer, factor, count in zip(self.layers, self.factors, self.counts, strict=True):
+            for rows in (layer.lora_A["default"].weight[: count + 1], factor.left.T[: count + 1]):
                 norms.append(torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), device=rows.device)))
         return self.strength * torch.stack(norms).mean()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from eva_rl.adapter.allocators.build import Allocator
+from eva_rl.adapter.eva.load import by_pattern
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
@@ -30,8 +31,6 @@ def prilora(spread: float = 0.5) -> Allocator:
         )
 
     def ranks(model: nn.Module, config: LoraConfig) -> LoraConfig:
-        from peft.utils.other import get_pattern_key
-
         from eva_rl.adapter.attach import targets
 
         config, names = copy.deepcopy(config), list(targets(model, config))
@@ -40,8 +39,8 @@ def prilora(spread: float = 0.5) -> Allocator:
         given, alphas = config.rank_pattern, config.alpha_pattern
         config.rank_pattern, config.alpha_pattern = {}, {}  # where two patterns fit a layer, peft takes the first
         for name, depth in zip(names, depths, strict=True):
-            rank = given.get(get_pattern_key(given, name), config.r)
-            alpha = alphas.get(get_pattern_key(alphas, name), config.lora_alpha)
+            rank = by_pattern(given, name, config.r)
+            alpha = by_pattern(alphas, name, config.lora_alpha)
             share = 1 + spread * (2 * depth / blocks - 1) if max(depths) else 1
             config.rank_pattern[name] = max(1, round(rank * share))
             growth = config.rank_pattern[name] / rank

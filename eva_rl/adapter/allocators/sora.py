@@ -30,7 +30,7 @@ def sora(threshold: float, steps: int, penalty: float = 0.0, dense: float = 0.0,
     def put_on(peft_model: nn.Module) -> Gates:
         from eva_rl.adapter.sandwich import Sandwich
 
-        found = []
+        found: list[Tensor] = []
         for _, layer in lora_pairs_at_zero(peft_model, "sora"):
             b = layer.lora_B["default"].weight  # (out, r)
             factor = Sandwich(b, torch.randn(b.shape[1]).to(b), trained=("left", "middle"))  # gates of N(0, 1)
@@ -48,7 +48,7 @@ class Gates(Idle):
         last: the step at which the threshold has grown to all it is; None: it is from the start.
     """
 
-    def __init__(self, gates: list[nn.Parameter], threshold: float, penalty: float, first: int, last: int | None):
+    def __init__(self, gates: list[Tensor], threshold: float, penalty: float, first: int, last: int | None):
         self.gates, self.threshold, self.strength, self.first, self.last = gates, threshold, penalty, first, last
 
     def penalty(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eva_rl.adapter.eva.covariance import Covariance
 from eva_rl.adapter.eva.moments import Moments, orthonormal
 from eva_rl.adapter.eva.settings import EvaSettings
 
@@ -17,6 +18,7 @@ def choose_rows(
     if settings.components == "random":
         rows = random_rows(rank, width, generator).to(leading)
     elif settings.components == "minor":
+        assert isinstance(moments, Covariance)  # the settings see to it
         rows = moments.minor(stream, rank)
     else:
         rows = leading

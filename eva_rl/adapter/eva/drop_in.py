@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eva_rl.adapter.eva.engine import LayerResult, Reading, eva_init
 from eva_rl.adapter.eva.kinds import reader
-from eva_rl.adapter.eva.load import PREFIX, load_components, lora_layers
+from eva_rl.adapter.eva.load import PREFIX, by_pattern, config_of, load_components, lora_layers
 from eva_rl.adapter.eva.observe import Room, Rows
 from eva_rl.adapter.eva.settings import EvaSettings
 from eva_rl.adapter.eva.tokens import TokenRows, call
 from eva_rl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
-PrepareLayer = Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None
+    from eva_rl.adapter.eva.typed import AdapterConfig
+
+PrepareLayer = Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None
 MAX_BATCHES = 256
 
 
@@ -65,6 +67,11 @@ def _are_defaults(model_inputs: Any, layer_inputs: Any) -> bool:
     )
 
 
+def _function_for(prepare: PrepareLayer, layer: str) -> Callable[..., Tensor] | None:
+    """The function that chooses this layer's rows; None: all of them."""
+    return prepare.get(layer) if isinstance(prepare, Mapping) else prepare
+
+
 def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -91,50 +98,51 @@ def get_eva_state_dict(
             one for each; None: all rows.
         gather_distributed_inputs: False: do not merge with the other processes of `torch.distributed`.
         settings: this engine's own settings. None: rho and tau of the config's `eva_config`, with peft's rule of convergence
-            (`convergence="components"`); `EvaSettings()` stops as soon as the subspaces are good enough.
+            (`convergence="components"`), and peft's defaults where it has none; `EvaSettings()` stops as soon as the subspaces are good enough.
         strict: raise, in place of a warning, if a layer can have no directions.
 
     Raises:
         ValueError: if the dataloader is empty, or there is no config.
         UserError: as `eva_init`, and if the config's `target_modules` match no layer.
     """
-    from peft.utils.other import get_pattern_key
+    from peft import EvaConfig
 
-    if hasattr(dataloader, "__len__") and len(dataloader) == 0:
+    if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("dataloader is empty")
     wrapped = hasattr(model, "peft_config")
-    config = peft_config or (model.peft_config[adapter_name] if wrapped else None)
+    config = peft_config or (config_of(model, adapter_name) if wrapped else None)
     if config is None:
         raise ValueError("peft_config is required if model is not a PeftModel")
+    asked = config.eva_config or EvaConfig()
     own = settings or EvaSettings(
-        rho=config.eva_config.rho,
-        tau=max(config.eva_config.tau, 1e-9),
+        rho=asked.rho,
+        tau=max(asked.tau, 1e-9),
         convergence="components",
         max_batches=MAX_BATCHES,
     )
     names = _adapted(model, adapter_name) if wrapped else _targets(model, config)
-    each = isinstance(prepare_layer_inputs_fn, Mapping)
-    if each and not prepare_layer_inputs_fn.keys() <= set(names):
+    if isinstance(prepare_layer_inputs_fn, Mapping) and not prepare_layer_inputs_fn.keys() <= set(names):
         unknown = sorted(prepare_layer_inputs_fn.keys() - set(names))
         raise ValueError(f"prepare_layer_inputs_fn names modules that are no targets of the adapter: {unknown}")
-    ranks = {n: config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), n), config.r) for n in names}
+    ranks = {name: by_pattern(config.rank_pattern, name, config.r) for name in names}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
-    defaults = not each and _are_defaults(prepare_model_inputs_fn, prepare_layer_inputs_fn)
-    ignored = config.eva_config.label_mask_value if config.eva_config.use_label_mask else None
+    defaults = _are_defaults(prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    ignored = asked.label_mask_value if asked.use_label_mask else None
     tokens = TokenRows(model, ignored) if defaults else None
 
     def rows(batch: Any, room: Room) -> Rows:
         prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
 
         def of_layer(arguments: tuple[Any, ...], name: str) -> Tensor:
-            function = prepare_layer_inputs_fn.get(name) if each else prepare_layer_inputs_fn
+            function = _function_for(prepare_layer_inputs_fn, name)
             if function is None:
                 return arguments[0].reshape(-1, arguments[0].shape[-1]).clone()
             return function(arguments, prepared, name).clone()
 
         return of_layer
 
-    with model.disable_adapter() if wrapped else nullcontext(), tokens.watching() if tokens else nullcontext():
+    without = cast("PeftModel", model).disable_adapter() if wrapped else nullcontext()
+    with without, tokens.watching() if tokens else nullcontext():
         found = eva_init(
             model,
             _cycled(dataloader, device),
@@ -146,7 +154,7 @@ def get_eva_state_dict(
             progress=show_progress_bar,
             strict=strict,
         )
-    whiten = settings is None and config.eva_config.whiten
+    whiten = settings is None and asked.whiten
     rows_of = {name: _whitened(layer) if whiten else layer.components for name, layer in found.items()}
     return {name: reader(model, name).shaped(components) for name, components in rows_of.items()}
 
@@ -221,13 +229,13 @@ def _check_adapter(model: nn.Module, adapter_name: str) -> None:
     """Raise what peft raises, before the long computation rather than after."""
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
-    if len(model.active_adapters) > 1:
-        raise ValueError(
-            f"`initialize_lora_eva_weights` works with a single active adapter, but {model.active_adapters} are active"
-        )
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"the model has no adapter '{adapter_name}'. {did_you_mean(adapter_name, model.peft_config)}")
-    if model.peft_config[adapter_name].init_lora_weights != "eva":
+    peft_model = cast("PeftModel", model)
+    active, known = peft_model.active_adapters, peft_model.peft_config
+    if len(active) > 1:
+        raise ValueError(f"`initialize_lora_eva_weights` works with a single active adapter, but {active} are active")
+    if adapter_name not in known:
+        raise ValueError(f"the model has no adapter '{adapter_name}'. {did_you_mean(adapter_name, known)}")
+    if config_of(model, adapter_name).init_lora_weights != "eva":
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
 
 
@@ -254,11 +262,11 @@ def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
     kinds = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    given, config = config.target_modules, _maybe_include_all_linear_layers(copy.copy(config), model)
+    given, listed = config.target_modules, _maybe_include_all_linear_layers(copy.copy(config), model)
     if given is None:
         return [name for name in layers if not isinstance(model.get_submodule(name), nn.modules.conv._ConvNd)]
-    names = [name for name in layers if check_target_module_exists(config, name)]
-    lone, every = copy.copy(config), [name for name, _ in model.named_modules()]
+    names = [name for name in layers if check_target_module_exists(listed, name)]
+    lone, every = cast("AdapterConfig", copy.copy(listed)), [name for name, _ in model.named_modules()]
 
     def idle(target: str | set[str]) -> bool:
         lone.target_modules = target

@@ -301,6 +301,7 @@ class _Run:
             cut = not self.sharded and shape in self.whole and all(self.steady[group.layers[0]] for group in groups)
             seen = observe(self.model, groups, self.readers, run, chosen, cut)
         if weighted:
+            assert self.reading.loss is not None  # `_checked_readers` has looked
             seen, weights = gradient_weights(
                 self.model, groups, self.readers, partial(self.reading.loss, batch), chosen
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from eva_rl.errors import UserError
 
 Read = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Tensor]]
 """(the module that runs, its positional arguments, its keywords) -> the layer's inputs, each (..., d)."""
+
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def first_argument(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
@@ -59,13 +62,14 @@ def reader(model: nn.Module, name: str) -> Reader:
     if isinstance(base, nn.MultiheadAttention):
         width = base.embed_dim
         return Reader(width, 3 * width, name, _attended, sharing=name, redistributed=False)
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(base, Convolution):
         return _of_convolution(module, base, name)
     weight = getattr(base, "weight", None)
     if type(base).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:  # GPT-2's
         return Reader(weight.shape[0], weight.shape[1], name)
     if isinstance(getattr(base, "in_features", None), int) and not hasattr(module, "parameter_name"):
-        return Reader(base.in_features, base.out_features, name)
+        linear = cast("nn.Linear", base)  # or alike, such as a quantised one
+        return Reader(linear.in_features, linear.out_features, name)
     raise UserError(f"EVA adapts linear layers; '{name}' is a {type(base).__name__}: leave it out of the adapter.")
 
 
@@ -80,12 +84,11 @@ def readers_of(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Reader
     return found, refused
 
 
-def _of_convolution(module: nn.Module, base: nn.Module, name: str) -> Reader:
+def _of_convolution(module: nn.Module, base: Convolution, name: str) -> Reader:
     """A convolution is a linear layer over patches (im2col): W (out, C k1 k2) times rows of C k1 k2 entries."""
     adapters = list(getattr(module, "lora_A", {}).values())
-    conv = (
-        adapters[0] if adapters else base
-    )  # LoRA's A, which is what reads them, takes stride and padding alone from the base
+    # LoRA's A, which is what reads them, takes stride and padding alone from the base.
+    conv: Convolution = adapters[0] if adapters else base
     form = conv.weight.shape[1:]  # (C, k1, k2)
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
     return Reader(
@@ -99,7 +102,7 @@ def _of_convolution(module: nn.Module, base: nn.Module, name: str) -> Reader:
     )
 
 
-def patches(x: Any, conv: nn.Module) -> Any:
+def patches(x: Any, conv: Convolution) -> Any:
     """The patches (B, O1, ..., C k1 ...) of x (B, C, L1, ...) or (C, L1, ...) that a convolution multiplies with its weight."""
     dimensions = len(conv.kernel_size)
     if not isinstance(x, Tensor) or x.ndim not in (dimensions + 1, dimensions + 2):
@@ -113,7 +116,7 @@ def patches(x: Any, conv: nn.Module) -> Any:
     return x.permute(order).flatten(1 + dimensions)
 
 
-def _padding(conv: nn.Module) -> list[int]:
+def _padding(conv: Convolution) -> list[int]:
     """What is added before and after each dimension, the last first, as `torch.nn.functional.pad` takes it."""
     sides = []
     for i, (size, dilation) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):

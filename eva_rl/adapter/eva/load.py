@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import LoraConfig, PeftModel
+
+    from eva_rl.adapter.eva.typed import AdapterConfig, LoraLayer
+
+T = TypeVar("T")
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the base's modules."""
@@ -22,10 +25,23 @@ PREFIX = "base_model.model."
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
     """The layers with LoRA and their names; only those of this adapter, if one is named."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
+    layers = cast("list[tuple[str, LoraLayer]]", found)
     return [(name, layer) for name, layer in layers if adapter is None or adapter in layer.r]
+
+
+def config_of(model: nn.Module, adapter: str = "default") -> AdapterConfig:
+    """A peft model's config of this adapter."""
+    return cast("AdapterConfig", cast("PeftModel", model).peft_config[adapter])
+
+
+def by_pattern(pattern: Mapping[str, T] | None, name: str, usual: T) -> T:
+    """What a config's `rank_pattern` or `alpha_pattern` says of the layer of this name, if anything."""
+    from peft.utils.other import get_pattern_key
+
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), usual)
 
 
 @torch.no_grad()
@@ -38,7 +54,7 @@ def load_components(model: nn.Module, components: Mapping[str, Tensor], adapter:
     Raises:
         UserError: if a layer of a model that is sharded would change its rank.
     """
-    config = model.peft_config[adapter]
+    config = config_of(model, adapter)
     made, patterns = copy.copy(config), ({}, {})
     layers = [(name.removeprefix(PREFIX), name, layer) for name, layer in lora_layers(model, adapter)]
     for short, name, layer in layers:
@@ -93,7 +109,8 @@ def _resize(layer: LoraLayer, adapter: str, rank: int, alpha: float, config: Lor
 def _fill(weight: Tensor, rows: Tensor) -> None:
     rows = rows.reshape(weight.shape).to(weight.device, weight.dtype)
     if hasattr(weight, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        rows = distribute_tensor(rows, weight.device_mesh, weight.placements)
+        sharded = cast("DTensor", weight)
+        rows = distribute_tensor(rows, sharded.device_mesh, sharded.placements)
     weight.copy_(rows)

@@ -94,11 +94,10 @@ class Moments(ABC):
         k = basis.shape[1]
         if starting:
             start = basis = torch.where(first[:, None, None], self._mixtures(rows, k), basis)
-        quotients = None
-        for _ in range(FIRST_ITERATIONS if starting else 1):
+        for iteration in range(FIRST_ITERATIONS if starting else 1):
             basis = self._joined_by_newcomers(basis, rows, correction)
             image, core = self._multiply(streams, rows, correction, basis)
-            if quotients is None:
+            if iteration == 0:
                 quotients = core.diagonal(dim1=-2, dim2=-1)[:, :k]  # (A, k) variance along the vectors of a batch ago
             basis, values = nystrom(image, core, basis, self.noise * scale)
             basis, values = basis[:, :k].to(self.dtype), values[:, :k]

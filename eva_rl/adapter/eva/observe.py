@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda nam
     Of several masks, a layer's is the one of its input's shape. Inputs (n, d) may also be all tokens in one row after another.
     """
     masks = (masks,) if isinstance(masks, Tensor) else masks
-    indices = {mask.shape: mask.flatten().nonzero()[:, 0] for mask in reversed(masks or ())}
+    indices: dict[torch.Size | None, Tensor] = {
+        mask.shape: mask.flatten().nonzero()[:, 0] for mask in reversed(masks or ())
+    }
     flattened = {mask.numel(): mask.shape for mask in reversed(masks or ())}
 
     def rows(inputs: tuple[Any, ...], name: str) -> Tensor:
@@ -199,16 +202,13 @@ def gradient_weights(
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in (*arguments, *keywords.values()))
         collected[name] += _rows_of(readers[name], name, module, detached, {}, rows)
 
-    def after(name: str, output: Tensor) -> Tensor:
+    def after(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not output.requires_grad:
             output = output.requires_grad_().clone()  # a clone, which the model may change in place
         outputs[name].append(output)
         return output
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: after(name, output))
-        for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(partial(after, name)) for name in names]
     try:
         with torch.enable_grad(), _hooked(model, {name: readers[name] for name in names}, before):
             value = loss()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Peers:
             raise failure
         if failures:
             raise UserError(f"EVA was ended by an error in {failures} of {self.count} processes: see theirs.")
-        return result
+        return cast(T, result)  # as it did not fail
 
     def any(self, values: Tensor) -> Tensor:
         """Where it is true in at least one process."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from eva_rl.errors import UserError
 
 
-def explained(values: Tensor, rows: int, total: float, ranking: str) -> Tensor:
+def explained(values: Tensor, rows: float, total: float, ranking: str) -> Tensor:
     """How much each component (k,) is worth, from eigenvalues `sigma^2` (k,) of M = `rows` centred rows.
 
     `ratio`: `sigma_i^2` as a share of the layer's total variance, as peft ranks them. `paper`: Eq. 6,

@@ -71,16 +71,18 @@ class TokenRows:
 
     def __init__(self, model: nn.Module, ignored: int | None = IGNORED):
         self.model, self.ignored = model, ignored
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        get_base_model = getattr(model, "get_base_model", None)
+        base = model if get_base_model is None else get_base_model()
         both = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-        self.encoder = base.get_encoder() if both and hasattr(base, "get_encoder") else None
+        get_encoder = getattr(base, "get_encoder", None)
+        self.encoder = get_encoder() if both and get_encoder is not None else None
         self.inside, self.given = False, []
         self.others: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def __call__(self, batch: Any, room: Room) -> Rows:
         self.inside, self.given = False, []
         masks = self.masks(batch)
-        encoder, decoder = (None if mask is None else masked_rows(mask, room) for mask in masks)
+        encoder, decoder = (masked_rows(mask, room) for mask in masks)
         everything = masked_rows(None, room)
 
         def rows(inputs: tuple[Any, ...], name: str) -> Tensor:

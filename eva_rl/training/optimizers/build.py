@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from eva_rl.errors import UserError, in_one_line
 class LoraPair:
     """The two factors of a LoRA layer, whose weight is W + scale B A."""
 
-    a: nn.Parameter  #: (r, in)
+    a: Tensor  #: (r, in)
     b: nn.Parameter  #: (out, r)
     scale: float
 
@@ -107,18 +107,23 @@ def _groups(
     ]
 
 
+class _Scaled(Protocol):
+    """A layer of peft's with LoRA."""
+
+    scaling: Mapping[str, float]
+
+
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """The factors of every LoRA layer of which B is trained, as peft names them."""
-    modules = dict(model.named_modules())
     pairs = []
-    for _name, layer in modules.items():
-        factors = [getattr(layer, kind, None) for kind in ("lora_A", "lora_B")]
-        if not all(isinstance(factor, nn.ModuleDict) for factor in factors):
+    for layer in model.modules():
+        first, second = (getattr(layer, kind, None) for kind in ("lora_A", "lora_B"))
+        if not (isinstance(first, nn.ModuleDict) and isinstance(second, nn.ModuleDict)):
             continue
-        for adapter in factors[1]:
-            a, b = (factor[adapter].weight for factor in factors)
+        for adapter in second:
+            a, b = (cast("nn.Linear", factors[adapter]).weight for factors in (first, second))
             if isinstance(b, nn.Parameter) and b.requires_grad and a.ndim == b.ndim == 2:
-                pairs.append(LoraPair(a, b, float(layer.scaling[adapter])))
+                pairs.append(LoraPair(a, b, float(cast("_Scaled", layer).scaling[adapter])))
     return pairs
 
 

@@ -6,13 +6,13 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Sequence[float], eps: float) -> Tensor:
     """Average `gradient` into the moments of `state`, and return m / (sqrt(v) + eps), both corrected for their start."""
     if "exp_avg" not in state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
+        state.update(step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
     state["step"] += 1
     first, second = betas
     state["exp_avg"].lerp_(gradient, 1 - first)
@@ -22,7 +22,7 @@ def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Seq
     return m / (v.sqrt() + eps)
 
 
-def move(parameter: nn.Parameter, group: dict[str, Any], direction: Tensor) -> None:
+def move(parameter: Tensor, group: dict[str, Any], direction: Tensor) -> None:
     """One step of the group's learning rate against `direction`, with decoupled weight decay; the gradient is used up."""
     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
     parameter.grad = None
