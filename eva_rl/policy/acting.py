@@ -83,7 +83,7 @@ class ActingPolicy:
         self._begin(self._target.size)
 
     def _returns(self, asked: TargetReturn) -> float:
-        [found] = asked.wanted(self.task, self.statistics, self.model.embedders[self.interface.name].tokens)
+        [found] = asked.wanted(self.task, self.statistics, self.model.embedder_of(self.interface.name).tokens)
         return found
 
     def act(self, observation: Any) -> Any:

@@ -39,7 +39,7 @@ class Window(nn.Module):
         self.model, self.interface, self.space = policy.model, policy.interface, policy.action_space
         self.context = policy.model.config.context
         self.leaves = dict(leaves(policy.observation_space, "observations"))
-        tokens = policy.model.embedders[self.interface.name].tokens
+        tokens = policy.model.embedder_of(self.interface.name).tokens
         self.acts = dict(leaves(self.space, "actions"))
         past = {"action": self.acts, "reward": {"rewards": NUMBER}, "return": {"returns_to_go": NUMBER}}
         self.past = {name: space for kind in tokens if kind != "state" for name, space in past[kind].items()}
@@ -83,7 +83,7 @@ class Window(nn.Module):
             interface=self.interface.name,
         )
         predicted = self.model(batch)[0].index_select(0, step.reshape(1))[0]  # (act,)
-        chosen = self.model.embedders[self.interface.name].greedy(predicted)
+        chosen = self.model.embedder_of(self.interface.name).greedy(predicted)
         if not nested(self.space):
             return _action(self.space, chosen)
         columns = chosen.split([part.size for part in self.interface.action_parts])
