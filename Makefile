@@ -28,9 +28,13 @@ demo: $(INSTALLED) ## five demonstrations of a Meta-World task: the shipped base
 test: $(INSTALLED) ## run the tests, two at a time
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@mkdir -p build/typings/eva_rl
+	@ln -sfn ../../../envs build/typings/eva_rl/envs
+	@ln -sfn ../../../eva_rl/__init__.py build/typings/eva_rl/__init__.py
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 docs: $(INSTALLED) ## build the documentation in build/docs/; a warning is an error
 	$(RUN) -m sphinx -q -E -W --keep-going -b html docs build/docs

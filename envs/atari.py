@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -58,8 +58,7 @@ class Atari(Domain):
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         self.require("ale_py")
-        game = env.unwrapped
-        play = EXPERTS[name]
+        game, play = cast("AtariGame", env.unwrapped), EXPERTS[name]
         return lambda observation: np.int64(play(game.ram(), game.executed))
 
 
@@ -103,16 +102,16 @@ class AtariGame(gym.Env):
 
     def step(self, action: int):
         total, terminated = 0.0, False
-        screens = [np.uint8(0), np.uint8(0)]
+        last = screen = np.zeros((), np.uint8)
         for _ in range(FRAME_SKIP):
+            last = screen
             screen, reward, terminated, _, _ = self._console.step(int(action))
-            screens = [screens[-1], screen]
             total += float(reward)
             if terminated:
                 break
         self.executed = [self.executed[-1], int(action)]
         self._frames[:-1] = self._frames[1:].copy()
-        self._frames[-1] = self._shrink(np.maximum(*screens))  # some games draw an object on every other screen
+        self._frames[-1] = self._shrink(np.maximum(last, screen))  # some games draw an object on every other screen
         return self._frames.copy(), total, terminated, False, {}
 
     def ram(self) -> np.ndarray:

@@ -13,7 +13,7 @@ import io
 import os
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -101,7 +101,7 @@ class BabyAI(Domain):
         return self.registered("TokenisedBabyAI", name, STEP_LIMITS[name], render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
-        return _RobustBot(self.require("minigrid.utils.baby_ai_bot").BabyAIBot, env.unwrapped)
+        return _RobustBot(self.require("minigrid.utils.baby_ai_bot").BabyAIBot, cast("TokenisedBabyAI", env.unwrapped))
 
     def require(self, module: str) -> ModuleType:
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # minigrid imports pygame, which greets on stdout
@@ -145,7 +145,7 @@ class TokenisedBabyAI(gym.Env):
         import minigrid  # noqa: F401 (registers the levels)
 
         self.render_mode = render_mode
-        self.level = gym.make(f"BabyAI-{name}", render_mode=render_mode, disable_env_checker=True).unwrapped
+        self.level: Any = gym.make(f"BabyAI-{name}", render_mode=render_mode, disable_env_checker=True).unwrapped
         self.last_action: int | None = None
         """What was executed at the last step, which need not be what the expert had asked for."""
 
@@ -160,8 +160,14 @@ class TokenisedBabyAI(gym.Env):
     def step(self, action: int):
         self.last_action = int(action)
         observation, reward, terminated, truncated, _ = self.level.step(self.last_action)
-        success = float(terminated and reward > 0)
-        return self._observation(observation), float(reward), terminated, truncated, {"success": success}
+        earned = float(reward)
+        return (
+            self._observation(observation),
+            earned,
+            terminated,
+            truncated,
+            {"success": float(terminated and earned > 0)},
+        )
 
     def render(self):
         return self.level.render()

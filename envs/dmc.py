@@ -15,7 +15,8 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -67,7 +68,7 @@ class DMControl(Domain):
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         self.require("dm_control")
-        return EXPERTS[name](env.unwrapped)
+        return EXPERTS[name](cast("SeededDMControl", env.unwrapped))
 
 
 class SeededDMControl(gym.Env):
@@ -248,7 +249,7 @@ class Planner:
         timestep: float | None = None,
         every: int = 1,
     ):
-        import mujoco
+        mujoco = import_module("mujoco")  # compiled, and without stubs
 
         self.physics, self.score, self.samples, self.noise, self.every = env.physics, score, samples, noise, every
         self.model = copy.copy(env.physics.model.ptr)
@@ -271,8 +272,7 @@ class Planner:
         return _action(self.plan[0])
 
     def improve(self) -> None:
-        import mujoco
-        from mujoco import rollout
+        mujoco, rollout = import_module("mujoco"), import_module("mujoco.rollout")
 
         # The sizes of the noise rise from 0, the last plan itself, to `noise`: small ones refine, large ones explore.
         sizes = self.noise * np.linspace(0, 1, self.samples)[:, None, None]
@@ -350,8 +350,7 @@ def lqr(env: SeededDMControl, qpos: np.ndarray, state_cost: tuple[float, ...], c
     The discrete dynamics x' = A x + B u of one action are finite differences of the simulator's own; the gain follows
     from iterating their Riccati equation.
     """
-    import mujoco
-
+    mujoco = import_module("mujoco")
     model = env.physics.model.ptr
     data = mujoco.MjData(model)
     n, m, epsilon = 2 * model.nv, model.nu, 1e-4

@@ -22,8 +22,8 @@ from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.errors import MissingExtra
 
-Policy = Callable[[np.ndarray], np.ndarray]
-"""Maps one observation of the environment's space to one action."""
+Policy = Callable[[Any], Any]
+"""Maps one observation of the environment's space to one action of its space."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class ReferenceScores:
 
     random: float
     expert: float
+
+
+def time_limit(registered: str) -> int:
+    """The steps after which gymnasium cuts an episode of the environment of this id."""
+    steps = gym.spec(registered).max_episode_steps
+    assert steps is not None, registered
+    return steps
 
 
 class Domain(ABC):

@@ -7,12 +7,12 @@ extra; the classic ones come with Gymnasium.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.envs.domain import Domain, Policy
+from eva_rl.envs.domain import Domain, Policy, time_limit
 
 BOX2D = ("BipedalWalker-v3", "LunarLander-v3", "LunarLanderContinuous-v3")
 CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
@@ -41,7 +41,7 @@ class Gymnasium(Domain):
             self.require("Box2D")
         if render_mode is not None:
             self.require("pygame")
-        return self.registered("GymnasiumTask", name, gym.spec(name).max_episode_steps, render_mode)
+        return self.registered("GymnasiumTask", name, time_limit(name), render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         if name == "BipedalWalker-v3":
@@ -56,8 +56,8 @@ class Gymnasium(Domain):
         if name == "LunarLanderContinuous-v3":
             from gymnasium.envs.box2d.lunar_lander import heuristic
 
-            simulator = env.unwrapped.simulator
-            return lambda observation: heuristic(simulator, observation).astype(np.float32)
+            simulator = cast("GymnasiumTask", env.unwrapped).simulator
+            return lambda observation: np.asarray(heuristic(simulator, observation), np.float32)
         return CONTROLLERS[name]
 
 
@@ -75,9 +75,9 @@ class GymnasiumTask(gym.Env):
     def __init__(self, name: str, render_mode: str | None = None):
         self.name = name
         self.render_mode = render_mode
-        self.limit = gym.spec(name).max_episode_steps
+        self.limit = time_limit(name)
         # Without its own time limit: the one of the spec that makes this environment is enough.
-        self.simulator = gym.make(
+        self.simulator: Any = gym.make(
             name, render_mode=render_mode, max_episode_steps=-1, disable_env_checker=True
         ).unwrapped
         self.metadata = self.simulator.metadata

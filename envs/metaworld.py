@@ -11,12 +11,16 @@ import sys
 import warnings
 from copy import copy
 from functools import cache, lru_cache
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
 
 from eva_rl.envs.domain import Domain, Policy
+
+if TYPE_CHECKING:
+    from metaworld.sawyer_xyz_env import RenderMode, SawyerXYZEnv
 
 EPISODE_LENGTH = 200
 
@@ -91,13 +95,12 @@ class MetaWorld(Domain):
 
 
 @cache
-def compiled_once(environment: type[gym.Env]) -> type[gym.Env]:
+def compiled_once(environment: type[SawyerXYZEnv]) -> type[SawyerXYZEnv]:
     """The class of Meta-World with a copy of its model where it would compile it again: fifty environments in a fifth of the time."""
 
     class Copied(environment):
         def _initialize_simulation(self) -> tuple[Any, Any]:
-            import mujoco
-
+            mujoco = import_module("mujoco")  # compiled, and without stubs
             model = copy(compiled(self.fullpath))
             size = model.vis.global_  # as gymnasium does it: the picture grows with what is asked for
             size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
@@ -109,9 +112,7 @@ def compiled_once(environment: type[gym.Env]) -> type[gym.Env]:
 @lru_cache(maxsize=1)
 def compiled(path: str) -> Any:
     """The model of this XML file; environments change theirs, so each takes a copy."""
-    import mujoco
-
-    return mujoco.MjModel.from_xml_path(path)
+    return import_module("mujoco").MjModel.from_xml_path(path)
 
 
 class SeededMetaWorld(gym.Env):
@@ -131,7 +132,8 @@ class SeededMetaWorld(gym.Env):
         self.render_mode = render_mode
         if render_mode is not None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
-        self._env = compiled_once(ALL_V3_ENVIRONMENTS[name])(render_mode=render_mode, camera_name="corner2")
+        make = compiled_once(ALL_V3_ENVIRONMENTS[name])
+        self._env = make(render_mode=cast("RenderMode | None", render_mode), camera_name="corner2")
         self._env._partially_observable = False  # the goal is observed
         # The observation space is cached and observations are clipped to it: one made before would zero the goal.
         vars(self._env).pop("sawyer_observation_space", None)
@@ -151,7 +153,7 @@ class SeededMetaWorld(gym.Env):
         observation, reward, terminated, truncated, info = self._env.step(action)
         return observation, float(reward), terminated, truncated, {"success": float(info["success"])}
 
-    def _touching(self, geom: int) -> bool:
+    def _touching(self, object_geom_id: int) -> bool:
         """Whether both pads of the gripper press on a geom.
 
         The answer of Meta-World's `touching_object`, which goes through all contacts twice in Python: a third to a half of a step
@@ -159,7 +161,7 @@ class SeededMetaWorld(gym.Env):
         """
         data = self._env.data
         pairs = data.contact.geom  # (contacts, 2)
-        on_geom = (pairs == geom).any(1)
+        on_geom = (pairs == object_geom_id).any(1)
 
         def pressed(pad: str) -> bool:
             touching = on_geom & (pairs == data.geom(pad).id).any(1)
@@ -170,7 +172,7 @@ class SeededMetaWorld(gym.Env):
     def render(self):
         picture = self._env.render()
         if self.render_mode == "rgb_array":
-            picture = np.rot90(picture, 2)  # the camera hangs upside down
+            picture = np.rot90(np.asarray(picture), 2)  # the camera hangs upside down
         return picture
 
     def close(self):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.envs.domain import Domain, Policy, ReferenceScores
+from eva_rl.envs.domain import Domain, Policy, ReferenceScores, time_limit
 from eva_rl.envs.trained import QUALITIES, load
 
 TASKS = (
@@ -47,7 +47,7 @@ class MuJoCo(Domain):
 
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
         self.require("mujoco")
-        return self.registered("MuJoCoTask", name, gym.spec(name).max_episode_steps, render_mode)
+        return self.registered("MuJoCoTask", name, time_limit(name), render_mode)
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         return self.demonstrator(name, env, "expert", 0)
@@ -61,7 +61,7 @@ class MuJoCo(Domain):
             return reacher
         snapshots = load(self.name, name)
         assert snapshots is not None, name
-        return snapshots.policy(snapshots.chosen(quality, episode), env.action_space)
+        return snapshots.policy(snapshots.chosen(quality, episode), cast("gym.spaces.Box", env.action_space))
 
     def reference_scores(self, name: str) -> ReferenceScores | None:
         return D4RL.get(name) or super().reference_scores(name)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -38,14 +38,14 @@ class PointMaze(Domain):
 
     def expert(self, name: str, env: gym.Env) -> Policy:
         """Follow the shortest path, from one of its turns to the next, by PD control of the position."""
-        maze = env.unwrapped.simulator.maze
-        goal = env.unwrapped.simulator.goal.copy()
+        simulator = cast("FlatPointMaze", env.unwrapped).simulator
+        maze, goal = simulator.maze, simulator.goal.copy()
         waypoints = _waypoints(maze.maze_map, tuple(maze.cell_xy_to_rowcol(goal)))
 
         def act(observation: np.ndarray) -> np.ndarray:
             position, velocity = observation[:2], observation[2:4]
             waypoint = waypoints.get(tuple(maze.cell_xy_to_rowcol(position)))
-            target = goal if waypoint is None else maze.cell_rowcol_to_xy(waypoint)
+            target = goal if waypoint is None else maze.cell_rowcol_to_xy(np.array(waypoint))
             force = POSITION_GAIN * (target - position) - VELOCITY_GAIN * velocity
             return np.clip(force, -1.0, 1.0).astype(np.float32)
 
@@ -92,8 +92,8 @@ class FlatPointMaze(gym.Env):
         self.render_mode = render_mode
         if render_mode is not None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
-        maze_map = {"Large": maps.LARGE_MAZE, "Medium": maps.MEDIUM_MAZE, "UMaze": maps.U_MAZE}[name]
-        self.simulator = PointMazeEnv(maze_map, render_mode=render_mode, continuing_task=False)
+        mazes: dict[str, Any] = {"Large": maps.LARGE_MAZE, "Medium": maps.MEDIUM_MAZE, "UMaze": maps.U_MAZE}
+        self.simulator = PointMazeEnv(mazes[name], render_mode=render_mode, continuing_task=False)
         Path(self.simulator.tmp_xml_file_path).unlink(missing_ok=True)  # read by now, and left behind otherwise
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):

@@ -163,7 +163,7 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
     options = get_args(kind)
     if type(None) in options:
         return None if value is None else from_json(next(o for o in options if o is not type(None)), value, place)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         if unknown := sorted(map(str, value.keys() - hints.keys())):
             raise TypeError(f"there is no {place}{unknown[0]}")
@@ -177,7 +177,12 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
         return {name: from_json(options[1], own, f"{place}{name}.") for name, own in value.items()}
     if get_origin(kind) is Literal and isinstance(value, str) and value in options:
         return value
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+    if (
+        kind is float
+        and type(value) is not bool
+        and isinstance(value, int | float)
+        and abs(value) <= sys.float_info.max
+    ):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
@@ -195,6 +200,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays, or what numpy makes arrays of, by their names as a `.npz`, atomically."""
+    import numpy as np  # --help does without
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

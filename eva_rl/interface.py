@@ -76,8 +76,9 @@ class Interface:
     @property
     def parts_of_actions(self) -> tuple[ActionPart, ...]:
         """What an action consists of: one part, unless it is a Dict's or Tuple's."""
-        size = math.prod(self.action_shape)
-        return self.action_parts or (ActionPart(self.action_kind, size, self.choices),)
+        if self.action_kind == "parts":
+            return self.action_parts
+        return (ActionPart(self.action_kind, math.prod(self.action_shape), self.choices),)
 
     @property
     def sizes(self) -> tuple[tuple[Part, ...], str, int, tuple[int, ...], tuple[ActionPart, ...]]:

@@ -1,8 +1,12 @@
 """A run's base and adapter -> one checkpoint that needs no peft: `python -m eva_rl.merge run=...`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from eva_rl.config import MergeConfig, entry_point
+
+if TYPE_CHECKING:
+    from eva_rl.model.action_model import ActionModel
 
 
 @entry_point(MergeConfig, "merge")
@@ -21,8 +25,8 @@ def main(config: MergeConfig) -> None:
     if output.exists():
         raise UserError(f"'{output}' is there already: name another folder with output=..., or remove it.")
     base = load_base_of(folder, notes, "base", config.base)
-    base.model.connect(notes.interface, f"The adapter in '{folder}'")
-    merged = load_adapter(base.model, folder)
+    base.transformer.connect(notes.interface, f"The adapter in '{folder}'")
+    merged = cast("ActionModel", load_adapter(base.transformer, folder))
     save_base(output, merged, base.tasks | {notes.task: notes.statistics}, notes.task)
     if notes.task.startswith("minari/"):
         from eva_rl.data import names_environment

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium as gym
 import numpy as np
@@ -202,6 +202,17 @@ class PreparedEnv:
         return env
 
 
+def shape_of(space: gym.Space) -> tuple[int, ...]:
+    """The shape of a space of arrays.
+
+    Raises:
+        TypeError: of any other space, which has none.
+    """
+    if space.shape is None:
+        raise TypeError(f"{space} has no shape")
+    return space.shape
+
+
 def members_of(space: gym.Space) -> list[gym.Space]:
     """The members of a Dict or Tuple that have no members, in the order of the flat observation; any other space itself."""
     return [member for member, _ in leaves(space, None)]
@@ -217,28 +228,34 @@ def _alike(space: gym.Space, known: gym.Space) -> bool:
 
 def _reduced(space: gym.Space) -> gym.Space:
     """A picture that is larger than `LARGEST_PICTURE` reduced by the smallest whole factor that does."""
-    picture = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-    if not picture or isinstance(space, Prepared) or (len(space.shape) == 3 and space.shape[2] > 4):  # channels first
+    if not isinstance(space, gym.spaces.Box) or isinstance(space, Prepared):
+        return space
+    picture = space.dtype == np.uint8 and len(space.shape) in (2, 3)
+    if not picture or (len(space.shape) == 3 and space.shape[2] > 4):  # channels first
         return space
     block = -(-max(space.shape[:2]) // LARGEST_PICTURE)
     return Smaller(space, block) if block > 1 and min(space.shape[:2]) // block >= SMALLEST_IMAGE else space
 
 
-def _without_numbers(space: gym.Space) -> bool:
+def _without_numbers(space: gym.Space) -> TypeGuard[gym.spaces.Text]:
     return isinstance(space, gym.spaces.Text) and not isinstance(space, Words)
+
+
+def _needs_float64(space: gym.Space, values: Any) -> TypeGuard[gym.spaces.Box]:
+    return len(values) > 0 and bool(loses_digits(space, values).any())
 
 
 def _exact(space: gym.Space, members: list[gym.Space], episodes: Iterable[Any]) -> list[gym.Space]:
     """The members, those kept in float64 that an episode shows to need it."""
     for episode in episodes:
         shown = [values for _, values in leaves(space, episode)]
-        members = [Exact(m) if len(v) and loses_digits(m, v).any() else m for m, v in zip(members, shown, strict=True)]
+        members = [Exact(m) if _needs_float64(m, v) else m for m, v in zip(members, shown, strict=True)]
     return members
 
 
 def _with_words(space: gym.Space, members: list[gym.Space], episodes: Iterable[Any]) -> list[gym.Space]:
     """The members, their texts' words numbered as these observations have them."""
-    texts = [number for number, member in enumerate(members) if _without_numbers(member)]
+    texts = {number: member for number, member in enumerate(members) if _without_numbers(member)}
     counts: dict[int, Counter[str]] = {number: Counter() for number in texts}
     lengths = dict.fromkeys(texts, 1)
     for episode in episodes:
@@ -248,7 +265,7 @@ def _with_words(space: gym.Space, members: list[gym.Space], episodes: Iterable[A
                 words = words_of(text)
                 counts[number].update({word: times * n for word, n in Counter(words).items()})
                 lengths[number] = max(lengths[number], min(len(words), LONGEST))
-    found = {number: Words(members[number], _most_frequent(counts[number]), lengths[number]) for number in texts}
+    found = {number: Words(text, _most_frequent(counts[number]), lengths[number]) for number, text in texts.items()}
     return [found.get(number, member) for number, member in enumerate(members)]
 
 

@@ -15,7 +15,7 @@ def _folder(given: str) -> Path:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m eva_rl.report", description=__doc__.partition(":")[0] + ".")
+    parser = argparse.ArgumentParser("python -m eva_rl.report", description=(__doc__ or "").partition(":")[0] + ".")
     parser.add_argument("folders", nargs="+", type=_folder, help="folders with runs somewhere below them")
     parser.add_argument(
         "--output", type=_folder, help="where the report is written; report/ in the first folder by default"

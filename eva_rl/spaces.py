@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, Words, leaves, members_of
+from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, Words, leaves, members_of, shape_of
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -116,7 +116,7 @@ def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
     return Part("grid", shape, int(space.high.max()) + 1, channels_last)
 
 
-def _channels_first(shape: tuple[int, int, int]) -> bool:
+def _channels_first(shape: tuple[int, ...]) -> bool:
     """Whether a picture's channels are its first axis: where the last two make a square, or else it is shorter than the last.
 
     A square tells more than the lengths: a grid may have more kinds of things, a channel each, than rows.
@@ -170,8 +170,8 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
     numbers = np.asarray(observation)
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         numbers = numbers - space.start
-    leading = numbers.shape[: numbers.ndim - len(space.shape)]
-    return [numbers.reshape(*leading, math.prod(space.shape))]
+    shape = shape_of(space)
+    return [numbers.reshape(*numbers.shape[: numbers.ndim - len(shape)], math.prod(shape))]
 
 
 def one_number(value: Any) -> float | None:
@@ -190,8 +190,9 @@ def solved_in(info: Mapping[str, Any]) -> bool | None:
 
 def successes_in(infos: Mapping[str, Any] | None) -> np.ndarray | None:
     """Of an episode's infos, whether the task is solved in each state (T,); None where they do not say, or not in numbers."""
+    infos = infos or {}
     for name in SUCCESS:
-        if name in (infos or {}):
+        if name in infos:
             found = np.asarray(infos[name])
             known = found.size and found.dtype.kind in "biuf" and not np.isnan(found).any()
             return found if known else None
@@ -200,7 +201,7 @@ def successes_in(infos: Mapping[str, Any] | None) -> np.ndarray | None:
 
 def first_choice(space: gym.Space) -> Any:
     """What the choices of a space of choices are counted from."""
-    return 0 if isinstance(space, gym.spaces.MultiBinary) else space.start
+    return space.start if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) else 0
 
 
 def action_choices(space: gym.Space) -> tuple[int, ...]:
@@ -227,7 +228,7 @@ def action_choices(space: gym.Space) -> tuple[int, ...]:
     )
 
 
-def nested(space: gym.Space) -> bool:
+def nested(space: gym.Space) -> TypeGuard[gym.spaces.Dict | gym.spaces.Tuple]:
     """Whether the space has members."""
     return isinstance(space, gym.spaces.Dict | gym.spaces.Tuple)
 
@@ -244,12 +245,12 @@ def action_parts(space: gym.Space) -> tuple[ActionPart, ...]:
 def _action_part(space: gym.Space) -> ActionPart:
     choices = action_choices(space)
     kind = "discrete" if isinstance(space, gym.spaces.Discrete) else "multi_discrete" if choices else "continuous"
-    return ActionPart(kind, math.prod(space.shape), choices)
+    return ActionPart(kind, math.prod(shape_of(space)), choices)
 
 
 def action_numbers(space: gym.Space) -> int:
     """Numbers in the row of an action."""
-    return sum(math.prod(member.shape) for member in members_of(space))
+    return sum(math.prod(shape_of(member)) for member in members_of(space))
 
 
 def to_action(space: gym.Space, row: np.ndarray) -> Any:
@@ -259,7 +260,7 @@ def to_action(space: gym.Space, row: np.ndarray) -> Any:
     """
     if nested(space):
         members = members_of(space)
-        cuts = np.cumsum([math.prod(member.shape) for member in members])[:-1]
+        cuts = np.cumsum([math.prod(shape_of(member)) for member in members])[:-1]
         return assembled(space, map(to_action, members, np.split(row, cuts)))
     if isinstance(space, gym.spaces.Discrete):
         return space.start + int(row[0])
@@ -294,10 +295,10 @@ def action_rows(space: gym.Space, actions: Any) -> np.ndarray:
     """The rows (..., act) float64 of an environment's action, or of any number along leading axes."""
     columns = []
     for member, values in leaves(space, actions):
-        numbers = np.asarray(values, np.float64)
-        leading = numbers.shape[: numbers.ndim - len(member.shape)]
+        numbers, shape = np.asarray(values, np.float64), shape_of(member)
+        leading = numbers.shape[: numbers.ndim - len(shape)]
         numbers = numbers if isinstance(member, gym.spaces.Box) else numbers - first_choice(member)
-        columns.append(numbers.reshape(*leading, math.prod(member.shape)))
+        columns.append(numbers.reshape(*leading, math.prod(shape)))
     return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
 
 

@@ -24,7 +24,7 @@ while not over:
     window["step"][()] = step
     for name in window.keys() & now.keys():
         window[name][step] = now[name]
-    [action] = session.run(["action"], window)
+    action = np.asarray(session.run(["action"], window)[0])
     observation, reward, terminated, truncated, _ = env.step(action if action.ndim else int(action))
     for name, value in (("actions", action), ("rewards", reward)):
         if name in window:

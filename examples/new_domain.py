@@ -2,6 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from eva_rl.envs.domain import Domain
 
@@ -24,7 +25,7 @@ class Corridor(Domain):
     name, extra, tasks, splits = "corridor", "corridor", ("Walk",), {"train": ("Walk",)}
 
     def make(self, name, render_mode=None):
-        spec = gym.envs.registration.EnvSpec(f"corridor/{name}", f"{__name__}:CorridorEnv", max_episode_steps=20)
+        spec = EnvSpec(f"corridor/{name}", f"{__name__}:CorridorEnv", max_episode_steps=20)
         return gym.make(spec)
 
     def expert(self, name, env):

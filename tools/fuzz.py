@@ -174,11 +174,11 @@ def run_input(target: str, whole: Path, number: int, seed: int) -> tuple[str, st
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "input"
         shutil.copytree(whole, folder)
-        use, what = TARGETS[target].use, []
-        if TARGETS[target].words is None:
+        use, draw, what = TARGETS[target].use, TARGETS[target].words, []
+        if draw is None:
             what = [damaged(folder, rng) for _ in range(int(rng.integers(1, 4)))]
             return "; ".join(what), outcome(lambda: use(folder))
-        words = TARGETS[target].words(rng)
+        words = draw(rng)
         return " ".join(words), outcome(lambda: use(words))
 
 

@@ -184,11 +184,13 @@ def make_dataset(folder: Path) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     steps = {"rewards": np.ones(6), "terminations": np.arange(6) == 5, "truncations": np.zeros(6, bool)}
-    episodes = [
-        EpisodeBuffer(observations=rng.normal(size=(7, 3)), actions=rng.uniform(-1, 1, (6, 2)), **steps)
-        for _ in range(3)
-    ]
-    spaces = {
+
+    def episode() -> EpisodeBuffer:
+        columns: dict[str, Any] = {"observations": rng.normal(size=(7, 3)), "actions": rng.uniform(-1, 1, (6, 2))}
+        return EpisodeBuffer(**columns, **steps)
+
+    episodes = [episode() for _ in range(3)]
+    spaces: dict[str, Any] = {
         "observation_space": gym.spaces.Box(-10, 10, (3,), np.float64),
         "action_space": gym.spaces.Box(-1, 1, (2,), np.float64),
     }

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,9 +106,9 @@ SWAPS = {
 }  # fmt: skip
 
 
-def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What a node may become."""
-    changed = copy.deepcopy(node)
+def changes(node: ast.expr) -> Iterator[ast.expr]:
+    """What an expression may become."""
+    changed: Any = copy.deepcopy(node)
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
         changed.ops = [SWAPS[type(node.ops[0])]()]
     elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPS:
@@ -133,7 +134,7 @@ def mutants_of(path: Path, tests: tuple[str, ...]) -> Iterator[Mutant]:
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in _within(function):
-            if getattr(node, "lineno", 0) != getattr(node, "end_lineno", -1):
+            if not isinstance(node, ast.expr) or node.lineno != node.end_lineno:
                 continue
             for changed in changes(node):
                 line, text = node.lineno, lines[node.lineno - 1].encode()

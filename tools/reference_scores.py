@@ -25,7 +25,7 @@ from eva_rl.seeding import episode_rng, episode_seed
 SEED = 1000
 
 
-def measure(task: str, episodes: int) -> dict[str, float | list[float] | None]:
+def measure(task: str, episodes: int) -> dict[str, float | list[float | None] | None]:
     """Mean episode returns with their intervals, and how often the expert succeeds; those of `medium`, too, where there is one."""
     domain, name = envs.find_task(task)
     env = domain.make(name)
@@ -50,7 +50,10 @@ def measure(task: str, episodes: int) -> dict[str, float | list[float] | None]:
                 solved.append(success)
     found = {policy: mean(totals) for policy, totals in returns.items()}
     scores = {policy: round(estimate.mean, 2) for policy, estimate in found.items()}
-    scores |= {f"{policy}_interval": [round(e.low, 2), round(e.high, 2)] for policy, e in found.items()}
+    scores |= {
+        f"{policy}_interval": [None if end is None else round(end, 2) for end in (e.low, e.high)]
+        for policy, e in found.items()
+    }
     return scores | {"expert_success_rate": None if None in solved else round(float(np.mean(solved)), 3)}
 
 

@@ -35,7 +35,7 @@ def with_tasks_listed(word: str, splits: Callable[[], Mapping[str, Sequence[str]
     known = splits()  # imports the domains, which other words do without
     if known.keys().isdisjoint(names):
         return word
-    return f"{given.input_line.partition('=')[0]}={','.join(','.join(known.get(name, (name,))) for name in names)}"
+    return f"{word.partition('=')[0]}={','.join(','.join(known.get(name, (name,))) for name in names)}"
 
 
 def checked(config: Any) -> Any:

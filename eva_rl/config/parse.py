@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +20,7 @@ def parse(config: DictConfig, schema: type) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"'{missing[0]}' is not set: add {missing[0]}=... to the command line.")
-    built = _build(schema, OmegaConf.to_container(config, resolve=True), "")
+    built = _build(schema, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), "")
     if not 0 <= getattr(built, "seed", 0) < 2**63:
         raise UserError(f"seed={built.seed} was given where a whole number from 0 to 2**63 - 1 was expected.")
     return built
@@ -55,7 +55,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value is None or value == "None":  # as Python spells null
             return None
         hint = next(option for option in options if option is not type(None))
-    if is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, key + ".")
     if get_origin(hint) is tuple and isinstance(value, str | int | float) and not isinstance(value, bool):
         value = [value]  # one is a list of one
@@ -85,6 +85,7 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, hint in get_type_hints(schema).items():
         names.append(prefix + name)
-        for section in filter(is_dataclass, (hint, *get_args(hint))):
-            names += setting_names(section, f"{prefix}{name}.")
+        for section in (hint, *get_args(hint)):
+            if isinstance(section, type) and is_dataclass(section):
+                names += setting_names(section, f"{prefix}{name}.")
     return names

@@ -11,6 +11,7 @@ from eva_rl.config import ConvertConfig, entry_point
 if TYPE_CHECKING:
     from eva_rl.convert.conversion import Found
     from eva_rl.convert.episodes import Columns
+    from eva_rl.convert.taken import Column
 
 
 @entry_point(ConvertConfig, "convert")
@@ -81,7 +82,7 @@ def _show(found: Found) -> None:
         )
 
 
-def _pair(column: object) -> tuple[str, str]:
+def _pair(column: Column) -> tuple[str, str]:
     return f"{column.low:.4g}", f"{column.high:.4g}"
 
 

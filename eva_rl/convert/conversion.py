@@ -130,6 +130,7 @@ def _spaces(summary: Summary, actions: str | None, environment: str | None) -> t
         except Exception as error:
             raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
         try:
+            assert env.spec is not None, "it has no spec"
             env.spec.to_json()
         except Exception as error:
             raise UserError(

@@ -27,11 +27,12 @@ def _recognises(path: Path) -> bool:
 def _read(path: Path, columns: Columns) -> Iterator[Episode]:
     with opened(path) as file:
         data = file.get("data")
-        demos = [name for name in data if isinstance(data[name], h5py.Group)] if isinstance(data, h5py.Group) else []
+        members = {str(name): data[name] for name in data} if isinstance(data, h5py.Group) else {}
+        demos = {name: member for name, member in members.items() if isinstance(member, h5py.Group)}
         if not demos:
             raise UserError(f"'{path}' holds no group data/demo_0: name a file of robomimic's layout.")
         for demo in sorted(demos, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [0]):
-            found = arrays(data[demo])
+            found = arrays(demos[demo])
             wanted = {name for names in columns for name in matching(names or (), found)}
             after = {f"next_{name}" for name in wanted} & found.keys()
             values = {name: read(found[name], path, f"data/{demo}/{name}") for name in sorted(wanted)}
@@ -42,7 +43,9 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
     with opened(path) as file:
-        found = arrays(next(member for member in file["data"].values() if isinstance(member, h5py.Group)))
+        data = file["data"]
+        assert isinstance(data, h5py.Group), path  # or it would not have been read
+        found = arrays(next(member for member in data.values() if isinstance(member, h5py.Group)))
     if "states" not in found or "states" in matching(columns.observations or (), found):
         return []
     return [("states", "the simulator's own state; columns.observations=[states] takes it")]

@@ -39,9 +39,10 @@ def arrow_episodes(dataset: minari.MinariDataset, count: int) -> Iterator[minari
 
 
 def _infos(column: Any) -> dict[str, np.ndarray]:
-    names = {field.name for field in column.type} if column is not None else set()
+    if column is None:
+        return {}
     found = {}
-    for name in names & {*SUCCESS, EXPERT_ACTION}:
+    for name in {field.name for field in column.type} & {*SUCCESS, EXPERT_ACTION}:
         values = column.field(name).to_numpy(zero_copy_only=False)
         found[name] = np.stack(values) if values.dtype == object and isinstance(values[0], np.ndarray) else values
         if name in SUCCESS and found[name].ndim == 2 and found[name].shape[1] == 1:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import minari
@@ -29,7 +29,7 @@ import eva_rl
 from eva_rl.cores import GUARD, available_cores, one_core_each, refuse_while_imported
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError
-from eva_rl.files import make_folder, replacing
+from eva_rl.files import make_folder, replacing, write_arrays
 from eva_rl.seeding import episode_rng, episode_seed
 
 EXPERT_ACTION = "expert_action"
@@ -184,17 +184,16 @@ def _stage_episode(recipe: Recipe, episode: int, path: Path) -> None:
         terminations.append(bool(terminated))
         truncations.append(bool(truncated))
         successes.append(info.get("success", np.nan))
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            **_columns(env.observation_space, observations),  # (T + 1, ...)
-            actions=np.stack(actions),  # (T, ...)
-            expert_actions=np.stack(intended),  # (T, ...) before the noise
-            rewards=np.array(rewards),  # (T,)
-            terminations=np.array(terminations),
-            truncations=np.array(truncations),
-            success=np.array(successes, np.float32),  # (T + 1,), NaN where the environment does not say
-        )
+    columns = {
+        **_columns(env.observation_space, observations),  # (T + 1, ...)
+        "actions": np.stack(actions),  # (T, ...)
+        "expert_actions": np.stack(intended),  # (T, ...) before the noise
+        "rewards": np.array(rewards),  # (T,)
+        "terminations": np.array(terminations),
+        "truncations": np.array(truncations),
+        "success": np.array(successes, np.float32),  # (T + 1,), NaN where the environment does not say
+    }
+    write_arrays(path, columns)
 
 
 def _columns(space: gym.Space, observations: Sequence[Any], name: str = "observations") -> dict[str, np.ndarray]:
@@ -214,7 +213,7 @@ def _joined(space: gym.Space, columns: Mapping[str, np.ndarray], name: str = "ob
     return {key: _joined(member, columns, f"{name}/{key}") for key, member in space.items()}
 
 
-def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.random.Generator) -> np.ndarray:
+def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.random.Generator) -> np.ndarray | np.int64:
     """`action` with Gaussian noise (continuous), or replaced by a random one with probability `noise` (discrete)."""
     if noise == 0:
         return np.asarray(action, space.dtype)
@@ -230,7 +229,7 @@ def _perturbed(action: np.ndarray, noise: float, space: gym.Space, rng: np.rando
     raise UserError(f"Noise can't be added to actions of {space}: set noise=[0].")
 
 
-def _read_staged(recipe: Recipe, episode: int) -> dict[str, np.ndarray]:
+def _read_staged(recipe: Recipe, episode: int) -> dict[str, Any]:
     with np.load(_staged(recipe, episode), allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -242,8 +241,8 @@ def _assemble(recipe: Recipe) -> None:
     about = {
         "expert": f"{type(domain).__module__}.{type(domain).__name__}.expert",
         "recipe": asdict(recipe) | {"noise": list(recipe.noise)},
-        "success_rate": float(np.mean([b.infos["success"].max() > 0 for b in buffers])) if says else None,
-        "episode_return_mean": float(np.mean([b.rewards.sum() for b in buffers])),
+        "success_rate": float(np.mean([np.max((b.infos or {})["success"]) > 0 for b in buffers])) if says else None,
+        "episode_return_mean": float(np.mean([np.sum(b.rewards) for b in buffers])),
     }
     write_whole(recipe.dataset_id, buffers, about, **_described(recipe))
 
@@ -260,7 +259,8 @@ def write_whole(dataset_id: str, buffers: Iterable[EpisodeBuffer], about: Mappin
         with datasets_root_at(folder / "root"), warnings.catch_warnings():
             # Minari asks for an author, an address, a permalink and an environment; data made on the spot have none.
             warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
-            dataset = minari.create_dataset_from_buffers(dataset_id, buffers, **described)
+            # Minari asks for a list, and takes any iterable.
+            dataset = minari.create_dataset_from_buffers(dataset_id, cast("list[EpisodeBuffer]", buffers), **described)
             dataset.storage.update_metadata({**about, "eva_rl_version": eva_rl.__version__})
         os.replace(folder / "root" / dataset_id / "data", folder / "data")
         shutil.rmtree(folder / "root")

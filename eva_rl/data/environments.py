@@ -80,12 +80,12 @@ class DatasetEnvironment:
             self.spec = approved(spec_of(self.dataset_id), self.dataset_id, self.trust)
         try:
             try:
-                return self._made(render_mode)
+                return self._made(self.spec, render_mode)
             except Exception as error:
                 if isinstance(error, UserError) or not self.spec.additional_wrappers:
                     raise
                 self.spec = without(self.spec, self.spec.additional_wrappers, self.dataset_id, in_one_line(error))
-                return self._made(render_mode)
+                return self._made(self.spec, render_mode)
         except UserError:
             raise
         except Exception as error:
@@ -94,8 +94,8 @@ class DatasetEnvironment:
                 f"{in_one_line(error)[:300]}): install {_needed(self.dataset_id)}, or set episodes=0 to fine-tune without rollouts."
             ) from error
 
-    def _made(self, render_mode: str | None) -> gym.Env:
-        env = gym.make(self.spec, **({"render_mode": render_mode} if render_mode else {}))
+    def _made(self, spec: EnvSpec, render_mode: str | None) -> gym.Env:
+        env = gym.make(spec, render_mode=render_mode) if render_mode else gym.make(spec)
         return _as_recorded(env, deserialize_space(metadata_of(self.dataset_id)["observation_space"]))
 
 
@@ -210,7 +210,7 @@ def _ours(spec: EnvSpec) -> bool:
 
 
 def _registered(spec: EnvSpec) -> EnvSpec | None:
-    if spec.id not in gym.registry and spec.entry_point is not None:
+    if spec.id not in gym.registry and isinstance(spec.entry_point, str):
         package = spec.entry_point.partition(":")[0].partition(".")[0]
         if _builds_on_gymnasium(package):
             try:
@@ -223,9 +223,9 @@ def _registered(spec: EnvSpec) -> EnvSpec | None:
     return gym.registry.get(spec.id)
 
 
-def _is_here(entry_point: str | None) -> bool:
+def _is_here(entry_point: object) -> bool:
     """Whether there is a module to take the entry point from; it is not imported."""
-    if entry_point is None:
+    if not isinstance(entry_point, str):
         return False
     try:
         return find_spec(entry_point.partition(":")[0].partition(".")[0] or "?") is not None

@@ -112,17 +112,17 @@ def score_scale_of(dataset_id: str) -> tuple[float, float] | None:
     None, and a warning, where nothing can be measured by them: they are equal, or no finite numbers.
     """
     metadata = metadata_of(dataset_id)
-    scale = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None in scale:
+    lowest, highest = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if lowest is None or highest is None:
         return None
     try:
-        low, high = map(float, scale)
+        low, high = float(lowest), float(highest)
     except (TypeError, ValueError):
         low = high = math.nan
     if math.isfinite(low) and math.isfinite(high) and low != high:
         return low, high
     warnings.warn(
-        f"The dataset '{dataset_id}' states the reference scores {scale[0]} (random) and {scale[1]} (expert), where two different "
+        f"The dataset '{dataset_id}' states the reference scores {lowest} (random) and {highest} (expert), where two different "
         "numbers were expected: there are no normalized scores.",
         stacklevel=2,
     )

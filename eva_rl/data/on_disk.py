@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from eva_rl.data.trajectories import Trajectories, checked, joined_up
-from eva_rl.files import make_folder, replacing
+from eva_rl.files import make_folder, replacing, write_arrays
 from eva_rl.spaces import dtype_of, parts_of
 
 COLUMNS = ("actions", "rewards", "returns_to_go", "labels")
@@ -88,4 +88,4 @@ def _write(folder: Path, episodes: Iterable[Mapping[str, Any]]) -> None:
             solved.append(-1 if episode["success"] is None else int((episode["success"] > 0).any()))
     lengths = [len(part) for part in columns["rewards"]]
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
-    np.savez(folder / "columns.npz", lengths=lengths, solved=solved, **joined)
+    write_arrays(folder / "columns.npz", {"lengths": lengths, "solved": solved, **joined})

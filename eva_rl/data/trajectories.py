@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.interface import Interface, TaskStatistics
-from eva_rl.prepared import leaves, loses_digits, members_of
+from eva_rl.prepared import leaves, loses_digits, members_of, shape_of
 from eva_rl.spaces import (
     Part,
     action_choices,
@@ -63,7 +63,7 @@ class Trajectories:
         if count == len(self.lengths):
             return self
         kept = self.episode_returns.argsort(descending=True, stable=True)[:count].sort().values  # (count,)
-        rows = torch.cat([torch.arange(self.starts[e], self.starts[e + 1]) for e in kept.tolist()])
+        rows = torch.cat([torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in kept.tolist()])
         names = ("observations", "actions", "rewards", "returns_to_go", "labels")
         columns = {name: getattr(self, name) for name in names}
         return replace(
@@ -248,7 +248,7 @@ def _as_kept(actions: Any, space: gym.Space) -> np.ndarray:
     return action_rows(space, actions).astype(np.float32)
 
 
-def _members(space: gym.Space) -> list[tuple[Any, gym.Space]]:
+def _members(space: gym.spaces.Dict | gym.spaces.Tuple) -> list[tuple[Any, gym.Space]]:
     """The keys and spaces of a Dict or Tuple."""
     return list(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
 
@@ -348,7 +348,7 @@ def _action_scales(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, .
     """Centre and half-width of the range of each number in an action's row; 0 and 1 of choices."""
     actions = torch.cat([t.actions for t in trajectories]).double()
     members = members_of(trajectories[0].action_space)
-    columns = actions.split([math.prod(member.shape) for member in members], 1)
+    columns = actions.split([math.prod(shape_of(member)) for member in members], 1)
     mean, scale = [], []
     for member, own in zip(members, columns, strict=True):
         real = isinstance(member, gym.spaces.Box)

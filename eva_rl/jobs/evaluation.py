@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import Any, cast
 
 from eva_rl.adapter import load_adapter
 from eva_rl.config import EvaluateConfig, Plan, plan
@@ -26,6 +24,7 @@ from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.playing import Stage
 from eva_rl.library.serve import Adapters, adapters_of
 from eva_rl.model import find_adapter, load_base, load_base_of, load_notes, policy_in
+from eva_rl.model.action_model import ActionModel
 from eva_rl.rollout import Episodes, ForJobs, Job, Policy, Simulators, TargetReturn, check_spaces
 from eva_rl.run import (
     SCORES,
@@ -114,7 +113,7 @@ class Loaded:
     """A model that acts."""
 
     name: str
-    model: nn.Module
+    model: ActionModel
     known: Mapping[str, TaskStatistics]
     """The tasks it was trained on."""
     own: str | None = None
@@ -142,20 +141,20 @@ def load(asked: Asked) -> Loaded:
     folder = find_adapter(Path(config.adapter))
     notes = load_notes(folder)
     base = load_base_of(folder, notes, "checkpoint", config.checkpoint, device)
-    base.model.connect(notes.interface, f"The adapter in '{folder}'")
-    model = load_adapter(base.model, folder)
+    base.transformer.connect(notes.interface, f"The adapter in '{folder}'")
+    model = cast("ActionModel", load_adapter(base.transformer, folder))
     known = dict(base.tasks) | {notes.task: notes.statistics}
     return Loaded(config.checkpoint or notes.base, model, known, notes.task)
 
 
 def jobs_of(asked: Asked, loaded: Loaded) -> Sequence[Job]:
     """The episodes to play: of each task, for each return asked for, one for each seed."""
-    config, embedders = asked.config, loaded.model.embedders
+    config = asked.config
     return [
         Job(source.task, source.make_env, seed, target)
         for source in asked.sources
         for target in asked.target.wanted(
-            source.task, loaded.known.get(source.task), embedders[source.interface].tokens
+            source.task, loaded.known.get(source.task), loaded.model.embedder_of(source.interface).tokens
         )
         for seed in evaluation_seeds(source.task, config.seed, config.episodes)
     ]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -144,8 +144,7 @@ def _finetune(asked: Asked, simulators: Simulators) -> None:
         show_start(asked, adapter, zero_shot, tensorboard)
         losses = trained(asked, learner, adapter, player, record, tensorboard)
         save(asked, base, task, learner, adapter, record)
-        policy = adapter.merged() if adapter else learner.model
-        finish(asked, policy, player, record, losses, tensorboard)
+        finish(asked, _acting(learner.model, adapter), player, record, losses, tensorboard)
     print(f"tensorboard --logdir {asked.run.folder}")
 
 
@@ -311,7 +310,7 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
     """The base with an embedder and a head for the task, or an untrained network in its place."""
     config, method = asked.config, asked.config.adapter
     torch.manual_seed(config.seed)
-    model, interface = base.model, interface_of(task.source.interface, [task.trajectories])
+    model, interface = base.transformer, interface_of(task.source.interface, [task.trajectories])
     if method.network == "base":
         fresh_modules, known_tasks = model.connect(interface, f"The dataset '{task.dataset_id}'"), base.tasks
     else:
@@ -324,6 +323,7 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
     total_parameters = sum(p.numel() for p in model.parameters())
     peft_config = None
     if method.config is not None:
+        assert isinstance(model, DecisionTransformer), method.network  # adapters are the base's
         model.check_token(asked.tokens, interface.name)
         size = method.budget, method.rank, method.tolerance, method.sizes
         peft_config = within_budget(model, method.peft_config, *size)
@@ -339,7 +339,7 @@ def _nearest_task(
 
     The one already there is that of a fine-tuned base's own task, or what pretraining made of windows of no named task.
     """
-    embedder, tasks = model.embedders[interface], model.interfaces[interface].tasks
+    embedder, tasks = model.embedder_of(interface), model.interfaces[interface].tasks
     if not tasks:
         return ()
     batch, vector = sampler.spread(0).to(asked.device), embedder.task.weight
@@ -405,6 +405,7 @@ def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopw
             model.get_submodule(name).requires_grad_()
     adapter = None
     if learner.peft_config is not None:
+        assert isinstance(model, DecisionTransformer), method.network  # see `connected`
         with clock("init"):
             data = TaskData(
                 (learner.sampler.spread(n).to(asked.device) for n in count()),
@@ -412,7 +413,7 @@ def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopw
                 model.loss,
                 method.start_batches,
                 progress=True,
-                forward=lambda observed, batch: observed.as_trained(batch, tokens),
+                forward=lambda observed, batch: cast("DecisionTransformer", observed).as_trained(batch, tokens),
             )
             fresh = learner.fresh_modules + learner.task_vector
             few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
@@ -485,11 +486,13 @@ def trained(
 ) -> TrainingResult:
     """Train what is trainable, and score it on the way where that was asked for."""
     config, model = asked.config, learner.model
+    on_all = None if asked.allocator is None else asked.allocator.on_all
+    whole = None if adapter or on_all is None else on_all(model)
     rules = Rules(
         asked.recipe,
         config.adapter.ratios,
         dict.fromkeys(learner.fresh_modules + learner.task_vector, config.fresh_learning_rate),
-        adapter.companion if adapter else asked.allocator.on_all(model) if asked.allocator else None,
+        adapter.companion if adapter else whole,
         adapter.frozen() if adapter else {},
     )
     saves = Saves(asked.run.checkpoints, bool(config.resume), asked.run.identity)
@@ -507,7 +510,7 @@ def _evaluation(
     """What scores the model while it is trained, and adds that to the learning curve."""
 
     def evaluate(step: int) -> Mapping[str, float]:
-        found = player.play(adapter.merged() if adapter else model)
+        found = player.play(_acting(model, adapter))
         record.curve[str(step)] = found
         record.write()
         return to_scalars(found)
@@ -527,6 +530,11 @@ def save(
     elif record.facts["trainable_parameters"]:
         known = dict(learner.known_tasks) | {config.task: task.statistics}
         save_base(asked.run.folder / "model", model, known, config.task)
+
+
+def _acting(model: ActionModel, adapter: Adapter | None) -> ActionModel:
+    """The model as it acts: with an adapter, a copy that has it in its weights."""
+    return model if adapter is None else cast("ActionModel", adapter.merged())
 
 
 def finish(

@@ -37,11 +37,9 @@ class Stage:
         make_policy: ForJobs | None = None,
     ) -> Episodes:
         """One episode for each job, see `rollout`. `make_policy`: None: of the model."""
-        make_policy, own = make_policy or policy_of(model, interface), model.interfaces[interface]
+        policies, own = make_policy or policy_of(model, interface), model.interfaces[interface]
         with autocast(self.precision, self.device):
-            return rollout(
-                make_policy, own, jobs, simulators, self.device, label, finished, self.max_steps, self.longest
-            )
+            return rollout(policies, own, jobs, simulators, self.device, label, finished, self.max_steps, self.longest)
 
     def film(
         self,

@@ -107,7 +107,8 @@ def asked_for(config: PretrainConfig, group: Processes) -> Asked:
     for name in config.tokens or ():
         if name not in (known := {source.interface for source in sources}):
             raise UserError(f"tokens names the interface '{name}', which these tasks lack. {did_you_mean(name, known)}")
-    device = choose_device(config.device) if group.state is None else group.state.device
+    shared = None if group.state is None else group.state.device
+    device = choose_device(config.device) if shared is None else shared
     run = plan(config, "pretrain")
     check_run(config.steps, run.checkpoints, config.resume, run.identity)
     output = Path(config.output) if config.output else run.folder / "model"

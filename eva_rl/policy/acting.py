@@ -10,6 +10,7 @@ import numpy as np
 
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.model import policy_of
+from eva_rl.prepared import shape_of
 from eva_rl.rollout import Actor, TargetReturn
 from eva_rl.spaces import action_row, action_rows, flatten, nested, parts_of, to_action, together
 
@@ -82,7 +83,7 @@ class ActingPolicy:
         self._begin(self._target.size)
 
     def _returns(self, asked: TargetReturn) -> float:
-        [found] = asked.wanted(self.task, self.statistics, self.model.embedders[self.interface.name].tokens)
+        [found] = asked.wanted(self.task, self.statistics, self.model.embedder_of(self.interface.name).tokens)
         return found
 
     def act(self, observation: Any) -> Any:
@@ -120,8 +121,8 @@ class ActingPolicy:
         if rewards.shape not in ((1,), (len(self._done),)) or not np.isfinite(rewards).all():
             raise UserError(f"The reward {reward} was given where {len(self._done)} finite numbers were expected.")
         if action is not None:
-            self._done = self._what_was_done(action)
-        self._actor.observe(self._done, np.full(len(self._done), rewards))
+            self._done = self._what_was_done(action, self._done)
+        self._running.observe(self._done, np.full(len(self._done), rewards))
         self._done = None
 
     def keep(self, episodes: Sequence[int]) -> None:
@@ -138,7 +139,13 @@ class ActingPolicy:
         if not numbers or not len(chosen) or chosen.min() < 0 or chosen.max() >= running:
             raise UserError(f"Episodes {list(episodes)} were to be kept, but there are {running}, numbered from 0.")
         self._settle()
-        self._actor.keep(chosen)
+        self._running.keep(chosen)
+
+    @property
+    def _running(self) -> Actor:
+        """The actor of the episodes that are running, which `reset` makes."""
+        assert self._actor is not None
+        return self._actor
 
     def _begin(self, episodes: int) -> None:
         targets = np.broadcast_to(self._target, (episodes,))
@@ -149,7 +156,7 @@ class ActingPolicy:
         """The actions' rows (n, act) for flat observations (n, obs)."""
         if self._actor is None:
             self.reset()
-        running = len(self._actor.wanted)
+        running = len(self._running.wanted)
         if len(rows) != running:
             if self._acted or self._target.size > 1:
                 raise UserError(
@@ -158,15 +165,15 @@ class ActingPolicy:
                 )
             self._begin(len(rows))
         self._settle()
-        chosen, self._acted = self._actor.act(rows), True
+        chosen, self._acted = self._running.act(rows), True
         self._done = np.stack([action_row(self.action_space, to_action(self.action_space, row)) for row in chosen])
         return chosen
 
-    def _what_was_done(self, action: Any) -> np.ndarray:
-        """The rows (n, act) of an action, or of a batch of them."""
+    def _what_was_done(self, action: Any, chosen: np.ndarray) -> np.ndarray:
+        """The rows (n, act) of an action, or of a batch of them, in the place of those that `act` chose."""
         if nested(self.action_space):
-            return self._parts_done(action)
-        expected = len(self._done), *self.action_space.shape
+            return self._parts_done(action, chosen)
+        expected = len(chosen), *shape_of(self.action_space)
         try:
             actions = np.asarray(action, np.float64).reshape(expected)
         except (TypeError, ValueError):
@@ -174,10 +181,10 @@ class ActingPolicy:
         space = self.action_space
         fits = (space.contains(one.astype(space.dtype)[()]) and (one % 1 == 0).all() for one in actions)
         if not np.isfinite(actions.astype(np.float32)).all() or not (isinstance(space, gym.spaces.Box) or all(fits)):
-            raise UserError(f"The action {action} was given where {len(self._done)} of {space} was expected.")
+            raise UserError(f"The action {action} was given where {len(chosen)} of {space} was expected.")
         return np.stack([action_row(self.action_space, one) for one in actions])
 
-    def _parts_done(self, action: Any) -> np.ndarray:
+    def _parts_done(self, action: Any, chosen: np.ndarray) -> np.ndarray:
         """The same, of actions of several parts."""
         try:
             rows = np.atleast_2d(action_rows(self.action_space, action))
@@ -187,11 +194,9 @@ class ActingPolicy:
         except NO_OBSERVATION:
             rows = kept = np.zeros((0, 0))
             fits = False
-        chosen = [bool(part.choices) for part in self.interface.action_parts for _ in range(part.size)]
-        if not fits or rows.shape != self._done.shape or (rows != kept)[:, chosen].any():
-            raise UserError(
-                f"The action {action} was given where {len(self._done)} of {self.action_space} was expected."
-            )
+        choices = [bool(part.choices) for part in self.interface.action_parts for _ in range(part.size)]
+        if not fits or rows.shape != chosen.shape or (rows != kept)[:, choices].any():
+            raise UserError(f"The action {action} was given where {len(chosen)} of {self.action_space} was expected.")
         return rows
 
     def _settle(self) -> None:

@@ -17,7 +17,7 @@ from eva_rl.batch import Batch
 from eva_rl.errors import UserError
 from eva_rl.files import replacing
 from eva_rl.policy.acting import ActingPolicy
-from eva_rl.prepared import Exact, Prepared, Words
+from eva_rl.prepared import Exact, Prepared, Words, shape_of
 from eva_rl.spaces import first_choice, nested
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -39,7 +39,7 @@ class Window(nn.Module):
         self.model, self.interface, self.space = policy.model, policy.interface, policy.action_space
         self.context = policy.model.config.context
         self.leaves = dict(leaves(policy.observation_space, "observations"))
-        tokens = policy.model.embedders[self.interface.name].tokens
+        tokens = policy.model.embedder_of(self.interface.name).tokens
         self.acts = dict(leaves(self.space, "actions"))
         past = {"action": self.acts, "reward": {"rewards": NUMBER}, "return": {"returns_to_go": NUMBER}}
         self.past = {name: space for kind in tokens if kind != "state" for name, space in past[kind].items()}
@@ -83,7 +83,7 @@ class Window(nn.Module):
             interface=self.interface.name,
         )
         predicted = self.model(batch)[0].index_select(0, step.reshape(1))[0]  # (act,)
-        chosen = self.model.embedders[self.interface.name].greedy(predicted)
+        chosen = self.model.embedder_of(self.interface.name).greedy(predicted)
         if not nested(self.space):
             return _action(self.space, chosen)
         columns = chosen.split([part.size for part in self.interface.action_parts])
@@ -93,7 +93,7 @@ class Window(nn.Module):
 def _action(space: gym.Space, chosen: Tensor) -> Tensor:
     """As `eva_rl.spaces.to_action`, of a space without members."""
     if not isinstance(space, gym.spaces.Box):
-        return (chosen.long() + torch.as_tensor(first_choice(space))).reshape(space.shape)
+        return (chosen.long() + torch.as_tensor(first_choice(space))).reshape(shape_of(space))
     low, high = (torch.as_tensor(side.reshape(-1).astype(np.float32)) for side in (space.low, space.high))
     return torch.maximum(torch.minimum(chosen, high), low).reshape(space.shape)
 
@@ -114,7 +114,7 @@ def leaves(space: gym.Space, name: str) -> Iterator[tuple[str, gym.Space]]:
 
 
 def _shape(space: gym.Space) -> tuple[int, ...]:
-    return space.seen if isinstance(space, Prepared) else space.shape
+    return space.seen if isinstance(space, Prepared) else shape_of(space)
 
 
 def _type(space: gym.Space) -> torch.dtype:
@@ -167,6 +167,7 @@ def _as_onnx(program: torch.export.ExportedProgram, window: Window) -> Any:
 
         names = {"input_names": list(window.names), "output_names": list(window.outputs)}
         found = torch.onnx.export(program, **names, dynamo=True, verbose=False, optimize=True)
+        assert found is not None  # dynamo=False alone gives nothing
         return found.model_proto
     except ImportError as error:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import gymnasium as gym
 
@@ -71,24 +72,25 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
 
         notes = load_notes(folder)
         found = load_base_of(folder, notes, "base", base)
-        found.model.connect(notes.interface, f"The adapter in '{folder}'")
-        model, own, name = load_adapter(found.model, folder), notes.task, notes.interface.name
+        found.transformer.connect(notes.interface, f"The adapter in '{folder}'")
+        model = cast("ActionModel", load_adapter(found.transformer, folder))
+        own, own_name = notes.task, notes.interface.name
         known = found.tasks | {own: notes.statistics}
     else:
         found = load_base(str(folder))
-        model, own, known, name = found.model, found.task, found.tasks, None
+        model, own, known, own_name = found.model, found.task, found.tasks, None
     task = task or own or (next(iter(known)) if len(known) == 1 else None)
     if task is None:
         such = f", such as task='{min(known)}'" if known else ""
         raise UserError(f"'{path}' knows {counted(len(known), 'task')}: say in which of them to act{such}.")
-    if not (task == own and name):
-        name = _interface_of(task, model, task in known or task == own)
+    name = own_name if task == own else None
+    name = name or _interface_of(task, model, task in known or task == own)
     if name not in model.interfaces:
         hint = did_you_mean(task, known)
         raise UserError(f"'{path}' can't act in '{task}', of whose observations it knows nothing. {hint}".rstrip())
     number = model.interfaces[name].number_of(task)
     if task != own and number >= 0:  # a fine-tuned model has its task's vector in force
-        model.embedders[name].begin_task(number)
+        model.embedder_of(name).begin_task(number)
     return Trained(model.eval(), task, model.interfaces[name], known.get(task), folder)
 
 
@@ -125,20 +127,23 @@ def _interface_of(task: str, model: ActionModel, known: bool) -> str:
     return domain.interface(name)
 
 
-def _spaces(trained: Trained, *given: gym.Space | None) -> tuple[gym.Space, gym.Space]:
+def _spaces(
+    trained: Trained, observation_space: gym.Space | None, action_space: gym.Space | None
+) -> tuple[gym.Space, gym.Space]:
     """The environment's spaces: those given, or else those that the checkpoint knows."""
     text, name = trained.interface.spaces, trained.interface.name
-    if not text and None in given:
+    if text:
+        try:
+            known, known_actions = spaces_from_text(text)
+        except ValueError as error:
+            raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
+        observation_space = known if observation_space is None else prepared_as(observation_space, known)
+        action_space = known_actions if action_space is None else action_space
+    if observation_space is None or action_space is None:
         raise UserError(
             f"'{trained.folder}' is older than the spaces in checkpoints, and does not know those of its interface '{name}': give "
             "observation_space=env.observation_space and action_space=env.action_space."
         )
-    try:
-        known = spaces_from_text(text) if text else given
-    except ValueError as error:
-        raise UserError(f"'{trained.folder}' is damaged: its interface '{name}' has {error}.") from error
-    observation_space, action_space = (own if own is not None else kept for own, kept in zip(given, known, strict=True))
-    observation_space = prepared_as(observation_space, known[0])
     found = parts_of(observation_space), action_choices(action_space), action_parts(action_space)
     if found != (trained.interface.parts, trained.interface.choices, trained.interface.action_parts):
         raise UserError(

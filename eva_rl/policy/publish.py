@@ -108,8 +108,8 @@ def staged(path: str, repo: str, base: str | None) -> Iterator[Path]:
                     f"The adapter in '{folder}' belongs to the base '{where}', which others don't have: publish that first, and "
                     "name its repository with base=owner/name."
                 )
-            found.model.connect(notes.interface, f"The adapter in '{folder}'")
-            _check_adapter(found.model, folder)
+            found.transformer.connect(notes.interface, f"The adapter in '{folder}'")
+            _check_adapter(found.transformer, folder)
             _copy(folder, target, ADAPTER_FILES)
             write_json(target / NOTES, read_json(folder / NOTES) | {"base": where})
             settings = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": where}

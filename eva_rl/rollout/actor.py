@@ -21,6 +21,7 @@ class Policy(Protocol):
 
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
         """(n, obs), (n,) -> actions in the environment's units (n, *action_shape), choices numbered from 0."""
+        ...
 
     def record(self, actions: Tensor, rewards: Tensor) -> None:
         """What was done in the end (clipped to the environment's space), and what it earned (n,)."""
@@ -44,7 +45,11 @@ class Actor:
     """
 
     def __init__(
-        self, policy: Policy, interface: Interface, target_returns: Sequence[float], device: torch.device | str = "cpu"
+        self,
+        policy: Policy,
+        interface: Interface,
+        target_returns: Sequence[float] | np.ndarray,
+        device: torch.device | str = "cpu",
     ):
         self.policy, self.interface, self.device = policy, interface, device
         self.wanted = np.array(target_returns, np.float64)  # (n,)

@@ -96,11 +96,7 @@ class Stage:
                 continue
             with _named(job, f"at step {self.steps}"):
                 observation, reward, terminated, truncated, info = env.step(self._action(row, env.action_space))
-                earned = one_number(reward)
-                if earned is None or not np.isfinite(earned):
-                    what = "that is NaN or infinite" if np.size(reward) == 1 else f"of shape {np.shape(reward)}"
-                    raise UserError(f"returned a reward {what}")
-                board.rewards[row] = earned
+                board.rewards[row] = _earned(reward)
                 board.ended[row] = terminated or truncated
                 self._show(row, env, observation, info)
 
@@ -133,6 +129,14 @@ class Stage:
         except Exception as error:  # noqa: BLE001 (its episodes are over, or broke off with an error that counts)
             what = f"raised {type(error).__name__} when it was closed: {in_one_line(error)}"
             warnings.warn(f"The environment of '{key[0]}' {what}.", stacklevel=2)
+
+
+def _earned(reward: Any) -> float:
+    found = one_number(reward)
+    if found is None or not np.isfinite(found):
+        what = "that is NaN or infinite" if np.size(reward) == 1 else f"of shape {np.shape(reward)}"
+        raise UserError(f"returned a reward {what}")
+    return found
 
 
 class _named:

@@ -33,11 +33,7 @@ class TargetReturn:
     asked: str | None = None
 
     def __post_init__(self) -> None:
-        if (
-            self.asked in (None, "auto", "max", "sweep")
-            or self._quantile() is not None
-            or _number(self.asked) is not None
-        ):
+        if self.asked in (None, "auto", "max", "sweep") or self._quantile() is not None or self.known:
             return
         raise UserError(
             f"target_return={self.asked} was given where auto, max, a quantile such as q0.9, a number or sweep was expected."
@@ -47,6 +43,10 @@ class TargetReturn:
         share = _number(self.asked[1:]) if self.asked and self.asked.startswith("q") else None
         return share if share is not None and 0 <= share <= 1 else None
 
+    def _given(self) -> float | None:
+        """The number that was asked for, if it is one."""
+        return None if self.asked is None else _number(self.asked)
+
     @property
     def sweeps(self) -> bool:
         return self.asked == "sweep"
@@ -54,7 +54,7 @@ class TargetReturn:
     @property
     def known(self) -> bool:
         """Whether it is a number, for which no trajectories need to be known."""
-        return self.asked is not None and _number(self.asked) is not None
+        return self._given() is not None
 
     def wanted(self, task: str, statistics: TaskStatistics | None, tokens: Sequence[str]) -> list[float]:
         """`returns` for a model that reads these tokens; where it reads no returns and nothing is known of them, 0, which it ignores.
@@ -71,8 +71,8 @@ class TargetReturn:
         Raises:
             UserError: if the statistics do not say.
         """
-        if self.known:
-            return [_number(self.asked)]
+        if (number := self._given()) is not None:
+            return [number]
         if statistics is None:
             raise UserError(
                 f"Nothing is known of trajectories of '{task}', and so not what return to ask for: set target_return to a number, or "

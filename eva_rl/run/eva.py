@@ -70,7 +70,7 @@ def _colour(axes: Axes, table: np.ndarray) -> None:
         return
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            dark = image.norm(value) < 0.6
+            dark = np.asarray(image.norm(value)) < 0.6
             axes.text(
                 column, row, f"{value:g}", ha="center", va="center", fontsize=13, color="white" if dark else "black"
             )

@@ -19,9 +19,20 @@ Scores = dict[str, Estimate | None]
 class Played(Protocol):
     """Finished episodes."""
 
-    returns: np.ndarray  #: (n,)
-    successes: np.ndarray | None  #: (n,)
-    solved_at_end: np.ndarray | None  #: (n,)
+    @property
+    def returns(self) -> np.ndarray:
+        """(n,)"""
+        ...
+
+    @property
+    def successes(self) -> np.ndarray | None:
+        """(n,)"""
+        ...
+
+    @property
+    def solved_at_end(self) -> np.ndarray | None:
+        """(n,)"""
+        ...
 
 
 def scores(episodes: Played | None, scale: tuple[float, float] | None) -> Scores:
@@ -43,17 +54,16 @@ def failures_counted(found: Sequence[Scores]) -> list[Scores]:
     Some environments say `success` only where there is one, so that a policy which never succeeds is told nothing about it. What a
     task has is therefore decided over all that was played of it.
     """
-    return [
-        own | {name: proportion(np.zeros(own["episode_return"].n, bool)) for name in _unsaid(own, found)}
-        for own in found
-    ]
+    return [own | _failures(own, found) for own in found]
 
 
-def _unsaid(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rates that these scores lack and others of the same task have; none where nothing was rolled out."""
-    if own["episode_return"] is None:
-        return []
-    return [name for name in RATES if own[name] is None and any(other[name] is not None for other in others)]
+def _failures(own: Scores, others: Sequence[Scores]) -> Scores:
+    """The rates that these scores lack and others of the same task have, as 0; none where nothing was rolled out."""
+    played = own["episode_return"]
+    if played is None:
+        return {}
+    unsaid = [name for name in RATES if own[name] is None and any(other[name] is not None for other in others)]
+    return {name: proportion(np.zeros(played.n, bool)) for name in unsaid}
 
 
 def to_json(found: Scores) -> dict[str, Any]:

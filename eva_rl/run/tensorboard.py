@@ -10,6 +10,7 @@ from eva_rl.run.result import RunResult, flat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard:
@@ -30,10 +31,11 @@ class TensorBoard:
 
     def animation(self, name: str, step: int, gif: bytes, size: tuple[int, int]) -> None:
         """An animated GIF of this width and height; the browser plays it among the images."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        # protobuf makes the class when it is imported.
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        _add(self.writer, Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def text(self, name: str, markdown: str) -> None:
         self.writer.add_text(name, markdown)
@@ -47,13 +49,18 @@ class TensorBoard:
             for name, value in flat(result.settings).items()
         }
         for summary in hparams(made, outcome(result)):
-            self.writer.file_writer.add_summary(summary)
+            _add(self.writer, summary)
 
     def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.writer.close()
+
+
+def _add(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
+    assert writer.file_writer is not None  # until it is closed
+    writer.file_writer.add_summary(summary, step)
 
 
 def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
@@ -72,7 +79,7 @@ def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
         name = f"{number:04d}-{result.adapter}-{result.task.replace('/', '-')}-{result.seed}"
         with SummaryWriter(str(folder / name)) as writer:
             for summary in (columns, start, end):
-                writer.file_writer.add_summary(summary)
+                _add(writer, summary)
             for score, value in scores.items():
                 writer.add_scalar(score, value)
 

@@ -45,7 +45,8 @@ class Tracked(TensorBoard):
     """TensorBoard, and a tracker that is told the same."""
 
     def __init__(self, name: str, run_dir: Path, settings: Mapping[str, Any]):
-        self.tracker = _started(name, run_dir, {key: _plain(value) for key, value in flat(settings).items()})
+        # accelerate's base class declares little of what its trackers have.
+        self.tracker: Any = _started(name, run_dir, {key: _plain(value) for key, value in flat(settings).items()})
         super().__init__(run_dir)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -58,7 +59,7 @@ class Tracked(TensorBoard):
             if self.tracker.name == "mlflow":
                 self.tracker.log_figure(figure, f"{name}-{step}.png")
             elif self.tracker.name == "trackio":
-                import trackio
+                import trackio  # pyright: ignore[reportMissingImports] (no dependency)
 
                 self.tracker.log({name: trackio.Image(_pixels(figure))}, step=step)
             else:
@@ -72,7 +73,7 @@ class Tracked(TensorBoard):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         if error[0] is not None and self.tracker.name == "mlflow":  # accelerate has no word for a run that failed
-            import mlflow
+            import mlflow  # pyright: ignore[reportMissingImports] (no dependency)
 
             mlflow.end_run("FAILED")
         elif error[0] is not None and self.tracker.name == "wandb":

@@ -16,7 +16,7 @@ from eva_rl.run.intervals import Estimate
 DRAWS = 2000
 """Bootstrap samples of an interval, and exchanges of a permutation test."""
 
-Runs = Mapping[str, Sequence[float]]
+Runs = Mapping[str, Sequence[float] | np.ndarray]
 """Each task's scores, a run each; those of two methods that are compared in the same order of seeds."""
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(scores (..., n), weights (n,)) -> (...)."""
@@ -60,7 +60,7 @@ def stratified(runs: Runs, statistic: Statistic = average, seed: int = 0) -> Est
     return Estimate(center, min(float(low), center), max(float(high), center), len(whole))  # up to rounding
 
 
-def _student(variances: Sequence[float], freedoms: Sequence[int]) -> float:
+def _student(variances: Sequence[np.floating], freedoms: Sequence[int]) -> float:
     """How much wider Student's interval is than a normal's for a sum of estimates of these variances and degrees of freedom."""
     import scipy.stats  # half a second to import
 
@@ -92,7 +92,7 @@ def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estim
     """
     wins = {task: _wins(x, y) for task, x, y in _pairs(runs, others)}
     found = stratified(wins, seed=seed)
-    if found.low is None or not any(np.ptp(own) for own in wins.values()):
+    if found.low is None or found.high is None or not any(np.ptp(own) for own in wins.values()):
         return replace(found, low=None, high=None)
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -154,7 +154,7 @@ def improvement_plot(study: Study) -> Figure:
     sure = np.array([[told_apart(study, a, b) for b in names] for a in names])
     figure = Figure(figsize=(3 + 0.5 * len(names), 2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_array(grid, np.eye(len(names))), cmap="RdBu_r", vmin=0, vmax=1)
+    image = axes.imshow(np.ma.masked_array(grid, np.eye(len(names), dtype=bool)), cmap="RdBu_r", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), map(_plain, names), rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), map(_plain, names), fontsize=8)
     _numbers(axes, image, sure)
@@ -164,7 +164,7 @@ def improvement_plot(study: Study) -> Figure:
 
 def _spread(found: Sequence[Estimate]) -> np.ndarray:
     """How far the intervals reach below and above their means, (2, n); 0 where there is none."""
-    ends = [(e.mean, e.mean) if e.low is None else (e.low, e.high) for e in found]
+    ends = [(e.mean, e.mean) if e.low is None or e.high is None else (e.low, e.high) for e in found]
     return np.array([[e.mean - low, high - e.mean] for e, (low, high) in zip(found, ends, strict=True)]).T.clip(0)
 
 
@@ -206,7 +206,7 @@ def _color(name: str) -> str:
     return "C3" if name.startswith("eva") else "C0"
 
 
-def _styles() -> Iterator[dict[str, str]]:
+def _styles() -> Iterator[dict[str, Any]]:
     return (
         {
             "color": f"C{n % 10}",

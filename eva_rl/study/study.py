@@ -74,7 +74,7 @@ class Study:
     def estimate(self, runs: Runs, statistic: Statistic = average) -> Estimate:
         """A statistic of these runs' scores with its interval, which for success rates lies within 0 and 1."""
         found = stratified(runs, statistic)
-        if self.score != "success_rate" or found.low is None:
+        if self.score != "success_rate" or found.low is None or found.high is None:
             return found
         return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 

@@ -41,7 +41,7 @@ def _method_row(study: Study, name: str, best: str, goal: float | None) -> tuple
     """goal: the score that learning curves are measured by."""
     runs, own = study.methods[name], study.scores(name)
     areas, curve = study.areas(name), study.mean_curve(name)
-    measured = goal is not None and goal > 0 and len(curve) >= 3
+    mark = goal if goal is not None and goal > 0 and len(curve) >= 3 else None
     behind = (improvement(study, best, name), difference(study.scores(best), own)) if name != best else (None, None)
     return (
         name,
@@ -49,7 +49,7 @@ def _method_row(study: Study, name: str, best: str, goal: float | None) -> tuple
         study.estimate(own, interquartile_mean),
         *behind,
         None if areas is None else study.estimate(areas),
-        *(steps_in_words(curve, part * goal) if measured else None for part in (0.5, 0.9)),
+        *(None if mark is None else steps_in_words(curve, part * mark) for part in (0.5, 0.9)),
         f"{np.mean([run.trainable_parameters for run in runs]):,.0f}",
         f"{_seconds(runs, 'init'):.1f}",
         f"{_seconds(runs, 'train'):.0f}",

@@ -6,14 +6,17 @@ such a module would take most of the time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.files import replacing
+from eva_rl.files import write_arrays
+from eva_rl.prepared import shape_of
 
 Floats = NDArray[np.float64]
 
@@ -73,15 +76,24 @@ class State:
 
 def new_state(env: gym.Env) -> State:
     actions = env.action_space
-    outputs = int(actions.n) if isinstance(actions, gym.spaces.Discrete) else int(np.prod(actions.shape))
-    inputs = int(np.prod(env.observation_space.shape))
+    outputs = int(actions.n) if isinstance(actions, gym.spaces.Discrete) else math.prod(shape_of(actions))
+    inputs = math.prod(shape_of(env.observation_space))
     return State(np.zeros((outputs, inputs)), np.zeros(inputs), np.zeros(inputs))
+
+
+def time_limit(env: gym.Env) -> int:
+    """The steps after which the environment cuts an episode."""
+    limit = env.spec.max_episode_steps if env.spec is not None else None
+    assert limit is not None, env
+    return limit
 
 
 def play(env: gym.Env, policy: Floats, seed: int, limit: int, discrete: bool = False) -> tuple[float, Floats]:
     """The return of one episode of at most `limit` steps, and its observations (T, obs)."""
     weights, bias = policy[:, :-1], policy[:, -1]
-    low, high = (0, 0) if discrete else (env.action_space.low, env.action_space.high)
+    low, high = (
+        (env.action_space.low, env.action_space.high) if isinstance(env.action_space, gym.spaces.Box) else (0, 0)
+    )
     observation, _ = env.reset(seed=seed)
     seen, total, ended = [], 0.0, False
     while not ended and len(seen) < limit:
@@ -89,7 +101,7 @@ def play(env: gym.Env, policy: Floats, seed: int, limit: int, discrete: bool = F
         output = weights @ observation + bias
         action = int(output.argmax()) if discrete else np.minimum(np.maximum(output, low), high)
         observation, reward, terminated, truncated, _ = env.step(action)
-        total += reward
+        total += float(reward)
         ended = terminated or truncated
     return total, np.array(seen, np.float64)
 
@@ -99,7 +111,7 @@ def iterate(env: gym.Env, state: State, search: Search, seed: int) -> float:
     rng = np.random.default_rng((seed, state.iteration))
     deltas = rng.standard_normal((search.directions, *state.weights.shape))
     starts = rng.integers(2**30, size=search.directions)
-    limit = int(min(search.horizon + search.growth * state.iteration, env.spec.max_episode_steps))
+    limit = int(min(search.horizon + search.growth * state.iteration, time_limit(env)))
     returns, bonuses, seen = np.zeros((search.directions, 2)), np.zeros((search.directions, 2)), []
     for i, (delta, start) in enumerate(zip(deltas, starts, strict=True)):
         for j, sign in enumerate((1, -1)):
@@ -121,7 +133,7 @@ def iterate(env: gym.Env, state: State, search: Search, seed: int) -> float:
 def snapshot(env: gym.Env, state: State, search: Search, episodes: int = 3) -> float:
     """Keep the policy as it is now, with its mean return over some episodes."""
     policy = state.affine(state.weights)
-    limit = env.spec.max_episode_steps
+    limit = time_limit(env)
     # Neither the search's own seeds nor those that scores are reported on.
     returns = [play(env, policy, 2**31 - 1 - episode, limit, search.discrete)[0] for episode in range(episodes)]
     state.snapshots.append(policy)
@@ -131,13 +143,12 @@ def snapshot(env: gym.Env, state: State, search: Search, episodes: int = 3) -> f
 
 
 def save(path: Path, state: State) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: np.array(value) for name, value in vars(state).items()})
+    write_arrays(path, vars(state))
 
 
 def restore(path: Path) -> State:
     with np.load(path, allow_pickle=False) as stored:
-        fields = dict(stored)
-    numbers = {name: fields.pop(name).item() for name in ("count", "iteration", "steps")}
-    lists = {name: fields.pop(name) for name in ("snapshots", "scores", "at")}
-    return State(**fields, **numbers, **{name: list(value) for name, value in lists.items()})
+        fields: dict[str, Any] = dict(stored)
+    fields |= {name: fields[name].item() for name in ("count", "iteration", "steps")}
+    fields |= {name: list(fields[name]) for name in ("snapshots", "scores", "at")}
+    return State(**fields)

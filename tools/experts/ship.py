@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import gymnasium as gym
 import numpy as np
@@ -85,7 +86,7 @@ def ship(task: str, states: Sequence[Path], episodes: int) -> Choice:
     snapshots = Snapshots(every[..., :-1], every[..., -1], np.asarray(state.scores), 0)
 
     def measure(number: int) -> float:
-        return mean_return(env, task, snapshots.policy(number, env.action_space), episodes)
+        return mean_return(env, task, snapshots.policy(number, cast("gym.spaces.Box", env.action_space)), episodes)
 
     choice = choose(state.scores, measure, mean_return(env, task, None, episodes))
     tensors = {
