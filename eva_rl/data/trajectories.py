@@ -149,35 +149,14 @@ def checked(
     """
     number, labelled, lost = -1, None, set()
     for number, episode in enumerate(episodes):
-        name = f"Episode {number} of the dataset of '{task}'"
-        rewards, actions = np.asarray(episode["rewards"], np.float32), episode["actions"]
-        if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
-            rewards = rewards[:, 0]
-        _check_sizes(name, episode["observations"], actions, rewards, observation_space, action_space)
-        _check_choices(name, actions, action_space)
-        try:
-            observations = flatten(observation_space, episode["observations"])[: len(rewards)]
-        except UserError as error:
-            raise UserError(f"{name}: {error}.") from error
+        columns = _columns(f"Episode {number} of the dataset of '{task}'", episode, observation_space, action_space)
         lost |= set(_lost_digits(observation_space, episode["observations"]))
         if number == 0:
-            labelled = episode.get("labels") is not None
-        if labelled != (episode.get("labels") is not None):
+            labelled = "labels" in columns
+        if labelled != ("labels" in columns):
             raise UserError(
                 f"Some episodes of the dataset of '{task}' say what the expert meant and others don't: collect it again."
             )
-        actions = _as_kept(actions, action_space)
-        if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
-            raise UserError(f"{name} holds NaN or infinite numbers: remove it.")
-        columns = {
-            "observations": observations,
-            "actions": actions,
-            "rewards": rewards,
-            "returns_to_go": returns_to_go(rewards),
-            "success": None if episode.get("success") is None else np.asarray(episode["success"]),
-        }
-        if episode.get("labels") is not None:
-            columns["labels"] = _checked_labels(name, _as_kept(episode["labels"], action_space), actions)
         yield columns
     if number < 0:
         raise UserError(f"The dataset of '{task}' holds no episode: collect or download it again.")
@@ -188,6 +167,34 @@ def checked(
             "out.",
             stacklevel=2,
         )
+
+
+def _columns(
+    name: str, episode: Mapping[str, Any], observation_space: gym.Space, action_space: gym.Space
+) -> dict[str, Any]:
+    """One episode's columns, see `checked`; `name` is what a `UserError` calls it."""
+    rewards, actions = np.asarray(episode["rewards"], np.float32), episode["actions"]
+    if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
+        rewards = rewards[:, 0]
+    _check_sizes(name, episode["observations"], actions, rewards, observation_space, action_space)
+    _check_choices(name, actions, action_space)
+    try:
+        observations = flatten(observation_space, episode["observations"])[: len(rewards)]
+    except UserError as error:
+        raise UserError(f"{name}: {error}.") from error
+    actions = _as_kept(actions, action_space)
+    if not all(np.isfinite(values).all() for values in (observations, rewards, actions)):
+        raise UserError(f"{name} holds NaN or infinite numbers: remove it.")
+    columns = {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "returns_to_go": returns_to_go(rewards),
+        "success": None if episode.get("success") is None else np.asarray(episode["success"]),
+    }
+    if episode.get("labels") is not None:
+        columns["labels"] = _checked_labels(name, _as_kept(episode["labels"], action_space), actions)
+    return columns
 
 
 def _check_sizes(
