@@ -25,8 +25,7 @@ class Corridor(Domain):
     name, extra, tasks, splits = "corridor", "corridor", ("Walk",), {"train": ("Walk",)}
 
     def make(self, name, render_mode=None):
-        spec = EnvSpec(f"corridor/{name}", f"{__name__}:CorridorEnv", max_episode_steps=20)
-        return gym.make(spec)
+        return gym.make(EnvSpec(f"corridor/{name}", f"{__name__}:CorridorEnv", max_episode_steps=20))
 
     def expert(self, name, env):
         return lambda seen: np.clip(seen[1:] - seen[:1], -0.2, 0.2)
