@@ -50,6 +50,7 @@ from eva_rl.files import InUseError, alone_in, make_folder, write_json, write_te
 from eva_rl.interface import TaskStatistics
 from eva_rl.jobs.known import BATCHES, check_library, known_start
 from eva_rl.jobs.playing import Stage
+from eva_rl.library import Library
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name, load_base, save_base
 from eva_rl.model.action_model import ActionModel
 from eva_rl.rollout import Job, Simulators, TargetReturn, check_spaces, warn_if_far
@@ -416,9 +417,12 @@ def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopw
                 forward=lambda observed, batch: cast("DecisionTransformer", observed).as_trained(batch, tokens),
             )
             fresh = learner.fresh_modules + learner.task_vector
-            few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
-            known = model, learner.interface, task.trajectories, few, learner.peft_config
-            start = known_start(asked.config, *known, asked.start) if asked.config.start_from else asked.start
+            start = asked.start
+            if asked.config.start_from:
+                library = Library(asked.config.start_from, asked.config.base)
+                few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
+                found = task.trajectories, few, learner.peft_config
+                start = known_start(library, model, learner.interface, *found, otherwise=start)
             adapter = attach(model, learner.peft_config, data, None, fresh, start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):

@@ -45,7 +45,7 @@ def check_library(config: FinetuneConfig) -> None:
 
 @torch.no_grad()
 def known_start(
-    config: FinetuneConfig,
+    library: Library,
     model: ActionModel,
     interface: str,
     trajectories: Trajectories,
@@ -61,7 +61,6 @@ def known_start(
     Raises:
         UserError: if no adapter of the library has a sketch, or they belong to another base or interface.
     """
-    library = Library(config.start_from, config.base)
     nearest = library.which(trajectories).matches[0]
     folder = library.path(nearest.name)
     start = start_from([folder], [1.0])
@@ -69,7 +68,7 @@ def known_start(
     vector = load_file(folder / WEIGHTS).get(f"{PREFIX}embedders.{interface}.task.weight")
     before = _loss(trial, batches)
     if vector is not None:
-        trial.embedders[interface].task.weight.copy_(vector)
+        trial.embedder_of(interface).task.weight.copy_(vector)
     attach(trial, peft_config, start=start)
     after = _loss(trial, batches)
     told = f"the library's nearest adapter is {nearest.name}: loss {after:.4f}, the base's {before:.4f}"
@@ -77,7 +76,7 @@ def known_start(
         print(f"{told}, so that the adapter begins as it does without a library")
         return otherwise
     if vector is not None:
-        model.embedders[interface].task.weight.copy_(vector)
+        model.embedder_of(interface).task.weight.copy_(vector)
     print(f"{told}, so that the new adapter begins as that one")
     return start
 

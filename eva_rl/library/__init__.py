@@ -3,7 +3,10 @@
 Nothing is imported before it is asked for, so that the command answers `--help` at once.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eva_rl.library.index import Library
 
 __all__ = ["Library"]
 
