@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from eva_rl.errors import UserError
 
@@ -262,7 +262,7 @@ class OptimizerSettings:
         return {"make": make, **own}
 
 
-ADAMW = OptimizerSettings(
+ADAMW: Any = OptimizerSettings(
     name="adamw",
     rate=1.0,
     constant=False,
@@ -297,8 +297,28 @@ class AllocatorSettings:
         return instantiate(self.config)
 
 
-NO_ALLOCATOR = AllocatorSettings(name="none", config=None)
+NO_ALLOCATOR: Any = AllocatorSettings(name="none", config=None)
 """configs/allocator/none.yaml, the allocator of runs whose settings name none."""
+
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+
+    class Chosen(Generic[T]):
+        """A group of settings; in Python it may be given as a file's name or as a mapping of what is not as in its file."""
+
+        def __get__(self, instance: object, owner: Any = None) -> T: ...
+
+        def __set__(self, instance: object, value: T | str | Mapping[str, Any]) -> None: ...
+
+else:
+
+    class Chosen:
+        """What its settings are: see above, which type checkers read."""
+
+        def __class_getitem__(cls, kind: type) -> type:
+            return kind
 
 
 # What Python's callers leave open, `eva_rl.execute` reads in configs/, as the commands do.
@@ -324,9 +344,9 @@ class PretrainConfig:
     tokens: dict[str, Any] | None = None
     task_vectors: bool = False
     """Learn a vector for each task, added to its state tokens: fine-tuning begins with the one that fits the demonstrations best."""
-    model: ModelConfig = SMALL
+    model: Chosen[ModelConfig] = SMALL
     """In Python also the name of a file of `configs/model/`, or some of its settings in a dict."""
-    training: TrainingConfig = OWN
+    training: Chosen[TrainingConfig] = OWN
     """In Python also a dict of those that are not as in `configs/pretrain.yaml`."""
     steps: int = 4000
     seed: int = 0
@@ -335,7 +355,7 @@ class PretrainConfig:
     run_dir: str | None = None
     resume: bool = False
     output: str | None = None
-    optimizer: OptimizerSettings = ADAMW
+    optimizer: Chosen[OptimizerSettings] = ADAMW
     """In Python also the name of a file of `configs/optimizer/`."""
 
 
@@ -440,9 +460,9 @@ class FinetuneConfig:
     mirror: bool = True
     """Show half of the windows as in a mirror, where the task's domain knows its mirror image."""
     base: str = "mt40-small"
-    adapter: AdapterSettings = EVA
+    adapter: Chosen[AdapterSettings] = EVA
     """In Python also the name of a file of `configs/adapter/`."""
-    training: TrainingConfig = OWN
+    training: Chosen[TrainingConfig] = OWN
     """In Python also a dict of those that are not as in `configs/finetune.yaml`."""
     fresh_learning_rate: float = 3e-3
     """Of an embedder and head that the base does not have, whatever the method."""
@@ -462,9 +482,9 @@ class FinetuneConfig:
     tracker: str = "tensorboard"
     run_dir: str | None = None
     resume: bool | None = None
-    optimizer: OptimizerSettings = ADAMW
+    optimizer: Chosen[OptimizerSettings] = ADAMW
     """In Python also the name of a file of `configs/optimizer/`."""
-    allocator: AllocatorSettings = NO_ALLOCATOR
+    allocator: Chosen[AllocatorSettings] = NO_ALLOCATOR
     """In Python also the name of a file of `configs/allocator/`."""
     start_from: str | None = None
     """A library of adapters: LoRA begins as the nearest one, where that has the lower loss on the demonstrations."""

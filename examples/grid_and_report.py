@@ -13,8 +13,8 @@ def main() -> None:
     runs = []
     for adapter, seed in product(["bc", "lora", "eva"], [0, 1]):
         folder = str(FOLDER / adapter / str(seed))
-        job = eva_rl.Finetune(task="pointmaze/UMaze", demonstrations=5, seed=seed, run_dir=folder)
-        runs.append(eva_rl.execute(job, f"adapter={adapter}", *sys.argv[1:]))
+        job = eva_rl.Finetune(task="pointmaze/UMaze", demonstrations=5, adapter=adapter, seed=seed, run_dir=folder)
+        runs.append(eva_rl.execute(job, *sys.argv[1:]))
     for row in eva_rl.compare(runs):
         interval = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
         print(f"{row.method:>4}: {row.score.replace('_', ' ')} {row.mean:.2f}{interval} over {row.runs} runs")
