@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from libraries import make_run
+from safetensors.torch import load_file
 from torch import nn
 
 from eva_rl.batch import Batch
@@ -108,6 +109,21 @@ def test_every_method_learns_a_sequence_and_leaves_its_result(run, base, method)
     assert result["forward_transfer"] is None
     assert "average performance" in out
     assert Path("run/matrix.png").is_file()
+
+
+@pytest.mark.parametrize("method", ["ewc", "lora", "found"])
+def test_a_sequence_on_a_base_with_vectors_of_tasks_begins_with_the_nearest_and_trains_it(
+    run, dummy_domain, tmp_path, method
+):
+    base = make_run(tmp_path / "made", vectors=True) / "base"
+    status, _, err = run("continual.__main__", *QUICK, f"base={base}", f"method={method}", "run_dir=run")
+    assert status == 0, err
+    assert result_of("run")["status"] == "complete"
+    files = [Path("run/learned-1.safetensors"), *Path("run").glob("library/adapters/*/adapter_model.safetensors")]
+    [*learned] = [load_file(file) for file in files if file.is_file()]
+    assert len(learned) == (2 if method == "found" else 1)
+    for tensors in learned:
+        assert any("embedders.dummy.task" in name and tensor.any() for name, tensor in tensors.items())
 
 
 def test_an_interrupted_sequence_goes_on_and_ends_as_an_uninterrupted_one(run, base, monkeypatch):

@@ -191,6 +191,8 @@ def _attach(config: ContinualConfig) -> Callable[[DecisionTransformer, WindowSam
     def put_on(model: DecisionTransformer, sampler: WindowSampler) -> Adapter:
         import torch
 
+        from eva_rl.model.nearest import task_vector
+
         torch.manual_seed(config.seed)
         device = model.trunk.positions.weight.device
         peft_config = within_budget(
@@ -206,6 +208,7 @@ def _attach(config: ContinualConfig) -> Callable[[DecisionTransformer, WindowSam
             loss=model.loss,
             few=method.start_batches,
             forward=lambda observed, batch: observed.as_trained(batch, tokens),
+            fresh_modules=task_vector(model, sampler.interface),
         )
 
     return put_on

@@ -22,6 +22,7 @@ from eva_rl.files import replacing
 from eva_rl.library import Library
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name
 from eva_rl.model.action_model import ActionModel
+from eva_rl.model.nearest import begin_with_nearest, task_vector
 from eva_rl.training import Hooks, Rules, Saves, TrainingConfig, train
 
 METHODS = {
@@ -56,6 +57,13 @@ class Lessons:
     seed: int
     folder: Path
     """Of the run; a learner writes what it knows after each task below it."""
+
+    def beginner(self, number: int) -> DecisionTransformer:
+        """A copy of the base, with the vector of its task that is nearest to this one, where it has such vectors."""
+        model = copy.deepcopy(self.base.transformer)
+        if task_vector(model, self.stage.interface):
+            begin_with_nearest(model, self.sampler(number).spread(0).to(self.stage.device))
+        return model
 
     def sampler(self, *numbers: int, batch_size: int | None = None) -> WindowSampler:
         """Windows of these tasks."""
@@ -120,7 +128,7 @@ class Shared:
     """One model that all tasks are learned by, all of it or one adapter."""
 
     def __init__(self, lessons: Lessons):
-        self.lessons, self.model = lessons, copy.deepcopy(lessons.base.transformer)
+        self.lessons, self.model = lessons, lessons.beginner(0)
         self.adapter = lessons.attach(self.model, lessons.sampler(0)) if lessons.method == "lora" else None
         if self.adapter is None:  # else what trains is what `attach` left trainable
             self.model.requires_grad_(True)
@@ -208,7 +216,7 @@ class Alone:
 
     def learn(self, number: int) -> list[tuple[int, float]]:
         lessons = self.lessons
-        self.model = copy.deepcopy(lessons.base.transformer).requires_grad_(True)
+        self.model = lessons.beginner(number).requires_grad_(True)
 
         def score() -> float:
             return lessons.stage.score(number, self.model.eval())
@@ -233,7 +241,7 @@ class Apart:
 
     def learn(self, number: int) -> list[tuple[int, float]]:
         lessons, stage = self.lessons, self.lessons.stage
-        model = copy.deepcopy(lessons.base.transformer)
+        model = lessons.beginner(number)
         adapter = lessons.attach(model, lessons.sampler(number))
         curve = lessons.train(
             model, lessons.sampler(number).batch, number, lambda: stage.score(number, _merged(adapter))

@@ -53,6 +53,7 @@ from eva_rl.jobs.playing import Stage
 from eva_rl.library import Library
 from eva_rl.model import NOTES, AdapterNotes, Base, DecisionTransformer, base_name, load_base, save_base
 from eva_rl.model.action_model import ActionModel
+from eva_rl.model.nearest import begin_with_nearest, task_vector
 from eva_rl.rollout import Job, Simulators, TargetReturn, check_spaces, warn_if_far
 from eva_rl.run import (
     EVA_CLAIM,
@@ -332,31 +333,19 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
     return Learner(model, interface.name, fresh_modules, vector, known_tasks, sampler, total_parameters, peft_config)
 
 
-@torch.no_grad()
 def _nearest_task(
     asked: Asked, model: ActionModel, interface: str, sampler: WindowSampler | MirroredSampler
 ) -> tuple[str, ...]:
-    """Begin with the vector that predicts the demonstrations best: one of the base's tasks', or the one already there.
-
-    The one already there is that of a fine-tuned base's own task, or what pretraining made of windows of no named task.
-    """
-    embedder, tasks = model.embedder_of(interface), model.interfaces[interface].tasks
-    if not tasks:
-        return ()
-    batch, vector = sampler.spread(0).to(asked.device), embedder.task.weight
-    candidates = [vector.detach().clone(), *embedder.tasks.weight.detach()]  # each (d,)
-    losses = []
-    with autocast(asked.training.precision, asked.device):
-        for candidate in candidates:
-            vector.copy_(candidate)
-            losses.append(model.loss(batch).item())
-        nearest = min(range(len(losses)), key=losses.__getitem__)
-        vector.copy_(candidates[nearest])
-    if nearest:
-        print(f"of the base's tasks, {tasks[nearest - 1]} predicts the demonstrations best: its vector is the first")
-    else:
-        print("no task of the base predicts the demonstrations better than the vector that the base came with")
-    return (f"embedders.{interface}.task",)
+    """Begin with the task vector that predicts the demonstrations best; the name of its module, where there are such vectors."""
+    vector = task_vector(model, interface)
+    if vector:
+        with autocast(asked.training.precision, asked.device):
+            nearest = begin_with_nearest(model, sampler.spread(0).to(asked.device))
+        if nearest is None:
+            print("no task of the base predicts the demonstrations better than the vector that the base came with")
+        else:
+            print(f"of the base's tasks, {nearest} predicts the demonstrations best: its vector is the first")
+    return vector
 
 
 @dataclass(frozen=True)
