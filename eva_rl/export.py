@@ -11,7 +11,7 @@ def main(config: ExportConfig) -> None:
     from eva_rl.policy import SUFFIXES, export_policy, load_policy
 
     if config.format not in SUFFIXES:
-        raise UserError(f"format={config.format} was given where {' or '.join(SUFFIXES)} was expected.")
+        raise UserError(f"format must be {' or '.join(SUFFIXES)}, got {config.format}.")
     run = Path(config.run)
     folder = run if any((run / part).is_dir() for part in ("adapter", "model")) else Path()
     output = Path(config.output) if config.output is not None else folder / f"policy{SUFFIXES[config.format]}"

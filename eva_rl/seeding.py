@@ -29,7 +29,7 @@ def evaluation_seeds(task: str, seed: int, episodes: int) -> list[int]:
         UserError: if `episodes` is negative.
     """
     if episodes < 0:
-        raise UserError(f"episodes={episodes} was given where at least 0 was expected.")
+        raise UserError(f"episodes must be at least 0, got {episodes}.")
     return [episode_seed("evaluate", task, seed, episode) for episode in range(episodes)]
 
 

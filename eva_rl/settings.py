@@ -43,7 +43,7 @@ class ModelConfig:
                 "asked for; all must be positive and the width a multiple of the heads."
             )
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} was given where a number in [0, 1) was expected.")
+            raise UserError(f"dropout must be a number in [0, 1), got {self.dropout}.")
         unknown = set(self.tokens) - set(TOKENS)
         if unknown or "state" not in self.tokens or len(set(self.tokens)) < len(self.tokens):
             raise UserError(
@@ -76,7 +76,7 @@ class ModelConfig:
 def check_precision(precision: str) -> None:
     """Raise a `UserError` unless `autocast` knows this precision."""
     if precision not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"precision={precision} was given where auto, float32 or bfloat16 was expected.")
+        raise UserError(f"precision must be auto, float32 or bfloat16, got {precision}.")
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,12 @@ class TrainingConfig:
             ("accumulate", 1),
         ):
             if getattr(self, name) < least:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least {least} was expected.")
+                raise UserError(f"training.{name} must be at least {least}, got {getattr(self, name)}.")
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise UserError(f"training.{name}={getattr(self, name)} was given where at least 0 was expected.")
+                raise UserError(f"training.{name} must be at least 0, got {getattr(self, name)}.")
         if not self.gradient_clip > 0:
-            raise UserError(
-                f"training.gradient_clip={self.gradient_clip} was given where more than 0 was expected; inf clips nothing."
-            )
+            raise UserError(f"training.gradient_clip must be more than 0, got {self.gradient_clip}; inf clips nothing.")
 
 
 EVA_CHOICES = {
@@ -396,9 +394,7 @@ class AdapterSettings:
                 "or mlp with all weights trainable."
             )
         if self.trainable not in ("adapter", "interface", "all", "none"):
-            raise UserError(
-                f"adapter.trainable={self.trainable} was given where adapter, interface, all or none was expected."
-            )
+            raise UserError(f"adapter.trainable must be adapter, interface, all or none, got {self.trainable}.")
         if (self.config is None) == (self.trainable == "adapter"):
             raise UserError(
                 f"adapter.trainable={self.trainable} does not go with {'no' if self.config is None else 'an'} "
@@ -406,11 +402,9 @@ class AdapterSettings:
             )
         for name in ("rank", "start_batches"):
             if getattr(self, name) < 1:
-                raise UserError(f"adapter.{name}={getattr(self, name)} was given where at least 1 was expected.")
+                raise UserError(f"adapter.{name} must be at least 1, got {getattr(self, name)}.")
         if self.budget not in (None, "params") and not (self.budget.isdecimal() and int(self.budget)):
-            raise UserError(
-                f"adapter.budget={self.budget} was given where params, a number of weights or null was expected."
-            )
+            raise UserError(f"adapter.budget must be params, a number of weights or null, got {self.budget}.")
         if self.config is not None and self.budget is not None and not self.size:
             raise UserError(
                 f"adapter.budget={self.budget} can't be met without adapter.size, the settings of adapter.config that "
@@ -491,13 +485,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.filter <= 1:
-            raise UserError(
-                f"filter={self.filter} was given where a share of the demonstrations was expected, above 0 and at most 1."
-            )
+            raise UserError(f"filter must be a share of the demonstrations above 0 and at most 1, got {self.filter}.")
         if not 0 <= self.fresh_learning_rate < math.inf:
-            raise UserError(
-                f"fresh_learning_rate={self.fresh_learning_rate} was given where a number of at least 0 was expected."
-            )
+            raise UserError(f"fresh_learning_rate must be a number of at least 0, got {self.fresh_learning_rate}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -682,12 +682,12 @@ def test_one_setting_says_which_layers_every_method_adapts():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("adapter.budget=many", "adapter.budget=many was given"),
-        ("adapter.rank=0", "adapter.rank=0 was given"),
+        ("adapter.budget=many", "adapter.budget must be "),
+        ("adapter.rank=0", "adapter.rank must be at least 1, got 0"),
         ("adapter.start=eva_rl.adapter.starts.nowhere", "names no function"),
         ("adapter.size=null", "can't be met without adapter.size"),
-        ("adapter.trainable=some", "adapter.trainable=some was given"),
-        ("adapter.size={r: x}", "adapter.size.r=x was given"),
+        ("adapter.trainable=some", "adapter.trainable must be "),
+        ("adapter.size={r: x}", "adapter.size.r must be "),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(override, message):

@@ -114,8 +114,8 @@ def test_sections_lists_and_numbers_by_name_survive_the_way():
         (eva_rl.Finetune(task="a/b", adapter="loar"), "There is no 'adapter/loar'. Did you mean 'lora'"),
         (eva_rl.Finetune(task="a/b", training={"warmpu": 3}), "There is no setting 'training.warmpu'. Did you mean"),
         (eva_rl.Finetune(task="a/b", resume=True), "resume=true was given without run_dir"),
-        (eva_rl.Finetune(task="a/b", steps="many"), "steps=many was given where a whole number was expected"),
-        (eva_rl.Evaluate(task="a/b", seed=-1), "seed=-1 was given where"),
+        (eva_rl.Finetune(task="a/b", steps="many"), "steps must be a whole number, got many"),
+        (eva_rl.Evaluate(task="a/b", seed=-1), "seed must be"),
     ],
 )
 def test_a_mistake_is_answered_with_the_commands_sentence(job, sentence):

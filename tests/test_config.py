@@ -151,8 +151,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_and_the_kind(key, val
 
 
 def test_a_wrong_value_in_a_section_or_list_is_named_with_its_path():
-    assert refusal(shape={"width": "wide", "tokens": []}).startswith("shape.width=wide was given")
-    assert refusal(noise=[0.1, "loud"]).startswith("noise=loud was given")
+    assert refusal(shape={"width": "wide", "tokens": []}).startswith("shape.width must be ")
+    assert refusal(noise=[0.1, "loud"]).startswith("noise must be ")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one():
@@ -354,7 +354,7 @@ def test_a_wrong_value_ends_the_process_with_one_line_on_standard_error(tmp_path
     (tmp_path / "here").mkdir()
     process = shell(tmp_path / "here", "steps=many")
     assert process.returncode == 1
-    assert process.stderr == "error: steps=many was given where a whole number was expected.\n"
+    assert process.stderr == "error: steps must be a whole number, got many.\n"
     assert list((tmp_path / "here").iterdir()) == []
 
 

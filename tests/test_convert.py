@@ -439,7 +439,7 @@ def test_an_episode_of_a_million_steps_is_converted(tmp_path):
 @pytest.mark.parametrize("dataset_id", ["logs", "mine/logs", "mine/lögs v0", "../mine/logs-v0", "/tmp/logs-v0"])
 def test_an_id_that_minari_would_not_find_again_is_refused(tmp_path, dataset_id):
     SOURCES["npz"](tmp_path / "npz")
-    with pytest.raises(UserError, match="where an id such as mine/name-v0 was expected"):
+    with pytest.raises(UserError, match="must be an id such as mine/name-v0"):
         convert(str(tmp_path / "npz"), dataset_id)
 
 

@@ -519,7 +519,7 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
         ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
-        ([f"task={TASK}", "filter=0"], "filter=0.0 was given where a share"),
+        ([f"task={TASK}", "filter=0"], "filter must be a share of the demonstrations above 0 and at most 1, got 0.0"),
         ([f"task={TASK}", "filter=10"], "above 0 and at most 1"),
         ([f"task={TASK}", "base="], "base= was given without a value"),
         ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),

@@ -199,7 +199,7 @@ class Toy(gym.Env):
 def test_what_cannot_be_exported_is_said_in_one_sentence(run, base, monkeypatch):
     status, _, err = run("export", f"run={base}", "task=dummy/Steps-v0", "format=tflite")
     assert status == 1
-    assert "format=tflite was given where onnx or torch was expected." in err
+    assert "format must be onnx or torch, got tflite." in err
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     status, _, err = run("export", f"run={base}", "task=dummy/Steps-v0")
     assert status == 1

@@ -170,7 +170,7 @@ def test_an_emptied_library_takes_adapters_of_another_base(library, tuned, tmp_p
         (["add", "library=lib"], "'run' is not set"),
         (["add", "library=lib", "run=nowhere"], "holds no adapter"),
         (["remove", "library=lib", "name=lef"], "Did you mean 'left'"),
-        (["which", "library=lib", f"task={TASK}", "transitions=0"], "transitions=0 was given"),
+        (["which", "library=lib", f"task={TASK}", "transitions=0"], "transitions must be at least 1, got 0"),
     ],
 )
 def test_a_mistake_is_answered_with_one_sentence(run, library, words, said):
@@ -279,7 +279,7 @@ def test_a_damaged_sketch_is_refused(library, damage):
 @pytest.mark.parametrize("count", [1, 20])
 def test_the_task_that_observations_come_from_is_found(library, name, count):
     seen = episodes(name, MEANS[name], seed=1).observations[:count].numpy()
-    with pytest.raises(UserError, match="transitions=0 was given"):
+    with pytest.raises(UserError, match="transitions must be at least 1, got 0"):
         library.which(seen, transitions=0)
     ranking = library.which(seen)
     assert ranking.best.name == name

@@ -86,7 +86,7 @@ def test_what_cannot_be_published_is_said_in_one_sentence(run, base, hub, monkey
     for repo in ("mine", "a/b/c", "me/"):
         status, _, err = run("publish", f"run={base}", f"repo={repo}")
         assert status == 1
-        assert f"repo={repo} was given where owner/name was expected." in err
+        assert f"repo must be owner/name, got {repo}." in err
 
     def refused(*_, **__):
         raise ConnectionError("401 not\nlogged in")

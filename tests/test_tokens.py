@@ -64,9 +64,7 @@ def test_the_mask_of_tokens_has_those_that_the_interface_reads():
     assert model.token_mask(batch).shape == (6, 8)
     assert torch.equal(model.token_mask(batch, "state")[:, 1::2], batch.mask)
     assert model.check_token("action", "game") == "action"
-    with pytest.raises(
-        UserError, match=r"tokens=action was given where one of \['all', 'return', 'state'\] was expected"
-    ):
+    with pytest.raises(UserError, match=r"tokens must be one of \['all', 'return', 'state'\], got action"):
         model.check_token("action", "blind")
 
 

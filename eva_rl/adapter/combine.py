@@ -43,7 +43,7 @@ def start_from(
     Of the adapters, LoRA is combined; a task's vector that one may have beside it is not.
     """
     if combination not in COMBINATIONS:
-        raise UserError(f"combination={combination} was given where one of {', '.join(COMBINATIONS)} was expected.")
+        raise UserError(f"combination must be one of {', '.join(COMBINATIONS)}, got {combination}.")
     if len(folders) != len(weights) or not folders:
         raise UserError(f"{len(weights)} weights were given for {len(folders)} adapters, where one each was expected.")
 

@@ -22,7 +22,7 @@ def parse(config: DictConfig, schema: type) -> Any:
         raise UserError(f"'{missing[0]}' is not set: add {missing[0]}=... to the command line.")
     built = _build(schema, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), "")
     if not 0 <= getattr(built, "seed", 0) < 2**63:
-        raise UserError(f"seed={built.seed} was given where a whole number from 0 to 2**63 - 1 was expected.")
+        raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {built.seed}.")
     return built
 
 
@@ -77,7 +77,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
         plain, "a list or section"
     )
-    raise UserError(f"{key}={value} was given where {kind} was expected.")
+    raise UserError(f"{key} must be {kind}, got {value}.")
 
 
 def setting_names(schema: type, prefix: str = "") -> list[str]:

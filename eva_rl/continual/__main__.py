@@ -48,7 +48,7 @@ class ContinualConfig:
     def __post_init__(self) -> None:
         for name in ("demonstrations", "steps", "evaluations", "episodes"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} was given where at least 1 was expected.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.replay_share < 1 or not self.ewc_strength >= 0:
             raise UserError(
                 f"replay_share={self.replay_share} and ewc_strength={self.ewc_strength} were given where a share between 0 and 1 and "
@@ -61,7 +61,7 @@ class ContinualConfig:
                 f"adapter={self.adapter.name} is DoRA, which can't be served beside others: take lora or eva."
             )
         if not self.adapter.is_lora:
-            raise UserError(f"adapter={self.adapter.name} was given where LoRA was expected, such as lora or eva.")
+            raise UserError(f"adapter must be LoRA, such as lora or eva, got {self.adapter.name}.")
 
 
 @entry_point(ContinualConfig, "continual")
@@ -74,13 +74,13 @@ def main(config: ContinualConfig) -> None:
 
     if config.method not in METHODS:
         raise UserError(
-            f"method={config.method} was given where one of {', '.join(METHODS)} was expected. {did_you_mean(config.method, METHODS)}"
+            f"method must be one of {', '.join(METHODS)}, got {config.method}. {did_you_mean(config.method, METHODS)}"
         )
     sources = [source for task in config.tasks for source in find_sources(task)]
     sources = sources[::-1] if config.reverse else sources
     tasks = [source.task for source in sources]
     if len(set(tasks)) < max(len(tasks), 2):
-        raise UserError(f"tasks={','.join(config.tasks)} was given where two tasks at least, each once, were expected.")
+        raise UserError(f"tasks must be at least two, each named once, got {','.join(config.tasks)}.")
     reference = reference_curves(Path(config.reference), tasks, vars(config)) if config.reference else None
     run_dir = run_folder(config.run_dir, "continual", f"{config.method}-{config.seed}")
     check_run_folder(run_dir, config.resume)

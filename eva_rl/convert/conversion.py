@@ -59,7 +59,7 @@ def convert(
         UserError: if the files can't be read or used, naming file, episode and column; or the dataset is there.
     """
     if actions not in (None, "continuous", "discrete"):
-        raise UserError(f"actions={actions} was given where continuous or discrete was expected.")
+        raise UserError(f"actions must be continuous or discrete, got {actions}.")
     check_new_id(dataset_id, overwrite)
     path = _located(source, kind)
     format = find_format(path, kind)

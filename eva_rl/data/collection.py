@@ -53,11 +53,9 @@ class Recipe:
         if self.episodes < 1:
             raise UserError(f"{self.episodes} episodes to collect were asked for where at least 1 was expected.")
         if self.seed < 0:
-            raise UserError(f"seed={self.seed} was given where a whole number of at least 0 was expected.")
+            raise UserError(f"seed must be a whole number of at least 0, got {self.seed}.")
         if not self.noise or not all(0 <= scale <= 100 for scale in self.noise):
-            raise UserError(
-                f"noise={list(self.noise)} was given where one or more numbers from 0 to 100 were expected."
-            )
+            raise UserError(f"noise must be one or more numbers from 0 to 100, got {list(self.noise)}.")
 
     @property
     def dataset_id(self) -> str:
@@ -86,7 +84,7 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     """
     refuse_while_imported()
     if workers < 0:
-        raise UserError(f"workers={workers} was given where at least 0 was expected.")
+        raise UserError(f"workers must be at least 0, got {workers}.")
     recipes = list(recipes)
     for recipe in (missing := _missing(recipes)):
         domain, name = find_task(recipe.task)

@@ -42,12 +42,12 @@ def domain_weights(
     """
     weights = weights or {}
     if not temperature > 0:
-        raise UserError(f"temperature={temperature} was given where a number above 0 was expected.")
+        raise UserError(f"temperature must be a number above 0, got {temperature}.")
     for domain, weight in weights.items():
         if domain not in sizes:
             raise UserError(f"weights names '{domain}', which is not in the mixture. {did_you_mean(domain, sizes)}")
         if not 0 < weight < np.inf:
-            raise UserError(f"weights.{domain}={weight} was given where a number above 0 was expected.")
+            raise UserError(f"weights.{domain} must be a number above 0, got {weight}.")
     largest = max(sizes.values(), default=1)  # its power is 1, and the others' too small at worst
     shares = {domain: weights.get(domain, 1.0) * (n / largest) ** (1 / temperature) for domain, n in sizes.items()}
     return {domain: share / sum(shares.values()) for domain, share in shares.items()}

@@ -293,7 +293,7 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
         UserError: if the trajectories' spaces differ, or the floor is not above 0.
     """
     if not std_floor > 0:
-        raise UserError(f"std_floor={std_floor} was given where a number above 0 was expected.")
+        raise UserError(f"std_floor must be a number above 0, got {std_floor}.")
     first = trajectories[0]
     parts, space = parts_of(first.observation_space), first.action_space
     choices, acts = action_choices(space), action_parts(space)

@@ -24,7 +24,7 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
     """
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
         raise UserError(
-            f"dataset={dataset_id} was given where an id such as mine/name-v0 was expected: letters, digits, - and _, and a version."
+            f"dataset must be an id such as mine/name-v0, got {dataset_id}: letters, digits, - and _, and a version."
         )
     path = datasets_root() / dataset_id
     if below := datasets_below(dataset_id):

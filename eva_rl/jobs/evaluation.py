@@ -98,7 +98,7 @@ def asked_for(config: EvaluateConfig) -> Asked:
         UserError: if they make no sense, alone or together with what is in the run's folder.
     """
     if config.episodes < 1:
-        raise UserError(f"episodes={config.episodes} was given where at least 1 was expected.")
+        raise UserError(f"episodes must be at least 1, got {config.episodes}.")
     sources, device = find_sources(config.task, config.trust_environment), choose_device(config.device)
     check_precision(config.precision)
     check_tracker(config.tracker)

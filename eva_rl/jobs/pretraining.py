@@ -96,14 +96,14 @@ def asked_for(config: PretrainConfig, group: Processes) -> Asked:
     """
     sources = list({source.task: source for task in config.task for source in find_sources(task)}.values())
     if not sources:
-        raise UserError("task=[] was given where at least one task or split was expected.")
+        raise UserError("task must be at least one task or split, got [].")
     domain_weights(dict.fromkeys(map(domain_of, sources), 1), config.weights, config.temperature)
     model, training = ModelConfig(**asdict(config.model)), TrainingConfig(**asdict(config.training))
     recipe = Recipe(**config.optimizer.recipe())
     check_shares(training, group)
     check_tracker(config.tracker)
     if config.labels not in ("actions", "expert"):
-        raise UserError(f"labels={config.labels} was given where actions or expert was expected.")
+        raise UserError(f"labels must be actions or expert, got {config.labels}.")
     for name in config.tokens or ():
         if name not in (known := {source.interface for source in sources}):
             raise UserError(f"tokens names the interface '{name}', which these tasks lack. {did_you_mean(name, known)}")

@@ -51,7 +51,7 @@ class WhichConfig:
         for name in ("demonstrations", "transitions"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name}={value} was given where at least 1 was expected.")
+                raise UserError(f"{name} must be at least 1, got {value}.")
 
 
 @entry_point(AddConfig, "add", FOLDER)

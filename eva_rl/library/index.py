@@ -178,7 +178,7 @@ class Library:
         check_adapter_config(folder)
         name = notes.task.rpartition("/")[2] if name is None else name
         if not NAME.fullmatch(name):
-            raise UserError(f"name={name} was given where letters, digits, dots, dashes and underscores were expected.")
+            raise UserError(f"name must be letters, digits, dots, dashes and underscores, got {name}.")
         self._check_new(name, notes, folder)
         made = self._sketch(notes, folder, result, trajectories, dataset) if sketch else None
         entry = Entry(
@@ -255,7 +255,7 @@ class Library:
 
         matches = self.which(data).matches
         if not 1 <= nearest <= len(matches):
-            raise UserError(f"nearest={nearest} was given where a number from 1 to {len(matches)} was expected.")
+            raise UserError(f"nearest must be a number from 1 to {len(matches)}, got {nearest}.")
         shares = [max(match.share, 0.0) for match in matches[:nearest]]
         weights = [share / sum(shares) for share in shares] if sum(shares) else [1 / nearest] * nearest
         return start_from([self.path(match.name) for match in matches[:nearest]], weights, combination)

@@ -364,7 +364,7 @@ class LibraryPolicy(ActingPolicy):
         """
         numbers = self.adapters.numbers([adapter] if isinstance(adapter, str) else adapter)
         if not numbers:
-            raise UserError("adapter=[] was given where a name, or one for each episode, was expected.")
+            raise UserError("adapter must be a name, or one for each episode, got [].")
         actor = self._actor
         running = None if actor is None else len(actor.wanted)
         if running is not None and self._acted and len(numbers) not in (1, running):

@@ -96,7 +96,7 @@ def rank(
     from eva_rl.library.index import INDEX
 
     if transitions is not None and transitions < 1:
-        raise UserError(f"transitions={transitions} was given where at least 1 was expected.")
+        raise UserError(f"transitions must be at least 1, got {transitions}.")
     sketches, observations, interface = _matching(library, data)
     observations = spread(observations[:transitions], ROWS)
     model, names = library.base.transformer, list(sketches)

@@ -146,7 +146,7 @@ class DecisionTransformer(ActionModel):
         """
         known = ("all", *self.embedder_of(interface).tokens)
         if kind not in known:
-            raise UserError(f"tokens={kind} was given where one of {list(known)} was expected.")
+            raise UserError(f"tokens must be one of {list(known)}, got {kind}.")
         return kind
 
     def predict(self, batch: Batch | Mixture, all_tokens: bool | None = None) -> list[Tensor]:

@@ -72,14 +72,14 @@ class ActingPolicy:
         elif isinstance(target_return, str | int | float):
             asked = TargetReturn(str(target_return))
             if asked.sweeps:
-                raise UserError("target_return=sweep was given where one return was expected.")
+                raise UserError("target_return must be one return, got sweep.")
             target_return = self._returns(asked)
         try:
             self._target = np.asarray(target_return, np.float64)
         except (TypeError, ValueError):
             self._target = np.array(np.nan)
         if not self._target.size or not np.isfinite(self._target).all():
-            raise UserError(f"target_return={target_return} was given where finite numbers were expected.")
+            raise UserError(f"target_return must be finite numbers, got {target_return}.")
         self._begin(self._target.size)
 
     def _returns(self, asked: TargetReturn) -> float:

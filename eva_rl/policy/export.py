@@ -147,7 +147,7 @@ def export_policy(policy: ActingPolicy, format: str, output: Path) -> None:
         UserError: if there is no such format, or the packages of the extra `onnx` are missing.
     """
     if format not in SUFFIXES:
-        raise UserError(f"format={format} was given where {' or '.join(SUFFIXES)} was expected.")
+        raise UserError(f"format must be {' or '.join(SUFFIXES)}, got {format}.")
     window, notes = Window(policy).eval(), export_notes(policy)
     with torch.no_grad():
         program = torch.export.export(window, window.examples())

@@ -144,7 +144,7 @@ def publish(path: str, repo: str, base: str | None = None, private: bool = False
         UserError: if there is nothing whole to publish, or the Hub refuses it.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise UserError(f"repo={repo} was given where owner/name was expected.")
+        raise UserError(f"repo must be owner/name, got {repo}.")
     with staged(path, repo, base) as folder:
         from huggingface_hub import HfApi
 

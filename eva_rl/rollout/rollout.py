@@ -169,9 +169,9 @@ def _limits(jobs: Sequence[Job], interface: Interface, max_steps: int | None, lo
         UserError: if there are no jobs, the number of steps is none, or an environment's spaces do not fit.
     """
     if not jobs:
-        raise UserError("episodes=0 was given where at least 1 episode was expected.")
+        raise UserError("episodes must be at least 1, got 0.")
     if max_steps is not None and max_steps < 1:
-        raise UserError(f"max_episode_steps={max_steps} was given where at least 1 was expected.")
+        raise UserError(f"max_episode_steps must be at least 1, got {max_steps}.")
     own = {job.task: check_spaces(job.make_env, interface) for job in {job.task: job for job in jobs}.values()}
     limits = {task: limit or max_steps or longest for task, limit in own.items()}
     return {task: min(limit, max_steps or limit) for task, limit in limits.items()}

@@ -242,7 +242,7 @@ class Simulators:
         refuse_while_imported()
         self.workers = available_cores() if workers is None else workers
         if self.workers < 0:
-            raise UserError(f"workers={workers} was given where a whole number of at least 0 was expected.")
+            raise UserError(f"workers must be a whole number of at least 0, got {workers}.")
         if self.workers > (cores := available_cores()):
             warnings.warn(
                 f"workers={workers} was given on {cores} cores: simulators beyond these wait for each other.",

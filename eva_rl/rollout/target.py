@@ -36,7 +36,7 @@ class TargetReturn:
         if self.asked in (None, "auto", "max", "sweep") or self._quantile() is not None or self.known:
             return
         raise UserError(
-            f"target_return={self.asked} was given where auto, max, a quantile such as q0.9, a number or sweep was expected."
+            f"target_return must be auto, max, a quantile such as q0.9, a number or sweep, got {self.asked}."
         )
 
     def _quantile(self) -> float | None:

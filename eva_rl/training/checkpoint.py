@@ -64,7 +64,7 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
             checkpoints were written by a run of another `identity`.
     """
     if steps < 0:
-        raise UserError(f"steps={steps} was given where at least 0 was expected.")
+        raise UserError(f"steps must be at least 0, got {steps}.")
     found = sorted(folder.glob("step-*.safetensors"))
     if found and not resume:
         raise UserError(f"'{folder}' holds the checkpoints of an earlier run: set resume=true, or another run_dir.")

@@ -87,11 +87,11 @@ def check_shares(config: TrainingConfig, processes: Processes) -> int:
         UserError: if there are more of them than windows, or the learning rate is left open.
     """
     if config.learning_rate is None:
-        raise UserError("training.learning_rate=None was given where at least 0 was expected.")
+        raise UserError("training.learning_rate must be at least 0, got None.")
     shares = config.accumulate * processes.count
     if config.batch_size < shares:
         raise UserError(
-            f"training.batch_size={config.batch_size} was given where at least {shares} were expected: one window for each "
+            f"training.batch_size must be at least {shares}, got {config.batch_size}: one window for each "
             f"of {config.accumulate} parts in {processes.count} processes."
         )
     return shares

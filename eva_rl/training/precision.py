@@ -21,9 +21,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device={name} was given where cpu, cuda or auto was expected.") from error
+        raise UserError(f"device must be cpu, cuda or auto, got {name}.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name} was given where cpu, cuda or auto was expected.")
+        raise UserError(f"device must be cpu, cuda or auto, got {name}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name} was given, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device

@@ -26,7 +26,7 @@ def prilora(spread: float = 0.5) -> Allocator:
     """
     if not 0 <= spread < 1:
         raise UserError(
-            f"allocator.config.spread={spread} was given where at least 0 and less than 1 was expected: the first block's ranks are "
+            f"allocator.config.spread must be at least 0 and less than 1, got {spread}: the first block's ranks are "
             "(1 - spread) r."
         )
 
