@@ -146,7 +146,7 @@ def test_references_between_settings_are_resolved():
 )
 def test_a_value_of_the_wrong_type_is_refused_with_the_key_and_the_kind(key, value, kind):
     sentence = refusal(**{key: value})
-    assert sentence.startswith(f"{key}={value} was given")
+    assert sentence.startswith(f"{key} must be ")
     assert kind in sentence
 
 
