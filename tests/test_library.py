@@ -121,13 +121,31 @@ def test_a_new_adapter_begins_as_the_nearest_one_of_a_library_where_that_is_bett
     status, out, err = run("finetune", *common, "adapter=eva", *still, "start_from=lib", "run_dir=third")
     assert status == 0, err
     assert "begins as it does without a library" in out
+    state = Path("third/start.json").read_bytes()
+    library.remove("first")  # a run goes on as it began, whatever the library holds by now
+    shutil.rmtree("third/checkpoints")
+    Path("third/result.json").unlink()
+    status, _, err = run(
+        "finetune", *common, "adapter=eva", *still, "start_from=lib", "run_dir=third", "resume=true", "episodes=1"
+    )
+    assert status == 0, err
+    assert Path("third/start.json").read_bytes() == state
+
+
+def test_only_adapters_of_the_interface_that_is_asked_for_are_ranked(library):
+    data = episodes("dummy/new", np.array([1.0, 0, 0]))
+    assert library.which(data, interface="dummy").matches == library.which(data).matches
+    with pytest.raises(UserError, match="no adapter that acts through the interface 'other'"):
+        library.which(data, interface="other")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["adapter=full", "start_from=lib"], "adapter=full has others"),
-        (["adapter=eva_dora", "start_from=lib"], "adapter=eva_dora has others"),
+        (["adapter=full", "start_from=lib"], "adapter=full is otherwise"),
+        (["adapter=eva_dora", "start_from=lib"], "adapter=eva_dora is otherwise"),
+        (["adapter=mica", "start_from=lib"], "adapter=mica is otherwise"),
+        (["allocator=sora", "start_from=lib"], "allocator=sora decides them itself"),
         (["start_from=nowhere"], "start_from=nowhere must be a library"),
     ],
 )

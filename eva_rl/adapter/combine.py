@@ -50,6 +50,9 @@ def start_from(
     @torch.no_grad()
     def start(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
         config.init_lora_weights = True
+        for own in ("eva_config", "corda_config", "lora_ga_config"):
+            if hasattr(config, own):
+                setattr(config, own, None)  # of another start than this one
         peft_model, _ = plain(model, config, data)
         names = [f"known{number}" for number in range(len(folders))]
         for name, folder in zip(names, folders, strict=True):
@@ -89,6 +92,8 @@ def _take_over(layer: LoraLayer) -> None:
     rank, scale = layer.r["default"], layer.scaling["default"]
     delta = layer.get_delta_weight(SUM).float()  # (out, in)
     u, s, vt = torch.linalg.svd(delta.T if layer.fan_in_fan_out else delta, full_matrices=False)
+    if not s.any():
+        return  # nothing was added here: A stays as LoRA begins, so that B can learn
     root = (s[:rank] / scale).sqrt()
     for parameter, value in (
         (layer.lora_A["default"].weight, root[:, None] * vt[:rank]),

@@ -411,7 +411,7 @@ def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopw
                 library = Library(asked.config.start_from, asked.config.base)
                 few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
                 found = task.trajectories, few, learner.peft_config
-                start = known_start(library, model, learner.interface, *found, otherwise=start)
+                start = known_start(library, asked.run.folder, model, *found, otherwise=start)
             adapter = attach(model, learner.peft_config, data, None, fresh, start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):

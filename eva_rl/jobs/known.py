@@ -15,6 +15,7 @@ from eva_rl.adapter.attach import WEIGHTS
 from eva_rl.adapter.combine import start_from
 from eva_rl.adapter.factors import PREFIX
 from eva_rl.errors import UserError
+from eva_rl.files import make_folder, read_json, write_json
 from eva_rl.library.index import INDEX, Library
 
 if TYPE_CHECKING:
@@ -27,15 +28,24 @@ BATCHES = 4
 """Batches of the demonstrations that the two starts are compared on."""
 
 
+CHOICE = "start.json"
+"""The file of a run's folder that says which adapter it began as: a run that is resumed began as it did."""
+
+
 def check_library(config: FinetuneConfig) -> None:
     """Raise a `UserError` if `start_from` names no library, or the method can't begin as an adapter of one."""
     if config.start_from is None:
         return
-    method = config.adapter
-    if not method.is_lora or (method.config or {}).get("use_dora"):
+    method, settings = config.adapter, config.adapter.config or {}
+    if not method.is_lora or settings.get("use_dora") or settings.get("init_lora_weights") == "mica":
         raise UserError(
-            f"start_from={config.start_from} needs LoRA's two factors and nothing beside them, and adapter={method.name} has others: "
-            "take adapter=lora, eva or another one of that form."
+            f"start_from={config.start_from} needs LoRA's two factors, both trained, and nothing beside them, and adapter={method.name} is "
+            "otherwise: take adapter=lora, eva or another one of that form."
+        )
+    if config.allocator.name != "none":
+        raise UserError(
+            f"start_from={config.start_from} begins with an adapter's ranks, and allocator={config.allocator.name} decides them itself: leave "
+            "one of them out."
         )
     if not (Path(config.start_from) / INDEX).is_file():
         raise UserError(
@@ -43,11 +53,10 @@ def check_library(config: FinetuneConfig) -> None:
         )
 
 
-@torch.no_grad()
 def known_start(
     library: Library,
+    run: Path,
     model: ActionModel,
-    interface: str,
     trajectories: Trajectories,
     batches: Sequence[Batch],
     peft_config: Any,
@@ -55,31 +64,61 @@ def known_start(
 ) -> starts.Start | None:
     """The start that is the nearest adapter of the library, or `otherwise`: that of the lower loss on these batches.
 
-    Where it is the adapter's, the model's task vector becomes the adapter's too. Other starts leave the base's function as it is, so
-    that the base's own loss is theirs.
+    Where it is the adapter's, the model's task vector becomes the adapter's too. What is chosen stands in the run's folder.
 
     Raises:
-        UserError: if no adapter of the library has a sketch, or they belong to another base or interface.
+        UserError: if no adapter of the library has a sketch, they belong to another base or interface, or the one chosen is gone.
     """
-    nearest = library.which(trajectories).matches[0]
-    folder = library.path(nearest.name)
-    start = start_from([folder], [1.0])
-    trial = copy.deepcopy(model).eval()
-    vector = load_file(folder / WEIGHTS).get(f"{PREFIX}embedders.{interface}.task.weight")
-    before = _loss(trial, batches)
-    if vector is not None:
-        trial.embedder_of(interface).task.weight.copy_(vector)
-    attach(trial, peft_config, start=start)
-    after = _loss(trial, batches)
-    told = f"the library's nearest adapter is {nearest.name}: loss {after:.4f}, the base's {before:.4f}"
-    if not after < before:
-        print(f"{told}, so that the adapter begins as it does without a library")
+    interface, file = batches[0].interface, run / CHOICE
+    if file.is_file():
+        name = read_json(file)["adapter"]
+    else:
+        name = _nearest(library, model, interface, trajectories, batches, peft_config)
+        write_json(make_folder(run) / CHOICE, {"adapter": name})
+    if name is None:
         return otherwise
+    _take_vector(model, interface, library.path(name))
+    return start_from([library.path(name)], [1.0])
+
+
+def _nearest(
+    library: Library,
+    model: ActionModel,
+    interface: str,
+    trajectories: Trajectories,
+    batches: Sequence[Batch],
+    peft_config: Any,
+) -> str | None:
+    """The nearest adapter's name, if its loss is lower than the base's."""
+    matches = library.which(trajectories, interface=interface).matches
+    name = next((own.name for own in matches if _is_lora(library.path(own.name))), None)
+    if name is None:
+        print("the library holds no plain LoRA: the adapter begins as it does without a library")
+        return None
+    trial, device = copy.deepcopy(model).eval(), next(model.parameters()).device
+    before = _loss(trial, batches)
+    _take_vector(trial, interface, library.path(name))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what begins without it begins as ever
+        attach(trial, peft_config, start=start_from([library.path(name)], [1.0]))
+    after = _loss(trial.eval(), batches)
+    told = f"the library's nearest adapter is {name}: loss {after:.4f}, the base's {before:.4f}"
+    print(f"{told}, so that the new adapter begins as {'that one' if after < before else 'it does without a library'}")
+    return name if after < before else None
+
+
+def _is_lora(folder: Path) -> bool:
+    config = read_json(folder / "adapter_config.json")
+    return config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("lora_bias")
+
+
+@torch.no_grad()
+def _take_vector(model: ActionModel, interface: str, folder: Path) -> None:
+    """Put the adapter's task vector in force, if it has one."""
+    vector = load_file(folder / WEIGHTS).get(f"{PREFIX}embedders.{interface}.task.weight")
     if vector is not None:
         model.embedder_of(interface).task.weight.copy_(vector)
-    print(f"{told}, so that the new adapter begins as that one")
-    return start
 
 
+@torch.no_grad()
 def _loss(model: ActionModel, batches: Sequence[Batch]) -> float:
     return sum(model.loss(batch).item() for batch in batches) / len(batches)

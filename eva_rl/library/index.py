@@ -223,20 +223,24 @@ class Library:
             shutil.rmtree(self.folder / "adapters" / entry.name, ignore_errors=True)
 
     def which(
-        self, data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, transitions: int | None = None
+        self,
+        data: Trajectories | np.ndarray | Mapping[str, Any] | tuple,
+        transitions: int | None = None,
+        interface: str | None = None,
     ) -> Ranking:
         """Which adapter is for the task that these come from: see `eva_rl.library.which.rank`.
 
         Args:
             data: trajectories, or observations as the environment gives them, with a leading axis of n; in any order.
             transitions: look at the first so many; None: at all, or where there are more than 2000 at so many of them.
+            interface: the name of the one that the adapters act through; None: the first that has such observations.
 
         Raises:
             UserError: if no adapter has a sketch, or none of those reads such observations.
         """
         from eva_rl.library.which import rank
 
-        return rank(self, data, transitions)
+        return rank(self, data, transitions, interface)
 
     def start(
         self, data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, nearest: int = 1, combination: str = "cat"

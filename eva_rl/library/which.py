@@ -79,7 +79,10 @@ class Distances:
 
 
 def rank(
-    library: Library, data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, transitions: int | None = None
+    library: Library,
+    data: Trajectories | np.ndarray | Mapping[str, Any] | tuple,
+    transitions: int | None = None,
+    interface: str | None = None,
 ) -> Ranking:
     """Rank a library's adapters for these observations.
 
@@ -97,7 +100,7 @@ def rank(
 
     if transitions is not None and transitions < 1:
         raise UserError(f"transitions must be at least 1, got {transitions}.")
-    sketches, observations, interface = _matching(library, data)
+    sketches, observations, interface = _matching(library, data, interface)
     observations = spread(observations[:transitions], ROWS)
     model, names = library.base.transformer, list(sketches)
     layers = list(next(iter(sketches.values())).means)
@@ -188,16 +191,18 @@ def threshold_between(fitting: np.ndarray, others: np.ndarray) -> float:
     return float(candidates[best].mean())  # the middle of those that are equally good
 
 
-def _matching(library: Library, data: Any) -> tuple[dict[str, Sketch], Tensor, str]:
-    """The sketches, by name, of adapters that read such observations; the observations, flat; and their interface."""
+def _matching(library: Library, data: Any, asked: str | None = None) -> tuple[dict[str, Sketch], Tensor, str]:
+    """The sketches, by name, of adapters that read such observations; the observations, flat; and their interface, the one asked for."""
     from eva_rl.library.index import SKETCH
 
     entries = [entry for entry in library.entries if entry.sketch]
     if not entries:
         raise UserError(f"'{library.folder}' holds no adapter with a sketch: add one first.")
     interfaces = {entry.name: load_notes(library.folder / "adapters" / entry.name).interface.name for entry in entries}
-    refusal = None
+    refusal = UserError(f"'{library.folder}' holds no adapter that acts through the interface '{asked}'.")
     for name in dict.fromkeys(interfaces.values()):
+        if asked not in (None, name):
+            continue
         interface = library.base.model.interfaces[name]
         try:
             observations = rows_of(data, interface)
@@ -208,7 +213,6 @@ def _matching(library: Library, data: Any) -> tuple[dict[str, Sketch], Tensor, s
         own = [entry.name for entry in entries if interfaces[entry.name] == name]
         sketches = {n: load_sketch(library.folder / "adapters" / n / SKETCH, interface, widths) for n in own}
         return sketches, observations, name
-    assert refusal is not None  # where there are entries there is an interface
     raise refusal
 
 

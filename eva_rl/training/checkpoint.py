@@ -153,6 +153,8 @@ def restore(tensors: Mapping[str, Tensor], rest: Any, state: TrainingState, path
     saved = {name.removeprefix("parameter."): t for name, t in tensors.items() if name.startswith("parameter.")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in state.parameters.items()}:
         raise UserError(f"The checkpoint '{path}' holds the weights of another model: set another run_dir.")
+    if {n.removeprefix("frozen.") for n in tensors if n.startswith("frozen.")} != set(state.frozen):
+        raise UserError(f"The checkpoint '{path}' is of a run that began otherwise: set another run_dir.")
     own = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
     if rest is None:
         for name, p in state.parameters.items():
