@@ -281,7 +281,7 @@ def test_the_body_receives_the_typed_settings(command):
         ("model=huge", ["huge", "tiny", "small", "paper"]),
         ("+foo=1", ["'foo'"]),
         ("+training.foo=1", ["'training.foo'"]),
-        ("steps=abc", ["steps=abc", "a whole number"]),
+        ("steps=abc", ["steps must be a whole number, got abc"]),
         ("steps=", ["steps", "a whole number"]),
         ("steps=???", ["'steps' is not set"]),
         ("~steps", ["'steps' is not set"]),

@@ -507,15 +507,15 @@ def _interrupting(at: int):
         ([], "'task' is not set"),
         (["task=minari/not/there-v0"], "can't be reached"),
         ([f"task={TASK}", "base=mt40-smal"], "no base 'mt40-smal'"),
-        ([f"task={TASK}", "steps=-1"], "steps=-1"),
+        ([f"task={TASK}", "steps=-1"], "steps must be at least 0, got -1"),
         ([f"task={TASK}", "stepz=1"], "'steps'"),
         ([f"task={TASK}", "adapter.eva.rh=1"], "rh"),
-        ([f"task={TASK}", "device=tpu"], "device=tpu"),
+        ([f"task={TASK}", "device=tpu"], "device must be cpu, cuda or auto, got tpu"),
         ([f"task={TASK}", "adapter=evaa"], "evaa"),
-        ([f"task={TASK}", "training.precision=half"], "precision=half"),
+        ([f"task={TASK}", "training.precision=half"], "precision must be "),
         ([f"task={TASK}", "adapter.rank=1000"], "1000"),
         ([f"task={TASK}", "adapter.eva.rho=0"], "rho"),
-        ([f"task={TASK}", "adapter.eva.tokens=word"], "tokens=word"),
+        ([f"task={TASK}", "adapter.eva.tokens=word"], "tokens must be one of "),
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
         ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
@@ -537,7 +537,7 @@ def _interrupting(at: int):
         ([f"task={TASK}", "seed=99999999999999999999999"], "2**63"),
         ([f"task={TASK}", "adapter.eva.rho=nan"], "rho"),
         (["task=minari/mine/discrete-v0", "dataset=mine/other-v0"], "leave out dataset=mine/other-v0"),
-        ([f"task={TASK}", "episodes=-1"], "episodes=-1"),
+        ([f"task={TASK}", "episodes=-1"], "episodes must be at least 0, got -1"),
     ],
 )
 def test_a_mistake_is_answered_in_one_sentence_and_leaves_nothing(run, base, make_dataset, arguments, message):
@@ -731,7 +731,7 @@ def test_evaluation_of_a_split_ends_in_one_table(run, base):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=dummy/Steps-v0", "episodes=0"], "episodes=0"),
+        (["task=dummy/Steps-v0", "episodes=0"], "episodes must be at least 1, got 0"),
         (["task=minari/mine/random-v0"], "knows no interface"),
         (["task=dummy/Steps-v0", "adapter=nowhere"], "nowhere"),
     ],

@@ -221,7 +221,7 @@ def test_it_asks_for_what_an_evaluation_would(tmp_path):
     policy.reset("max")
     assert policy._actor.wanted == [policy.statistics.return_max]
     for wrong in ("sweep", "much", float("nan"), [1.0, float("inf")], [], ["a"]):
-        with pytest.raises(UserError, match="target_return="):
+        with pytest.raises(UserError, match="target_return must be "):
             policy.reset(wrong)
 
 

@@ -654,7 +654,7 @@ def test_an_environment_that_cannot_be_closed_is_warned_about_and_its_episodes_c
 
 
 def test_no_episodes_are_refused():
-    with pytest.raises(UserError, match="episodes=0"):
+    with pytest.raises(UserError, match="episodes must be at least 1, got 0"):
         rollout(Stub(repeat(1), make_interface()), Recall, "toy", 4, [], 1.0)
 
 

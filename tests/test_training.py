@@ -307,7 +307,7 @@ def test_the_model_is_left_in_evaluation_mode(tmp_path, steps):
 
 
 def test_negative_steps_are_refused(tmp_path):
-    with pytest.raises(UserError, match="steps=-1"):
+    with pytest.raises(UserError, match="steps must be at least 0, got -1"):
         run(tmp_path, steps=-1)
 
 
@@ -468,7 +468,7 @@ def test_evaluation_is_called_in_evaluation_mode_every_so_many_steps_before_the_
     ids=str,
 )
 def test_impossible_settings_are_refused_by_name(wrong):
-    with pytest.raises(UserError, match=f"training.{next(iter(wrong))}="):
+    with pytest.raises(UserError, match=f"training.{next(iter(wrong))} must be "):
         TrainingConfig(**asdict(CONFIG) | wrong)
 
 
