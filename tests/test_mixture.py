@@ -177,7 +177,7 @@ def test_in_parts_a_batch_gives_the_losses_and_weights_of_the_whole(tmp_path):
 
 def test_more_parts_than_windows_are_refused(tmp_path):
     model = make_model()
-    with pytest.raises(UserError, match="training.batch_size must be at least 13, got 12"):
+    with pytest.raises(UserError, match=r"training\.batch_size must be at least 13, got 12"):
         train(model, mixture, model.loss, 1, replace(CONFIG, accumulate=13), Saves(tmp_path))
 
 
