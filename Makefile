@@ -34,7 +34,7 @@ lint: $(INSTALLED) ## check style, formatting and types
 	@mkdir -p build/typings/eva_rl
 	@ln -sfn ../../../envs build/typings/eva_rl/envs
 	@ln -sfn ../../../eva_rl/__init__.py build/typings/eva_rl/__init__.py
-	$(RUN) -m pyright --pythonpath $(RUN)
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 docs: $(INSTALLED) ## build the documentation in build/docs/; a warning is an error
 	$(RUN) -m sphinx -q -E -W --keep-going -b html docs build/docs
