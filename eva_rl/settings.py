@@ -79,6 +79,20 @@ def check_precision(precision: str) -> None:
         raise UserError(f"precision must be auto, float32 or bfloat16, got {precision}.")
 
 
+def check_filter(filter: str) -> None:
+    """Raise a `UserError` unless `Trajectories.chosen` knows this filter."""
+    if filter in ("successful", "all"):
+        return
+    try:
+        share = float(filter)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UserError(
+            f"filter must be successful, all, or a share of the demonstrations between 0 and 1, got {filter}."
+        )
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The settings of training: linear warm-up, cosine decay, clipping by the global norm."""
@@ -449,8 +463,9 @@ class FinetuneConfig:
     """Such as `metaworld/hammer-v3`, or `minari/<dataset id>`."""
     dataset: str | None = None
     demonstrations: int | None = None
-    filter: float = 1.0
-    """The share of the demonstrations that is learned from, those of the highest return."""
+    filter: str = "successful"
+    """Which demonstrations are learned from: `successful`, those that solved the task, where that is known of any; `all`; or a share such as
+    `0.1`, those of the highest return."""
     mirror: bool = True
     """Show half of the windows as in a mirror, where the task's domain knows its mirror image."""
     base: str = "mt40-small"
@@ -484,8 +499,7 @@ class FinetuneConfig:
     """A library of adapters: LoRA begins as the nearest one, where that has the lower loss on the demonstrations."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.filter <= 1:
-            raise UserError(f"filter must be a share of the demonstrations above 0 and at most 1, got {self.filter}.")
+        check_filter(self.filter)
         if not 0 <= self.fresh_learning_rate < math.inf:
             raise UserError(f"fresh_learning_rate must be a number of at least 0, got {self.fresh_learning_rate}.")
 

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from peft import LoraConfig
+from results import result
 
 from eva_rl.adapter import attach, save_adapter
 from eva_rl.data import Trajectories, interface_of, pack
@@ -53,8 +54,9 @@ def make_run(
     )
     save_adapter(adapter, folder / name / "adapter", notes.base, {NOTES: asdict(notes)})
     score = {"mean": 6.0, "low": 5.0, "high": 7.0, "n": 3}
-    result = {"status": "complete", "adapter": "eva", "episode_return": score, "success_rate": None}
-    (folder / name / "result.json").write_text(json.dumps(result | {"normalized_score": None}))
+    (folder / name / "result.json").write_text(
+        json.dumps(result(task=TASK, episode_return=score, success_rate=None, normalized_score=None))
+    )
     return folder
 
 

@@ -519,8 +519,12 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
         ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
-        ([f"task={TASK}", "filter=0"], "filter must be a share of the demonstrations above 0 and at most 1, got 0.0"),
-        ([f"task={TASK}", "filter=10"], "above 0 and at most 1"),
+        (
+            [f"task={TASK}", "filter=0"],
+            "filter must be successful, all, or a share of the demonstrations between 0 and 1, got 0",
+        ),
+        ([f"task={TASK}", "filter=10"], "between 0 and 1, got 10"),
+        ([f"task={TASK}", "filter=best"], "between 0 and 1, got best"),
         ([f"task={TASK}", "base="], "base= was given without a value"),
         ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),
         ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),
@@ -573,17 +577,17 @@ def test_the_config_of_a_run_of_a_former_version_still_makes_it(run, base):
 def test_a_run_may_learn_from_the_best_demonstrations_alone(run, base):
     arguments = ["finetune", f"task={TASK}", f"base={base}", "adapter=bc", "demonstrations=6", *QUICK]
     found = {}
-    for share in ("1", "0.2"):
+    for share in ("all", "0.2"):
         status, _, err = run(*arguments, f"filter={share}", f"run_dir=best-{share}")
         assert status == 0, err
         found[share] = result_of(Path(f"best-{share}"))
     assert [found[share]["demonstrations"] for share in found] == [6, 6]  # what there was to choose from
-    assert found["0.2"]["settings"]["filter"] == 0.2
-    assert found["0.2"]["target_return"] > found["1"]["target_return"]  # that of the best one, and the median
+    assert found["0.2"]["settings"]["filter"] == "0.2"
+    assert found["0.2"]["target_return"] > found["all"]["target_return"]  # that of the best one, and the median
 
 
 def test_episodes_are_given_up_by_the_longest_demonstration_not_the_longest_of_the_best(dummy_domain):
-    config = SimpleNamespace(task=TASK, dataset=None, trust_environment=False, demonstrations=6, seed=0, filter=0.2)
+    config = SimpleNamespace(task=TASK, dataset=None, trust_environment=False, demonstrations=6, seed=0, filter="0.2")
     found = demonstrated(SimpleNamespace(config=config), Stopwatch("collect", "load"))
     lengths = load_dataset(found.dataset_id, TASK, 6).lengths
     assert found.longest == lengths.max()

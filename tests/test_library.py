@@ -239,6 +239,18 @@ def _add(name: str) -> None:
     eva_rl.Library("lib").add("tuned", name, sketch=False)
 
 
+def test_a_library_that_another_process_begins_is_not_taken_for_a_foreign_folder(tmp_path):
+    (tmp_path / ".library.json-x1").mkdir()  # about to become the index
+    (tmp_path / "adapters").mkdir()
+    assert len(eva_rl.Library(tmp_path)) == 0
+
+
+def test_a_file_is_no_library(tmp_path):
+    (tmp_path / "lib").write_text("")
+    with pytest.raises(UserError, match="must be a folder, got the file"):
+        eva_rl.Library(tmp_path / "lib")
+
+
 def test_processes_that_add_at_once_lose_nothing(tuned):
     names = [f"a{i}" for i in range(4)]
     context = multiprocessing.get_context("fork")

@@ -141,6 +141,34 @@ def test_the_best_share_are_whole_episodes_of_the_highest_returns_in_their_order
         assert torch.equal(getattr(best, name), getattr(alone, name)), name
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.booleans())
+def test_the_successful_are_whole_episodes_in_their_order_in_memory_or_in_a_file(solved, in_a_file):
+    episodes = [
+        an_episode(2 + seed % 3, seed) | {"success": np.array([won] * (3 + seed % 3))}
+        for seed, won in enumerate(solved)
+    ]
+    every = pack("dummy", episodes, OBSERVATIONS, BOUNDED)
+    with pytest.MonkeyPatch.context() as patch:
+        if in_a_file:
+            patch.setattr("eva_rl.data.trajectories.COPIED", 0)
+        if not any(solved):
+            with pytest.warns(UserWarning, match="No demonstration of 'dummy' solved the task"):
+                assert every.chosen("successful") is every
+            return
+        kept = every.chosen("successful")
+    alone = pack("dummy", [e for e, won in zip(episodes, solved, strict=True) if won], OBSERVATIONS, BOUNDED)
+    for name in ("observations", "actions", "rewards", "returns_to_go", "starts", "successes"):
+        assert torch.equal(getattr(kept, name), getattr(alone, name)), name
+
+
+def test_all_are_learned_from_where_success_is_unknown_or_all_are_asked_for():
+    unknown = pack("dummy", [an_episode() | {"success": None}] * 2, OBSERVATIONS, BOUNDED)
+    assert unknown.chosen("successful") is unknown
+    failed = an_episode() | {"success": np.zeros(5)}
+    some = pack("dummy", [failed, an_episode() | {"success": np.ones(5)}], OBSERVATIONS, BOUNDED)
+    assert some.chosen("all") is some
+
+
 def test_an_episode_that_does_not_mention_success_failed_where_another_mentions_it():
     said, silent = an_episode(seed=1) | {"success": np.array([np.nan, 0, 0, 0, 1])}, an_episode() | {"success": None}
     assert pack("dummy", [said, silent], OBSERVATIONS, BOUNDED).statistics().success_rate == 0.5

@@ -86,7 +86,7 @@ AS_BEFORE = {
     "optimizer": ADAMW,
     "allocator": NO_ALLOCATOR,
     "mirror": False,
-    "filter": 1.0,
+    "filter": "all",
     "task_vectors": False,
     "start_from": None,
 }

@@ -33,14 +33,16 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
     if unknown:
         raise UserError(f"There is no setting '{prefix}{unknown[0]}'. {did_you_mean(unknown[0], names)}".rstrip())
     if "mirror" in names and not prefix:
-        values = {"mirror": False, **values}  # the file of an earlier run, which knew no mirror
+        values = {**BEFORE, **values}
     for f in fields(schema):
         if f.name not in values and not _has_default(f):
             raise UserError(f"'{prefix}{f.name}' is not set: add {prefix}{f.name}=... to the command line.")
     return schema(**{name: _convert(values[name], hints[name], prefix + name) for name in names if name in values})
 
 
-ADDED = frozenset({"allocator", "filter", "library", "optimizer", "task_vectors", "tracker"})
+BEFORE = {"mirror": False, "filter": "all"}
+"""What the settings of an earlier run mean that are not in its file, where today's default is another."""
+ADDED = frozenset({"allocator", "library", "optimizer", "task_vectors", "tracker"})
 """Settings that the files of earlier runs do not have."""
 
 

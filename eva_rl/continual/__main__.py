@@ -124,7 +124,7 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
     base = load_base(config.base, device)
     interface = _interface(config, base, sources)
     ids = datasets(sources, config.demonstrations, config.seed)
-    own = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
+    own = [load_dataset(i, s.task, config.demonstrations).successful() for i, s in zip(ids, sources, strict=True)]
     every = max(1, config.steps // config.evaluations)
     training = replace(config.training, learning_rate=_rate(config), evaluate_every=every)
     stage = Stage(

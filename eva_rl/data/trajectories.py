@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from eva_rl.spaces import (
     spaces_to_text,
 )
 
+COPIED = 2 * 2**30
+"""Bytes of observations up to which chosen episodes are copied in memory."""
 SMALL_PART = 0.1
 """The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
 
@@ -60,15 +63,36 @@ class Trajectories:
         """This share of the episodes, at least one, in their order: those of the highest return, of equal ones the first. (%BC of Chen et al.
         2021, section 5.1, but for whole episodes)"""
         count = max(1, round(share * len(self.lengths)))
-        if count == len(self.lengths):
+        return self._of(self.episode_returns.argsort(descending=True, stable=True)[:count].sort().values)
+
+    def successful(self) -> Trajectories:
+        """The episodes that solved the task; all of them where that is unknown, or where none did, which is warned of.
+
+        A clone of failures fails: what is learned from them contradicts the rest. (Filtered cloning)
+        """
+        if self.successes is None or bool(self.successes.all()):
             return self
-        kept = self.episode_returns.argsort(descending=True, stable=True)[:count].sort().values  # (count,)
+        if not self.successes.any():
+            warnings.warn(f"No demonstration of '{self.task}' solved the task: all are learned from.", stacklevel=2)
+            return self
+        return self._of(self.successes.nonzero().flatten())
+
+    def chosen(self, filter: str) -> Trajectories:
+        """The episodes that a run learns from: `successful` ones, `all`, or the `best` of a share such as `0.1`."""
+        if filter == "successful":
+            return self.successful()
+        return self if filter == "all" else self.best(float(filter))
+
+    def _of(self, kept: Tensor) -> Trajectories:
+        """These episodes, by their numbers in rising order, (m,)."""
+        if len(kept) == len(self.lengths):
+            return self
         rows = torch.cat([torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in kept.tolist()])
         names = ("observations", "actions", "rewards", "returns_to_go", "labels")
         columns = {name: getattr(self, name) for name in names}
         return replace(
             self,
-            **{name: column if column is None else column[rows] for name, column in columns.items()},
+            **{name: column if column is None else _taken(column, rows) for name, column in columns.items()},
             starts=torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[kept].cumsum(0)]),
             successes=None if self.successes is None else self.successes[kept],
         )
@@ -89,6 +113,18 @@ class Trajectories:
         """The median of the successful episodes' returns, of all where success is unknown; None where none succeeded."""
         returns = self.episode_returns if self.successes is None else self.episode_returns[self.successes]
         return float(returns.median()) if len(returns) else None
+
+
+def _taken(column: Tensor, rows: Tensor) -> Tensor:
+    """A copy of these rows; in a file without a name, and mapped from there, where it takes more than `COPIED` bytes."""
+    shape, kind = (len(rows), *column.shape[1:]), column[:0].numpy().dtype
+    if math.prod(shape) * kind.itemsize <= COPIED:
+        return column[rows]
+    with tempfile.TemporaryFile() as file:
+        found = torch.from_numpy(np.memmap(file, kind, mode="w+", shape=shape))
+    for place in torch.arange(len(rows)).split(2**14):
+        found[place] = column[rows[place]]
+    return found
 
 
 def returns_to_go(rewards: np.ndarray) -> np.ndarray:

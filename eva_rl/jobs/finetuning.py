@@ -284,9 +284,12 @@ def demonstrated(asked: Asked, clock: Stopwatch) -> Demonstrated:
         dataset_id = source.dataset(config.demonstrations, config.seed)
     with clock("load"):
         trajectories = load_dataset(dataset_id, config.task, config.demonstrations)
-    best = trajectories.best(config.filter)
-    lengths = trajectories.lengths
-    return Demonstrated(source, dataset_id, best, best.statistics(), len(lengths), int(lengths.max()))
+    chosen, lengths = trajectories.chosen(config.filter), trajectories.lengths
+    if config.filter == "successful" and len(chosen.lengths) < len(lengths):
+        print(
+            f"learning from the {len(chosen.lengths)} of {len(lengths)} demonstrations that solved the task (filter=all takes all)"
+        )
+    return Demonstrated(source, dataset_id, chosen, chosen.statistics(), len(lengths), int(lengths.max()))
 
 
 @dataclass(frozen=True)

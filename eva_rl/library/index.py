@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 from eva_rl.errors import UserError, did_you_mean, in_one_line
 from eva_rl.files import from_json, make_folder, read_json, replacing, write_json
 from eva_rl.model import NOTES, AdapterNotes, Base, base_name, find_adapter, load_base, load_base_of, load_notes
-from eva_rl.run import Estimate
+from eva_rl.run import Estimate, RunResult
+from eva_rl.settings import check_filter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,8 @@ SKETCH = "sketch.safetensors"
 FILES = ("adapter_config.json", "adapter_model.safetensors", NOTES)
 """What an adapter's folder must hold, and all that is taken from it."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SHOWN = ("success_rate", "episode_return", "normalized_score")
+"""The scores of a run that the index repeats."""
 WAIT = 60.0
 """Seconds that one process waits for another that changes the library."""
 
@@ -83,9 +86,14 @@ class Library:
         self.folder, self._given_base = Path(folder), base
         self.calibrations: dict[tuple, tuple[float, list[float]]] = {}
         """What `which` has found of itself: by adapters and number of observations, see `eva_rl.library.which.calibrate`."""
-        if not (self.folder / INDEX).is_file() and self.folder.exists():
-            others = [path.name for path in self.folder.iterdir() if path.name not in ("adapters", ".lock")]
-            if others or not self.folder.is_dir():
+        if self.folder.is_file():
+            raise UserError(f"A library must be a folder, got the file '{folder}'.")
+        if self.folder.exists():
+            held = [
+                path.name for path in self.folder.iterdir()
+            ]  # looked at once: another process may be adding the first
+            others = [name for name in held if name != "adapters" and not name.startswith(".")]
+            if others and INDEX not in held:
                 raise UserError(
                     f"'{folder}' holds '{min(others)}' and no {INDEX}: name the folder of a library, or a new one."
                 )
@@ -184,10 +192,10 @@ class Library:
         entry = Entry(
             name=name,
             task=notes.task,
-            method=result.get("adapter"),
+            method=None if result is None else result.adapter,
             demonstrations=notes.statistics.episodes,
             sketch=made is not None,
-            **_scores_of(result),
+            **{name: None if result is None else result.scores[name] for name in SHOWN},
         )
         with self._alone():
             self._check_new(name, notes, folder)  # another process may have been faster
@@ -290,7 +298,7 @@ class Library:
         self,
         notes: AdapterNotes,
         folder: Path,
-        result: Mapping[str, Any],
+        result: RunResult | None,
         trajectories: Trajectories | None,
         dataset: str | None,
     ) -> Sketch | None:
@@ -302,12 +310,15 @@ class Library:
         if notes.interface.name not in base.model.interfaces:
             return None
         if trajectories is None:
-            dataset = dataset or result.get("dataset")
-            if not isinstance(dataset, str):
+            if dataset is not None:
+                trajectories = load_dataset(dataset, notes.task, notes.statistics.episodes)
+            elif result is not None:  # those that the run learned from
+                check_filter(filter := str(result.settings.get("filter", "all")))
+                trajectories = load_dataset(result.dataset, notes.task, result.demonstrations).chosen(filter)
+            else:
                 raise UserError(
                     f"No demonstrations are known of the adapter in '{folder}': name them with dataset=..., or set sketch=false."
                 )
-            trajectories = load_dataset(dataset, notes.task, notes.statistics.episodes)
         return make_sketch(base.transformer, notes.interface.name, trajectories)
 
     @contextmanager
@@ -327,24 +338,19 @@ class Library:
             lock.release()
 
 
-def _result_of(folder: Path) -> dict[str, Any]:
-    """The result of the run that the adapter's folder stands in; empty where it stands alone.
+def _result_of(folder: Path) -> RunResult | None:
+    """The result of the run that the adapter's folder stands in; None where it stands alone.
 
     Raises:
-        UserError: if the run has not ended.
+        UserError: if the run has not ended, or its result is damaged.
     """
     path = folder.parent / "result.json"
     if folder.name != "adapter" or not path.is_file():
-        return {}
-    result = read_json(path)
-    if not isinstance(result, dict) or result.get("status") != "complete":
+        return None
+    try:
+        result = RunResult.from_json(read_json(path))
+    except TypeError as error:
+        raise UserError(f"The run's {path} is damaged ({in_one_line(error)}).") from error
+    if result.status != "complete":
         raise UserError(f"The run in '{folder.parent}' has not ended: let it finish, or name its adapter alone.")
     return result
-
-
-def _scores_of(result: Mapping[str, Any]) -> dict[str, Estimate | None]:
-    names = ("success_rate", "episode_return", "normalized_score")
-    try:
-        return {name: from_json(Estimate | None, result.get(name), f"{name}.") for name in names}
-    except TypeError as error:
-        raise UserError(f"The run's result.json is damaged ({in_one_line(error)}).") from error
