@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,6 +16,9 @@ from eva_rl.adapter.eva.load import by_pattern
 from eva_rl.adapter.safe import check_adapter_config
 from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import not_finite
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PREFIX = "base_model.model."
 
@@ -29,6 +33,17 @@ class LoraFactors:
     """(d,) its task's vector, where it has one."""
 
 
+def plain_lora(folder: Path) -> LoraConfig | None:
+    """The config of a folder's adapter; None where it is made of more than LoRA's two factors, or of other things."""
+    from peft import LoraConfig, PeftConfig
+
+    check_adapter_config(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    beside = ("use_dora", "fan_in_fan_out", "lora_bias")
+    plain = isinstance(config, LoraConfig) and not any(getattr(config, setting) for setting in beside)
+    return config if plain else None
+
+
 def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: str | None = None) -> LoraFactors:
     """Read them.
 
@@ -39,12 +54,9 @@ def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: st
     Raises:
         UserError: if the adapter is no LoRA, or does more than add products to these layers' weights and bring that vector.
     """
-    from peft import LoraConfig, PeftConfig
-
-    check_adapter_config(folder)
-    config = PeftConfig.from_pretrained(str(folder))
     refusal = f"The adapter in '{folder}' can't be served beside others"
-    if not isinstance(config, LoraConfig) or config.use_dora or config.fan_in_fan_out or config.lora_bias:
+    config = plain_lora(folder)
+    if config is None:
         raise UserError(f"{refusal}: it is not LoRA alone, which has two factors; `python -m eva_rl.merge` merges it.")
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from eva_rl.adapter import attach, starts
 from eva_rl.adapter.attach import WEIGHTS
 from eva_rl.adapter.combine import start_from
-from eva_rl.adapter.factors import PREFIX
+from eva_rl.adapter.factors import PREFIX, plain_lora
 from eva_rl.errors import UserError
 from eva_rl.files import make_folder, read_json, write_json
 from eva_rl.library.index import INDEX, Library
+from eva_rl.model.nearest import task_vector
 
 if TYPE_CHECKING:
     from eva_rl.batch import Batch
@@ -91,7 +92,7 @@ def _nearest(
 ) -> str | None:
     """The nearest adapter's name, if its loss is lower than the base's."""
     matches = library.which(trajectories, interface=interface).matches
-    name = next((own.name for own in matches if _is_lora(library.path(own.name))), None)
+    name = next((own.name for own in matches if plain_lora(library.path(own.name))), None)
     if name is None:
         print("the library holds no plain LoRA: the adapter begins as it does without a library")
         return None
@@ -106,17 +107,13 @@ def _nearest(
     return name if after < before else None
 
 
-def _is_lora(folder: Path) -> bool:
-    config = read_json(folder / "adapter_config.json")
-    return config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("lora_bias")
-
-
 @torch.no_grad()
 def _take_vector(model: ActionModel, interface: str, folder: Path) -> None:
     """Put the adapter's task vector in force, if it has one."""
-    vector = load_file(folder / WEIGHTS).get(f"{PREFIX}embedders.{interface}.task.weight")
-    if vector is not None:
-        model.embedder_of(interface).task.weight.copy_(vector)
+    for module in task_vector(model, interface):
+        vector = load_file(folder / WEIGHTS).get(f"{PREFIX}{module}.weight")
+        if vector is not None:
+            model.get_submodule(module).weight.copy_(vector)
 
 
 @torch.no_grad()

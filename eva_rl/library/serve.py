@@ -23,6 +23,7 @@ from eva_rl.errors import UserError, did_you_mean
 from eva_rl.model import DecisionTransformer, Decoder, load_notes
 from eva_rl.model.decoder import BlockWeights
 from eva_rl.model.embedder import Embedder
+from eva_rl.model.nearest import task_vector
 from eva_rl.policy import ActingPolicy
 from eva_rl.rollout import TargetReturn
 from eva_rl.spaces import spaces_from_text
@@ -90,9 +91,10 @@ class Adapters:
             if isinstance(module, torch.nn.Linear)
         }
         name = interfaces.pop()
-        embedder, vector = _embedder_of(model, name)
+        embedder, vector = model.embedder_of(name), next((f"{m}.weight" for m in task_vector(model, name)), None)
         found = [lora_factors(folder, shapes, vector) for folder in folders]
         if vector is not None:
+            embedder = copy.deepcopy(embedder)
             embedder.tasks = _vectors(embedder.task.weight, [own.vector for own in found])
         factors = [own.layers for own in found]
         rank = max((len(a) for own in factors for a, _ in own.values()), default=1)
@@ -146,14 +148,6 @@ def adapters_of(
         hint = did_you_mean(missing[0], best)
         raise UserError(f"'{folder}' holds no adapter for '{missing[0]}'. {hint}".rstrip())
     return Adapters.load(library, [best[task] for task in tasks], device)
-
-
-def _embedder_of(model: DecisionTransformer, interface: str) -> tuple[Embedder, str | None]:
-    """The interface's embedder, and the name of its task vector's parameter; a copy of it, where it has one."""
-    embedder = model.embedder_of(interface)
-    if not embedder.interface.tasks:
-        return embedder, None
-    return copy.deepcopy(embedder), f"embedders.{interface}.task.weight"
 
 
 def _vectors(known: Tensor, own: Sequence[Tensor | None]) -> torch.nn.Embedding:
