@@ -10,7 +10,7 @@ from eva_rl.study import compare, document, pack, save_report
 
 def _folder(given: str) -> Path:
     if not given:
-        raise argparse.ArgumentTypeError("an empty name was given where a folder was expected")
+        raise argparse.ArgumentTypeError("it must be the name of a folder, got an empty one")
     return Path(given)
 
 

@@ -361,7 +361,7 @@ def test_lisa_goes_with_all_weights_and_with_lora_and_with_nothing_else(tmp_path
                 asked_for(config, plan(config, config.task))
     with pytest.raises(UserError, match="no list of modules"):
         configured("lisa").allocator.allocator().on_all(torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="active=0"):
+    with pytest.raises(UserError, match="must be at least 1, got 0"):
         configured("lisa", "allocator.config.active=0").allocator.allocator()
 
 

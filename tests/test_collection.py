@@ -293,8 +293,8 @@ def test_other_seeds_and_other_tasks_give_other_episodes(dummy_domain, datasets_
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"episodes": 0}, "0 episodes to collect"),
-        ({"episodes": -3}, "-3 episodes to collect"),
+        ({"episodes": 0}, "episodes to collect must be at least 1, got 0"),
+        ({"episodes": -3}, "at least 1, got -3"),
         ({"noise": ()}, r"noise must be .* got \[\]"),
         ({"noise": (0.1, -0.1)}, r"noise must be .* got \[0.1, -0.1\]"),
         ({"noise": (float("nan"),)}, r"noise must be .* got \[nan\]"),

@@ -187,7 +187,7 @@ def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base
         (["method=tol"], "Did you mean 'told'"),
         (["tasks=dummy/Steps-v0"], "tasks must be at least two"),
         (["steps=0"], "steps must be at least 1, got 0"),
-        (["replay_share=1"], "a share between 0 and 1"),
+        (["replay_share=1"], "replay_share must be between 0 and 1, got 1.0"),
         (["adapter=full"], "adapter must be LoRA"),
         (["reference=nowhere"], "does not exist"),
     ],

@@ -518,7 +518,7 @@ def _interrupting(at: int):
         ([f"task={TASK}", "adapter.eva.tokens=word"], "tokens must be one of "),
         ([f"task={TASK}", "adapter.eva.components=minor"], "method=covariance"),
         ([f"task={TASK}", "dataset=mine/discrete-v0"], "discrete"),
-        ([f"task={TASK}", "demonstrations=0"], "0 episodes to collect"),
+        ([f"task={TASK}", "demonstrations=0"], "episodes to collect must be at least 1, got 0"),
         (
             [f"task={TASK}", "filter=0"],
             "filter must be successful, all, or a share of the demonstrations between 0 and 1, got 0",

@@ -156,9 +156,9 @@ def test_a_mixture_is_the_same_whatever_the_number_of_workers(datasets_root, tmp
 
 
 def test_a_quality_that_a_task_does_not_have_is_refused_before_anything_is_written(datasets_root):
-    with pytest.raises(UserError, match="quality=medium was given where gym/CartPole-v1 has expert"):
+    with pytest.raises(UserError, match="quality of gym/CartPole-v1 must be expert, got medium"):
         collect([Recipe("gym/CartPole-v1", 1, quality="medium")])
-    with pytest.raises(UserError, match="quality=best was given where mujoco/Hopper-v5 has expert or medium or mixed"):
+    with pytest.raises(UserError, match="quality of mujoco/Hopper-v5 must be expert or medium or mixed, got best"):
         collect([Recipe("mujoco/Hopper-v5", 1, quality="best")])
     assert not any(datasets_root.iterdir())
 

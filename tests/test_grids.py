@@ -86,7 +86,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(run, base):
     status, _, err = run("finetune", "-m", *grid, *QUICK)
     assert status == 1
     assert "Traceback" not in err
-    assert err.count("error: -1 episodes to collect were asked for") == 2
+    assert err.count("error: episodes to collect must be at least 1, got -1") == 2
     assert f"(task={TASK} base={base} adapter=eva demonstrations=-1" in err
     assert "error: Not all runs of the grid ended well" in err
     assert set(finished(Path("grid"))) == {"eva-0-4", "lora-0-4"}

@@ -148,7 +148,7 @@ def test_as_many_adapters_as_episodes_are_running_or_one(library):
     policy = library.policy()
     seen = np.zeros((3, 3), np.float32)
     policy.act_batch(seen, adapter=["a", "b", "a"])
-    with pytest.raises(UserError, match="2 adapters were given where one, or one for each of 3"):
+    with pytest.raises(UserError, match="one name, or one for each of 3 episodes, got 2"):
         policy.act_batch(seen, adapter=["b", "b"])
     policy.keep([2])  # nothing had changed
     policy.act_batch(seen[:1])
@@ -220,7 +220,7 @@ def test_an_adapter_that_starts_from_others_adds_their_weighted_sum(library, nam
 
 
 def test_a_start_that_is_none_is_refused(library):
-    with pytest.raises(UserError, match="one each"):
+    with pytest.raises(UserError, match="a weight for each of the 1 adapters, got 2"):
         start_from([library.path("a")], [0.5, 0.5])
     with pytest.raises(UserError, match="one of cat"):
         start_from([library.path("a")], [1.0], "sum")

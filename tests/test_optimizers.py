@@ -301,7 +301,7 @@ def test_allora_moves_rows_of_b_at_eta_times_the_rate_while_they_are_zero_and_sl
 
 
 def test_allora_is_refused_with_a_scaled_lora():
-    with pytest.raises(UserError, match=r"scaled by 1\.5 where 1 was expected"):
+    with pytest.raises(UserError, match=r"scale must be 1 with optimizer=allora, got 1\.5"):
         make_optimizer(Recipe(**settings("allora").recipe()), make_model(True), 1e-3, 0.0, {})
 
 

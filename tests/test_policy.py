@@ -248,13 +248,13 @@ def test_calls_out_of_turn_are_refused(tmp_path):
         policy.observe(1.0)
     policy.act_batch(np.ones((2, 3)))
     for reward in (np.nan, [1.0, 2.0, 3.0]):
-        with pytest.raises(UserError, match="2 finite numbers were expected"):
+        with pytest.raises(UserError, match="must be 2 finite numbers"):
             policy.observe(reward)
-    with pytest.raises(UserError, match=r"The action \[1.0\] was given where 2 of Box"):
+    with pytest.raises(UserError, match=r"The action must be 2 of Box.*, got \[1.0\]"):
         policy.observe(1.0, action=[1.0])
-    with pytest.raises(UserError, match="was given where 2 of Box"):
+    with pytest.raises(UserError, match="The action must be 2 of Box"):
         policy.observe(1.0, action=np.full((2, 2), np.nan))
-    with pytest.raises(UserError, match="1 observations were given where 2 episodes are running"):
+    with pytest.raises(UserError, match="each of the 2 episodes that are running, got 1"):
         policy.act(np.ones(3))
     for kept in ([2], [-1], [], [True, False], [1, 1], [0.5]):
         with pytest.raises(UserError, match="there are 2, numbered from 0"):
@@ -262,14 +262,14 @@ def test_calls_out_of_turn_are_refused(tmp_path):
     choices = eva_rl.load_policy(make_checkpoint(tmp_path / "other", Diary(OBSERVATIONS["vector"], ACTIONS["one"])))
     choices.act(np.ones(3))
     for action in (99, -1, 3.7, np.nan):
-        with pytest.raises(UserError, match="was given where 1 of Discrete"):
+        with pytest.raises(UserError, match="must be 1 of Discrete"):
             choices.observe(1.0, action=action)
     choices.observe(1.0, action=4)
     parts = eva_rl.load_policy(make_checkpoint(tmp_path / "parts", Diary(OBSERVATIONS["vector"], ACTIONS["parts"])))
     right = parts.act(np.ones(3))
     wrong = ({"grip": 9}, {"grip": 2.5}, {"keys": (np.array([1, 0]),)}, {"arm": np.full((2, 1), np.nan)})
     for action in (*({**right, **one} for one in wrong), {}, 3, [right]):
-        with pytest.raises(UserError, match="was given where 1 of Dict"):
+        with pytest.raises(UserError, match="must be 1 of Dict"):
             parts.observe(1.0, action=action)
     parts.observe(1.0, action=right)
 

@@ -45,7 +45,7 @@ def start_from(
     if combination not in COMBINATIONS:
         raise UserError(f"combination must be one of {', '.join(COMBINATIONS)}, got {combination}.")
     if len(folders) != len(weights) or not folders:
-        raise UserError(f"{len(weights)} weights were given for {len(folders)} adapters, where one each was expected.")
+        raise UserError(f"There must be a weight for each of the {len(folders)} adapters, got {len(weights)}.")
 
     @torch.no_grad()
     def start(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:

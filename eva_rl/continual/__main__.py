@@ -49,13 +49,12 @@ class ContinualConfig:
         for name in ("demonstrations", "steps", "evaluations", "episodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.replay_share < 1 or not self.ewc_strength >= 0:
-            raise UserError(
-                f"replay_share={self.replay_share} and ewc_strength={self.ewc_strength} were given where a share between 0 and 1 and "
-                "at least 0 were expected."
-            )
+        if not 0 < self.replay_share < 1:
+            raise UserError(f"replay_share must be between 0 and 1, got {self.replay_share}.")
+        if not self.ewc_strength >= 0:
+            raise UserError(f"ewc_strength must be at least 0, got {self.ewc_strength}.")
         if self.method == "replay" and self.training.batch_size < 2:
-            raise UserError("training.batch_size=1 was given where method=replay needs at least 2.")
+            raise UserError("training.batch_size must be at least 2 with method=replay, got 1.")
         if self.method in ("told", "found") and (self.adapter.config or {}).get("use_dora"):
             raise UserError(
                 f"adapter={self.adapter.name} is DoRA, which can't be served beside others: take lora or eva."

@@ -51,7 +51,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
-            raise UserError(f"{self.episodes} episodes to collect were asked for where at least 1 was expected.")
+            raise UserError(f"episodes to collect must be at least 1, got {self.episodes}.")
         if self.seed < 0:
             raise UserError(f"seed must be a whole number of at least 0, got {self.seed}.")
         if not self.noise or not all(0 <= scale <= 100 for scale in self.noise):
@@ -89,9 +89,7 @@ def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
     for recipe in (missing := _missing(recipes)):
         domain, name = find_task(recipe.task)
         if recipe.quality not in (known := domain.qualities(name)):
-            raise UserError(
-                f"quality={recipe.quality} was given where {recipe.task} has {' or '.join(known)}: choose a quality that it has."
-            )
+            raise UserError(f"quality of {recipe.task} must be {' or '.join(known)}, got {recipe.quality}.")
         domain.make(name).close()  # a missing extra is met here, before anything is written
     if missing:
         lock = FileLock(make_folder(get_dataset_path()) / ".collecting.lock")

@@ -362,9 +362,7 @@ class LibraryPolicy(ActingPolicy):
         actor = self._actor
         running = None if actor is None else len(actor.wanted)
         if running is not None and self._acted and len(numbers) not in (1, running):
-            raise UserError(
-                f"{len(numbers)} adapters were given where one, or one for each of {running} episodes, was expected."
-            )
+            raise UserError(f"adapter must be one name, or one for each of {running} episodes, got {len(numbers)}.")
         changed = numbers != self._numbers
         self._choose_adapters(numbers)
         if changed and actor is not None and running is not None and len(numbers) in (1, running):

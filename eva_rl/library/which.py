@@ -225,7 +225,7 @@ def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple
     if isinstance(data, Trajectories):
         if parts_of(data.observation_space) != interface.parts:
             raise UserError(
-                f"The trajectories of '{data.task}' have observations {data.observation_space}, where {interface.in_words} were expected."
+                f"The observations of '{data.task}' must be {interface.in_words}, got {data.observation_space}."
             )
         return data.observations
     space = spaces_from_text(interface.spaces)[0] if interface.spaces else None
@@ -240,7 +240,7 @@ def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple
         raise UserError(f"Observations were given that are none of {interface.in_words}.") from error
     if rows.ndim != 2 or rows.shape[1] != interface.observation_size or not len(rows):
         raise UserError(
-            f"Observations of shape {rows.shape} were given where (n, {interface.observation_size}) was expected, n at least 1."
+            f"Observations must be of shape (n, {interface.observation_size}), n at least 1, got {rows.shape}."
         )
     if not np.isfinite(rows).all():
         raise UserError("Observations with NaN or infinite numbers were given: leave them out.")

@@ -13,6 +13,7 @@ from eva_rl.model import policy_of
 from eva_rl.prepared import shape_of
 from eva_rl.rollout import Actor, TargetReturn
 from eva_rl.spaces import action_row, action_rows, flatten, nested, parts_of, to_action, together
+from eva_rl.table import counted
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ class ActingPolicy:
             raise UserError("observe() was called without an action to observe: act() comes first.")
         rewards = np.asarray(reward, np.float64).reshape(-1)
         if rewards.shape not in ((1,), (len(self._done),)) or not np.isfinite(rewards).all():
-            raise UserError(f"The reward {reward} was given where {len(self._done)} finite numbers were expected.")
+            raise UserError(f"The reward must be {counted(len(self._done), 'finite number')}, got {reward}.")
         if action is not None:
             self._done = self._what_was_done(action, self._done)
         self._running.observe(self._done, np.full(len(self._done), rewards))
@@ -160,8 +161,8 @@ class ActingPolicy:
         if len(rows) != running:
             if self._acted or self._target.size > 1:
                 raise UserError(
-                    f"{len(rows)} observations were given where {running} episodes are running: reset() begins anew, keep() "
-                    "goes on with some."
+                    f"There must be one observation for each of the {running} episodes that are running, got {len(rows)}: reset() begins "
+                    "anew, keep() goes on with some."
                 )
             self._begin(len(rows))
         self._settle()
@@ -181,7 +182,7 @@ class ActingPolicy:
         space = self.action_space
         fits = (space.contains(one.astype(space.dtype)[()]) and (one % 1 == 0).all() for one in actions)
         if not np.isfinite(actions.astype(np.float32)).all() or not (isinstance(space, gym.spaces.Box) or all(fits)):
-            raise UserError(f"The action {action} was given where {len(chosen)} of {space} was expected.")
+            raise UserError(f"The action must be {len(chosen)} of {space}, got {action}.")
         return np.stack([action_row(self.action_space, one) for one in actions])
 
     def _parts_done(self, action: Any, chosen: np.ndarray) -> np.ndarray:
@@ -196,7 +197,7 @@ class ActingPolicy:
             fits = False
         choices = [bool(part.choices) for part in self.interface.action_parts for _ in range(part.size)]
         if not fits or rows.shape != chosen.shape or (rows != kept)[:, choices].any():
-            raise UserError(f"The action {action} was given where {len(chosen)} of {self.action_space} was expected.")
+            raise UserError(f"The action must be {len(chosen)} of {self.action_space}, got {action}.")
         return rows
 
     def _settle(self) -> None:

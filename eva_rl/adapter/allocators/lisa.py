@@ -16,7 +16,7 @@ def lisa(active: int, every: int, seed: int) -> Allocator:
         UserError: if a number makes no sense.
     """
     if active < 1 or every < 1:
-        raise UserError(f"allocator.config got active={active} and every={every} where at least 1 was expected.")
+        raise UserError(f"active and every in allocator.config must be at least 1, got {active} and {every}.")
     return Allocator(
         put_on=lambda model: Blocks(blocks_of(model), active, every, seed),
         on_all=lambda model: Blocks(blocks_of(model), active, every, seed),

@@ -19,9 +19,7 @@ def allora(
         UserError: if LoRA is scaled, which the method is to make superfluous.
     """
     if scaled := [pair.scale for pair in pairs if pair.scale != 1]:
-        raise UserError(
-            f"optimizer=allora was given LoRA scaled by {scaled[0]:g} where 1 was expected: set lora_alpha to the rank."
-        )
+        raise UserError(f"LoRA's scale must be 1 with optimizer=allora, got {scaled[0]:g}: set lora_alpha to the rank.")
     optimizer = torch.optim.AdamW(groups, lr=lr, **adamw)
     before: list[torch.Tensor] = []
 
