@@ -127,7 +127,7 @@ def test_choices_that_there_are_not_are_refused(dataset):
 
 @pytest.mark.parametrize("adapter", [pytest.param("bc", marks=pytest.mark.slow), "eva"])
 def test_what_is_fine_tuned_on_them_plays_and_acts(adapter, dataset, run, base, tmp_path):
-    words = [f"task=minari/{dataset}", f"base={base}", f"adapter={adapter}", "steps=400", "episodes=2", "workers=0"]
+    words = [f"task=minari/{dataset}", f"base={base}", f"adapter={adapter}", "steps=250", "episodes=2", "workers=0"]
     words += ["training.batch_size=16", "training.learning_rate=0.005", f"run_dir={tmp_path / 'run'}"]
     status, _, err = run("finetune", *words)
     assert status == 0, err
