@@ -1,10 +1,10 @@
 """How long a step of a control loop takes: `eva_rl.load_policy` beside a plain Hugging Face GPT-2 loop, on one core.
 
-    python -m benchmarks.latency
+    python -m benchmarks.latency --tokens state
 
 - ours: `policy.act` and `policy.observe` of a model of the preset's size with Meta-World's interface: the environment's observation
   in, the environment's action out, keys and values kept.
-- gpt2: what one would write with `transformers`: a GPT-2 of that size from a config, the three tokens of a step embedded, keys and
+- gpt2: what one would write with `transformers`: a GPT-2 of that size from a config, the tokens of a step embedded, keys and
   values kept by the library (`past_key_values`); when the window is full, it starts anew with the later half, in one pass.
 - gpt2, whole window: the same without kept keys and values, the last `context` steps at every step, as Hugging Face's Decision
   Transformer is used.
@@ -22,7 +22,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from eva_rl.table import markdown
 
 TASK = "metaworld/reach-v3"
 OBSERVATION, ACTION = 39, 4
+SIZES = {"return": 1, "state": OBSERVATION, "action": ACTION}
 WARM = 50
 """Steps before those that count."""
 
@@ -69,33 +70,37 @@ class _Ours:
 
 
 class Plain(nn.Module):
-    """Return, state and action tokens through Hugging Face's GPT-2."""
+    """A step's tokens through Hugging Face's GPT-2."""
 
     def __init__(self, config: ModelConfig, cached: bool):
         super().__init__()
-        self.context, self.cached = config.context, cached
+        self.kinds, self.longest, self.cached = config.tokens, len(config.tokens) * config.context, cached
+        self.half = len(config.tokens) * (config.context // 2)
         sizes = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads, "vocab_size": 1}
-        self.trunk = GPT2Model(GPT2Config(**sizes, n_positions=3 * config.context))
-        self.embed = nn.ModuleList(nn.Linear(size, config.width) for size in (1, OBSERVATION, ACTION))
+        self.trunk = GPT2Model(GPT2Config(**sizes, n_positions=self.longest))
+        self.embed = nn.ModuleDict({kind: nn.Linear(SIZES[kind], config.width) for kind in config.tokens})
         self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, ACTION)
         self.window: list[torch.Tensor] = []  # (1, d) each
         self.past, self.wanted = None, 1000.0
 
-    def _token(self, kind: int, value: np.ndarray) -> torch.Tensor:
+    def _token(self, kind: str, value: np.ndarray) -> torch.Tensor:
         return self.norm(self.embed[kind](torch.as_tensor(value, dtype=torch.float32)[None]))
 
     @torch.inference_mode()
     def forward(self, observation: np.ndarray, reward: float) -> np.ndarray:
-        if len(self.window) == 3 * self.context:
-            self.window = self.window[-3 * (self.context // 2) if self.cached else 3 :]
+        if len(self.window) == self.longest:
+            self.window = self.window[-self.half if self.cached else len(self.kinds) :]
             self.past = None
-        self.window += [self._token(0, np.array([self.wanted / 1000])), self._token(1, observation)]
+        if "return" in self.kinds:
+            self.window.append(self._token("return", np.array([self.wanted / 1000])))
+        self.window.append(self._token("state", observation))
         done = self.past.get_seq_length() if self.past is not None else 0
         new = torch.cat(self.window[done:])[None]  # (1, m, d)
         found = self.trunk(inputs_embeds=new, past_key_values=self.past, use_cache=self.cached)
         self.past = found.past_key_values
         action = np.clip(self.head(found.last_hidden_state[0, -1]).numpy(), -1, 1)
-        self.window.append(self._token(2, action))
+        if "action" in self.kinds:
+            self.window.append(self._token("action", action))
         self.wanted -= reward
         return action
 
@@ -121,6 +126,7 @@ def summary(taken: list[np.ndarray], clock: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=["small", "paper"], default=["small"])
+    parser.add_argument("--tokens", nargs="+", choices=SIZES, help="of a step; by default the preset's")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "latency.md")
@@ -129,6 +135,7 @@ def main() -> None:
     rows = []
     for preset in a.presets:
         config = model_config(preset)
+        config = replace(config, tokens=tuple(a.tokens)) if a.tokens else config
         loops = {
             "ours": ours(config),
             "gpt2": Plain(config, cached=True).eval(),
@@ -145,7 +152,10 @@ def main() -> None:
             rows.append([preset, name, *cells, f"{plain / numbers[0][0]:.1f}"])
     header = [f"{what}{own} ms" for own in ("", ", own") for what in ("median", "99 %", "longest")]
     table = markdown(["preset", "what", *header, "x gpt2"], rows)
-    command = f"python -m benchmarks.latency --presets {' '.join(a.presets)} --steps {a.steps} --repeats {a.repeats}"
+    tokens = f"--tokens {' '.join(a.tokens)} " if a.tokens else ""
+    command = (
+        f"python -m benchmarks.latency --presets {' '.join(a.presets)} {tokens}--steps {a.steps} --repeats {a.repeats}"
+    )
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     load = os.getloadavg()[0]
     beside = f"Other work ran beside it (load {load:.1f}): its numbers are too high.\n\n" if load > 0.5 else ""
