@@ -164,6 +164,8 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
         return [column for key in sorted(space) for column in _columns(space[key], observation[key])]
     if isinstance(space, gym.spaces.Tuple):
         return [column for i, member in enumerate(space) for column in _columns(member, observation[i])]
+    if isinstance(space, gym.spaces.Box):
+        _check_box(space, observation)
     if isinstance(space, Prepared):
         numbers = space.numbers(observation)
         return [numbers.reshape(*numbers.shape[: numbers.ndim - len(space.seen)], math.prod(space.seen))]
@@ -172,6 +174,17 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
         numbers = numbers - space.start
     shape = shape_of(space)
     return [numbers.reshape(*numbers.shape[: numbers.ndim - len(shape)], math.prod(shape))]
+
+
+def _check_box(space: gym.spaces.Box, observation: Any) -> None:
+    """Raise a `UserError` unless these are arrays of the space's shape, with any leading axes, and pictures hold bytes."""
+    numbers, shape = np.asarray(observation), shape_of(space)
+    if numbers.ndim >= len(shape) and numbers.shape[numbers.ndim - len(shape) :] != shape:
+        raise UserError(f"observations of shape {numbers.shape}, where they end in {shape}")
+    if space.dtype != np.uint8 or len(shape) not in (2, 3) or numbers.dtype in (np.uint8, np.bool_) or not numbers.size:
+        return
+    if not (0 <= numbers.min() <= numbers.max() <= 255) or (numbers % 1 != 0).any():  # NaN is none of these
+        raise UserError("pictures of other numbers than 0 to 255")
 
 
 def one_number(value: Any) -> float | None:

@@ -228,7 +228,8 @@ def test_it_asks_for_what_an_evaluation_would(tmp_path):
 @pytest.mark.parametrize(
     ("observation", "said"),
     [
-        (np.ones(4), r"of other shapes, which make up \(1, 4\)|another kind of value"),
+        (np.ones(4), r"of shape \(4,\), where they end in \(3,\)"),
+        (torch.ones(3, requires_grad=True), "another kind of value"),
         (np.ones((1, 3)), "of other shapes"),
         (np.array([1.0, np.nan, 0.0]), "NaN or infinite"),
         ("left", "another kind of value"),
@@ -272,6 +273,9 @@ def test_calls_out_of_turn_are_refused(tmp_path):
         with pytest.raises(UserError, match="must be 1 of Dict"):
             parts.observe(1.0, action=action)
     parts.observe(1.0, action=right)
+    for target in ([[1.0, 2.0], [3.0, 4.0]], [], [np.nan]):
+        with pytest.raises(UserError, match="a finite number, or one for each episode"):
+            parts.reset(target)
 
 
 def test_a_run_with_an_adapter_and_its_merged_checkpoint_act_alike(run, base, tmp_path):

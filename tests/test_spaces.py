@@ -100,6 +100,33 @@ def test_numbers_without_an_embedding_are_refused(space, observation):
         flatten(space, observation)
 
 
+@pytest.mark.parametrize(
+    ("space", "observation", "said"),
+    [
+        (
+            Box(0, 255, (64, 48, 3), np.uint8),
+            np.zeros((3, 64, 48), np.uint8),
+            r"shape \(3, 64, 48\), where they end in \(64, 48, 3\)",
+        ),
+        (Box(-1, 1, (2, 3), np.float32), np.zeros((3, 2)), "where they end in"),
+        (Box(-1, 1, (2, 3), np.float32), np.zeros((6, 1)), "where they end in"),
+        (Dict({"see": Box(0, 255, (64, 64, 3), np.uint8)}), {"see": np.full((64, 64, 3), 0.5)}, "0 to 255"),
+        (Box(0, 255, (64, 64, 3), np.uint8), np.full((64, 64, 3), 256), "0 to 255"),
+        (Box(0, 255, (64, 64, 3), np.uint8), np.full((64, 64, 3), np.nan), "0 to 255"),
+        (Exact(Box(-1e10, 1e10, (2,), np.float64)), np.zeros(3), "where they end in"),
+    ],
+)
+def test_arrays_of_other_shapes_and_pictures_of_other_numbers_are_refused(space, observation, said):
+    with pytest.raises(UserError, match=said):
+        flatten(space, observation)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, bool])
+def test_pictures_of_whole_numbers_in_another_type_are_taken(dtype):
+    space = Box(0, 255, (64, 64, 3), np.uint8)
+    assert flatten(space, np.ones((5, 64, 64, 3), dtype)).dtype == np.uint8
+
+
 def test_a_tuple_is_flattened_in_its_order():
     space = Tuple([Discrete(2), Box(-1, 1, (2,))])
     assert flatten(space, (1, np.array([0.5, -0.5], np.float32))).tolist() == [1.0, 0.5, -0.5]

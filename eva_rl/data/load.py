@@ -17,7 +17,7 @@ from eva_rl.data.metadata import UNREADABLE, metadata_of, open_dataset, unreadab
 from eva_rl.data.on_disk import pack_on_disk
 from eva_rl.data.trajectories import Trajectories, pack
 from eva_rl.errors import UserError
-from eva_rl.prepared import prepared
+from eva_rl.prepared import Exact, members_of, prepared
 from eva_rl.spaces import action_choices, dtype_of, parts_of, spaces_to_text, successes_in
 
 IN_MEMORY = 256 * 2**20
@@ -40,6 +40,8 @@ def load_dataset(
     """
     dataset = open_dataset(dataset_id)
     spaces = dataset.observation_space, dataset.action_space
+    if not dataset.total_episodes:
+        raise UserError(f"The dataset '{dataset_id}' holds no episodes.")
     count = dataset.total_episodes if demonstrations is None else demonstrations
     if not 1 <= count <= dataset.total_episodes:
         raise UserError(
@@ -47,6 +49,12 @@ def load_dataset(
         )
     shown = partial(_episodes, dataset, dataset_id, count, False)
     spaces = prepared(spaces[0], lambda: (episode["observations"] for episode in shown())), spaces[1]
+    if any(isinstance(member, Exact) for member in members_of(spaces[0])):
+        warnings.warn(
+            f"The observations of '{task}' hold numbers such as seconds since 1970. A policy meets later ones than it learned from: subtract "
+            "their first value, or leave them out.",
+            stacklevel=2,
+        )
     try:
         parts = parts_of(spaces[0])
         action_choices(spaces[1])

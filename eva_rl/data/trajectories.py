@@ -422,5 +422,9 @@ def _action_range(task: str, space: gym.spaces.Box, actions: Tensor) -> tuple[np
     bounded &= ~small
     low, high = np.where(bounded, low, 0), np.where(bounded, high, 0)
     mean = np.where(bounded, (low + high) / 2, actions.mean(0).numpy())
-    scale = np.where(bounded, (high - low) / 2, actions.std(0, correction=0).numpy().clip(1e-3))
+    largest = actions.abs().max(0).values.numpy()
+    least = np.where(
+        largest > 0, np.minimum(1e-3, 1e-3 * largest), 1e-3
+    )  # what hardly moves is no reason to magnify noise
+    scale = np.where(bounded, (high - low) / 2, np.maximum(actions.std(0, correction=0).numpy(), least))
     return mean, scale

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from eva_rl.interface import Interface, TaskStatistics
     from eva_rl.model.action_model import ActionModel
 
-NO_OBSERVATION = (TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""What numpy raises for values that are no observation of a space."""
+NO_OBSERVATION = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What numpy raises for values that are no observation of a space, and torch for tensors that numpy can't read."""
 
 
 class ActingPolicy:
@@ -79,8 +79,8 @@ class ActingPolicy:
             self._target = np.asarray(target_return, np.float64)
         except (TypeError, ValueError):
             self._target = np.array(np.nan)
-        if not self._target.size or not np.isfinite(self._target).all():
-            raise UserError(f"target_return must be finite numbers, got {target_return}.")
+        if not self._target.size or self._target.ndim > 1 or not np.isfinite(self._target).all():
+            raise UserError(f"target_return must be a finite number, or one for each episode, got {target_return}.")
         self._begin(self._target.size)
 
     def _returns(self, asked: TargetReturn) -> float:
