@@ -79,18 +79,23 @@ def check_precision(precision: str) -> None:
         raise UserError(f"precision must be auto, float32 or bfloat16, got {precision}.")
 
 
-def check_filter(filter: str) -> None:
-    """Raise a `UserError` unless `Trajectories.chosen` knows this filter."""
+def checked_filter(filter: str | float) -> str:
+    """A filter as `Trajectories.chosen` takes it: `successful`, `all`, or a share in one way of writing it.
+
+    Raises:
+        UserError: if it is none of those.
+    """
     if filter in ("successful", "all"):
-        return
+        return str(filter)
     try:
         share = float(filter)
-    except ValueError:
+    except (TypeError, ValueError):
         share = math.nan
-    if not 0 < share < 1:
+    if not 0 < share <= 1:
         raise UserError(
-            f"filter must be successful, all, or a share of the demonstrations between 0 and 1, got {filter}."
+            f"filter must be successful, all, or a share of the demonstrations above 0 and at most 1, got {filter}."
         )
+    return "all" if share == 1 else repr(share)
 
 
 @dataclass(frozen=True)
@@ -499,7 +504,7 @@ class FinetuneConfig:
     """A library of adapters: LoRA begins as the nearest one, where that has the lower loss on the demonstrations."""
 
     def __post_init__(self) -> None:
-        check_filter(self.filter)
+        object.__setattr__(self, "filter", checked_filter(self.filter))
         if not 0 <= self.fresh_learning_rate < math.inf:
             raise UserError(f"fresh_learning_rate must be a number of at least 0, got {self.fresh_learning_rate}.")
 

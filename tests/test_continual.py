@@ -140,6 +140,10 @@ def test_an_interrupted_sequence_goes_on_and_ends_as_an_uninterrupted_one(run, b
     monkeypatch.setattr(learners.Shared, "learn", stopped)
     assert run("continual.__main__", *settings, "run_dir=cut")[0] == 130
     assert result_of("cut")["status"] == "partial"
+    for other in ("max_episode_steps=3", "filter=all"):
+        status, _, err = run("continual.__main__", *settings, "run_dir=cut", "resume=true", other)
+        assert status == 1
+        assert "holds a run of other settings" in err
     monkeypatch.setattr(learners.Shared, "learn", learn)
     status, _, err = run("continual.__main__", *settings, "run_dir=cut", "resume=true")
     assert status == 0, err
@@ -166,7 +170,7 @@ def test_a_batch_with_replay_has_windows_of_both_and_no_more_than_asked_for(shar
 
 
 def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base):
-    settings = [*QUICK, f"base={base}"]
+    settings = [*QUICK, f"base={base}", "training.gradient_clip=inf"]
     assert run("continual.__main__", *settings, "method=alone", "run_dir=alone")[0] == 0
     # the dummy environment is always solved: pretend it was not, as a reference that is perfect can't be beaten
     result = result_of("alone")
@@ -175,6 +179,17 @@ def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base
     status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=other", "seed=7")
     assert status == 1
     assert "reference=alone has seed=0, but this run has 7" in err
+    for word, own in (
+        {"max_episode_steps=3": "None", "training.batch_size=3": "4", "filter=all": "successful"}
+    ).items():
+        status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=other", word)
+        assert status == 1
+        assert f"={own}, but this run has {word.partition('=')[2]}" in err
+    Path("alone/result.json").write_text(json.dumps(result | {"base_sha256": "other"}))
+    status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=other")
+    assert status == 1
+    assert "reference=alone has base_sha256=other" in err
+    Path("alone/result.json").write_text(json.dumps(result))
     status, _, err = run("continual.__main__", *settings, "method=told", "reference=alone", "run_dir=run")
     assert status == 0, err
     assert result_of("run")["forward_transfer"] == pytest.approx(1.0)
@@ -188,6 +203,8 @@ def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base
         (["tasks=dummy/Steps-v0"], "tasks must be at least two"),
         (["steps=0"], "steps must be at least 1, got 0"),
         (["replay_share=1"], "replay_share must be between 0 and 1, got 1.0"),
+        (["method=ewc", "ewc_strength=inf"], "ewc_strength must be a number of at least 0, got inf"),
+        (["filter=some"], "filter must be successful, all, or a share"),
         (["adapter=full"], "adapter must be LoRA"),
         (["reference=nowhere"], "does not exist"),
     ],

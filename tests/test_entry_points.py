@@ -521,10 +521,10 @@ def _interrupting(at: int):
         ([f"task={TASK}", "demonstrations=0"], "episodes to collect must be at least 1, got 0"),
         (
             [f"task={TASK}", "filter=0"],
-            "filter must be successful, all, or a share of the demonstrations between 0 and 1, got 0",
+            "filter must be successful, all, or a share of the demonstrations above 0 and at most 1, got 0",
         ),
-        ([f"task={TASK}", "filter=10"], "between 0 and 1, got 10"),
-        ([f"task={TASK}", "filter=best"], "between 0 and 1, got best"),
+        ([f"task={TASK}", "filter=10"], "at most 1, got 10"),
+        ([f"task={TASK}", "filter=best"], "at most 1, got best"),
         ([f"task={TASK}", "base="], "base= was given without a value"),
         ([f"task={TASK}", "training.gradient_clip=0"], "inf clips nothing"),
         ([f"task={TASK}", "adapter=lora", "adapter.config.lora_alpha=32"], "adapter.size.lora_alpha"),

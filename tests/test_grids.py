@@ -133,6 +133,10 @@ def test_a_finished_run_on_a_base_that_was_made_anew_is_not_taken_for_one_on_the
     status, _, err = run("finetune", *arguments)
     assert status == 1
     assert "on other weights of base=" in err
+    Path("run/result.json").unlink()  # not enough: the training state is of the other weights, too
+    status, _, err = run("finetune", *arguments)
+    assert status == 1
+    assert "was trained with base_sha256=" in err
 
 
 def test_a_runs_folder_is_that_of_the_launchers_working_directory(monkeypatch):

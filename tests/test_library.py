@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from libraries import TASK, episodes, make_run
+from peft import AdaLoraConfig, HiraConfig, KasaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 
 import eva_rl
 from eva_rl import load_policy
+from eva_rl.adapter.factors import plain_lora
 from eva_rl.data import pack
 from eva_rl.errors import UserError
 from eva_rl.library.index import Entry
@@ -107,6 +109,8 @@ def test_a_new_adapter_begins_as_the_nearest_one_of_a_library_where_that_is_bett
     assert status == 0, err
 
     still = ["steps=1", "training.learning_rate=0", "fresh_learning_rate=0", "training.weight_decay=0"]
+    Path("second").mkdir()  # what a run that stopped at once left there
+    Path("second/start.json").write_text('{"library": "lib", "adapter": null}')
     status, out, err = run("finetune", *common, "adapter=eva", *still, "start_from=lib", "run_dir=second")
     assert status == 0, err
     assert "nearest adapter is first" in out
@@ -130,6 +134,28 @@ def test_a_new_adapter_begins_as_the_nearest_one_of_a_library_where_that_is_bett
     )
     assert status == 0, err
     assert Path("third/start.json").read_bytes() == state
+    Path("third/start.json").write_text("{}")
+    Path("third/result.json").unlink()
+    again = ["start_from=lib", "run_dir=third", "resume=true", "episodes=1"]
+    status, _, err = run("finetune", *common, "adapter=eva", *still, *again)
+    assert status == 1
+    assert "start.json' is damaged" in err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(total_step=10, target_modules=["q"]),
+        LoraConfig(target_modules=["q"], kasa_config=KasaConfig()),
+        LoraConfig(target_modules=["q"], use_dora=True),
+        HiraConfig(target_modules=["q"]),
+    ],
+)
+def test_what_is_more_than_loras_two_factors_is_no_start(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    assert plain_lora(tmp_path) is None
+    LoraConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    assert plain_lora(tmp_path) is not None
 
 
 def test_only_adapters_of_the_interface_that_is_asked_for_are_ranked(library):

@@ -39,8 +39,8 @@ def plain_lora(folder: Path) -> LoraConfig | None:
 
     check_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    beside = ("use_dora", "fan_in_fan_out", "lora_bias")
-    plain = isinstance(config, LoraConfig) and not any(getattr(config, setting) for setting in beside)
+    beside = ("use_dora", "fan_in_fan_out", "lora_bias", "kasa_config")
+    plain = type(config) is LoraConfig and not any(getattr(config, setting, None) for setting in beside)
     return config if plain else None
 
 

@@ -96,7 +96,7 @@ AS_BEFORE = {
 def identity(config: Any) -> dict[str, Any]:
     """The settings that must be the same for one run to continue another."""
     left_out = FREE | {name for name, value in AS_BEFORE.items() if getattr(config, name, None) == value}
-    settings = {name: value for name, value in _finite(_plain(config)).items() if name not in left_out}
+    settings = {name: value for name, value in finite(_plain(config)).items() if name not in left_out}
     settings["training"] = {k: v for k, v in settings["training"].items() if not k.endswith("_every")}
     return settings
 
@@ -119,10 +119,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Plain settings with infinite numbers as text, since JSON has none: training.gradient_clip=inf is a setting."""
     if isinstance(value, dict):
-        return {name: _finite(own) for name, own in value.items()}
+        return {name: finite(own) for name, own in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

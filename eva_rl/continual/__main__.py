@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_rl.config import AdapterSettings, entry_point, run_folder
+from eva_rl.config.identity import finite
 from eva_rl.errors import UserError, did_you_mean
-from eva_rl.settings import TrainingConfig
+from eva_rl.settings import TrainingConfig, checked_filter
 
 if TYPE_CHECKING:
     from eva_rl.adapter import Adapter
@@ -37,6 +39,7 @@ class ContinualConfig:
     replay_share: float
     ewc_strength: float
     reference: str | None
+    filter: str
     seed: int
     max_episode_steps: int | None
     workers: int | None
@@ -51,8 +54,9 @@ class ContinualConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.replay_share < 1:
             raise UserError(f"replay_share must be between 0 and 1, got {self.replay_share}.")
-        if not self.ewc_strength >= 0:
-            raise UserError(f"ewc_strength must be at least 0, got {self.ewc_strength}.")
+        if not 0 <= self.ewc_strength < math.inf:
+            raise UserError(f"ewc_strength must be a number of at least 0, got {self.ewc_strength}.")
+        object.__setattr__(self, "filter", checked_filter(self.filter))
         if self.method == "replay" and self.training.batch_size < 2:
             raise UserError("training.batch_size must be at least 2 with method=replay, got 1.")
         if self.method in ("told", "found") and (self.adapter.config or {}).get("use_dora"):
@@ -80,19 +84,21 @@ def main(config: ContinualConfig) -> None:
     tasks = [source.task for source in sources]
     if len(set(tasks)) < max(len(tasks), 2):
         raise UserError(f"tasks must be at least two, each named once, got {','.join(config.tasks)}.")
-    reference = reference_curves(Path(config.reference), tasks, vars(config)) if config.reference else None
+    if config.reference:  # before anything is written
+        reference_curves(Path(config.reference), tasks, _facts(config))
     run_dir = run_folder(config.run_dir, "continual", f"{config.method}-{config.seed}")
     check_run_folder(run_dir, config.resume)
     with alone_in(run_dir), Simulators(config.workers) as simulators:
         lessons = _lessons(config, sources, simulators, run_dir)
-        facts = json.loads(json.dumps(_facts(config) | {"base_sha256": lessons.base.sha256}))  # as they are read again
+        facts = _facts(config) | {"base_sha256": lessons.base.sha256}
+        reference = reference_curves(Path(config.reference), tasks, facts) if config.reference else None
         result = run_sequence(lessons, facts, reference)
     print(f"\n{table(result)}\n\n{run_dir / 'result.json'}")
 
 
 def _facts(config: ContinualConfig) -> dict[str, Any]:
-    """What must be the same for one run to go on with another."""
-    names = ("method", "base", "reverse", "demonstrations", "steps", "evaluations", "episodes", "seed")
+    """What must be the same for one run to go on with another, as JSON holds it."""
+    names = ("method", "base", "reverse", "demonstrations", "filter", "steps", "evaluations", "episodes", "seed")
     facts = {name: getattr(config, name) for name in names} | {"split": list(config.tasks)}
     if config.method in ("lora", "told", "found"):
         facts["adapter"] = config.adapter.name
@@ -102,7 +108,8 @@ def _facts(config: ContinualConfig) -> dict[str, Any]:
     )
     rates = {"learning_rate": _rate(config), "batch_size": config.training.batch_size}
     facts["training"] = {k: v for k, v in asdict(config.training).items() if not k.endswith("_every")}
-    return facts | rates
+    facts["max_episode_steps"] = config.max_episode_steps
+    return json.loads(json.dumps(finite(facts | rates), allow_nan=False))
 
 
 def _rate(config: ContinualConfig) -> float:
@@ -123,9 +130,15 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
     base = load_base(config.base, device)
     interface = _interface(config, base, sources)
     ids = datasets(sources, config.demonstrations, config.seed)
-    own = [load_dataset(i, s.task, config.demonstrations).successful() for i, s in zip(ids, sources, strict=True)]
-    every = max(1, config.steps // config.evaluations)
-    training = replace(config.training, learning_rate=_rate(config), evaluate_every=every)
+    every = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
+    own = [trajectories.chosen(config.filter) for trajectories in every]
+    left_out = sum(len(e.lengths) - len(o.lengths) for e, o in zip(every, own, strict=True))
+    if left_out:
+        print(
+            f"learning from {sum(len(o.lengths) for o in own)} demonstrations, and leaving {left_out} out (filter={config.filter})"
+        )
+    scored_every = max(1, config.steps // config.evaluations)
+    training = replace(config.training, learning_rate=_rate(config), evaluate_every=scored_every)
     stage = Stage(
         sources,
         own,

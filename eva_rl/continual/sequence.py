@@ -57,7 +57,7 @@ def _earlier(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     earlier = read_json(path)
-    if not isinstance(earlier, dict) or any(earlier.get(name) != value for name, value in facts.items()):
+    if not isinstance(earlier, dict) or any((BEFORE | earlier).get(name) != value for name, value in facts.items()):
         raise UserError(f"'{path.parent}' holds a run of other settings: set another run_dir.")
     return earlier
 
@@ -86,14 +86,19 @@ def _result(
     }
 
 
-SAME = ("steps", "evaluations", "episodes", "demonstrations", "seed", "base")
+SAME = (
+    *("steps", "evaluations", "episodes", "demonstrations", "seed", "base"),
+    *("filter", "max_episode_steps", "batch_size", "base_sha256"),
+)
 """What a run and its reference must have in common."""
+BEFORE = {"filter": "all", "max_episode_steps": None}
+"""What the results of former versions do not say, and how it was."""
 
 
 def reference_curves(folder: Path, tasks: Sequence[str], wanted: Mapping[str, Any]) -> list[Curve]:
     """Each task's curve in a finished run of method=alone.
 
-    wanted: the values of `SAME`.
+    wanted: the values of `SAME`, as far as they are known yet.
 
     Raises:
         UserError: if it is none, or has not these tasks or settings.
@@ -104,9 +109,10 @@ def reference_curves(folder: Path, tasks: Sequence[str], wanted: Mapping[str, An
     curves = dict(zip(result["tasks"], result["curves"], strict=True))
     if missing := [task for task in tasks if task not in curves]:
         raise UserError(f"reference={folder} has not the task '{missing[0]}': it must have these {len(tasks)}.")
-    if other := [name for name in SAME if result.get(name) != wanted[name]]:
+    found = BEFORE | result
+    if other := [name for name in SAME if name in wanted and found.get(name) != wanted[name]]:
         raise UserError(
-            f"reference={folder} has {other[0]}={result.get(other[0])}, but this run has {wanted[other[0]]}."
+            f"reference={folder} has {other[0]}={found.get(other[0])}, but this run has {wanted[other[0]]}."
         )
     return [curves[task] for task in tasks]
 

@@ -74,6 +74,7 @@ from eva_rl.run import (
 )
 from eva_rl.seeding import evaluation_seeds
 from eva_rl.training import (
+    BASE,
     Hooks,
     Processes,
     Recipe,
@@ -245,6 +246,7 @@ def earlier_result(asked: Asked, base: Base) -> RunResult | None:
         )
     if not config.resume:
         return None
+    check_run(config.steps, asked.run.checkpoints, True, {**asked.run.identity, **seen_of(base, config)})
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)
     if earlier and earlier.status == "complete":
         lacking = asked.seeds and earlier.zero_shot["episode_return"] is None
@@ -414,12 +416,19 @@ def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopw
                 library = Library(asked.config.start_from, asked.config.base)
                 few = [learner.sampler.spread(number).to(asked.device) for number in range(BATCHES)]
                 found = task.trajectories, few, learner.peft_config
-                start = known_start(library, asked.run.folder, model, *found, otherwise=start)
+                start = known_start(
+                    library, asked.run.folder, model, *found, otherwise=start, resume=bool(asked.config.resume)
+                )
             adapter = attach(model, learner.peft_config, data, None, fresh, start, asked.allocator)
     for name, parameter in model.named_parameters():
         if any(word in name for word in asked.config.optimizer.freezes):
             parameter.requires_grad_(False)
     return adapter
+
+
+def seen_of(base: Base, config: FinetuneConfig) -> dict[str, str]:
+    """The hash of the base's weights, where the method sees them."""
+    return {BASE: base.sha256} if config.adapter.network == "base" else {}
 
 
 def facts_of(asked: Asked, base: Base, task: Demonstrated, learner: Learner, target_return: float) -> Mapping[str, Any]:
@@ -429,12 +438,13 @@ def facts_of(asked: Asked, base: Base, task: Demonstrated, learner: Learner, tar
         "task": config.task,
         "adapter": method.name,
         "base": config.base,
-        **({"base_sha256": base.sha256} if method.network == "base" else {}),  # others see nothing of it
+        **seen_of(base, config),
         "seed": config.seed,
         "steps": config.steps,
         "learning_rate": asked.training.learning_rate,
         "dataset": task.dataset_id,
         "demonstrations": task.demonstrations,
+        "learned_from": len(task.trajectories.lengths),
         "target_return": target_return,
         "trainable_parameters": trainable_parameters(learner.model),
         "total_parameters": learner.total_parameters,
@@ -491,7 +501,8 @@ def trained(
         adapter.companion if adapter else whole,
         adapter.frozen() if adapter else {},
     )
-    saves = Saves(asked.run.checkpoints, bool(config.resume), asked.run.identity)
+    weights = {name: value for name, value in record.facts.items() if name == BASE}
+    saves = Saves(asked.run.checkpoints, bool(config.resume), {**asked.run.identity, **weights})
     hooks = Hooks(tensorboard.log, _evaluation(model, adapter, player, record))
     with record.clock("train"):
         result = train(model, learner.sampler.batch, model.loss, config.steps, asked.training, saves, rules, hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from eva_rl.adapter import attach, starts
 from eva_rl.adapter.attach import WEIGHTS
 from eva_rl.adapter.combine import start_from
 from eva_rl.adapter.factors import PREFIX, plain_lora
-from eva_rl.errors import UserError
-from eva_rl.files import make_folder, read_json, write_json
+from eva_rl.errors import UserError, in_one_line
+from eva_rl.files import from_json, make_folder, read_json, write_json
 from eva_rl.library.index import INDEX, Library
 from eva_rl.model.nearest import task_vector
 
@@ -62,24 +63,45 @@ def known_start(
     batches: Sequence[Batch],
     peft_config: Any,
     otherwise: starts.Start | None,
+    resume: bool = False,
 ) -> starts.Start | None:
     """The start that is the nearest adapter of the library, or `otherwise`: that of the lower loss on these batches.
 
     Where it is the adapter's, the model's task vector becomes the adapter's too. What is chosen stands in the run's folder.
 
+    Args:
+        resume: take what stands there, if it is of this library.
+
     Raises:
         UserError: if no adapter of the library has a sketch, they belong to another base or interface, or the one chosen is gone.
     """
     interface, file = batches[0].interface, run / CHOICE
-    if file.is_file():
-        name = read_json(file)["adapter"]
-    else:
+    choice = _choice_in(file) if resume and file.is_file() else None
+    if choice is None or choice.library != str(library.folder):
         name = _nearest(library, model, interface, trajectories, batches, peft_config)
-        write_json(make_folder(run) / CHOICE, {"adapter": name})
+        choice = Choice(str(library.folder), name)
+        write_json(make_folder(run) / CHOICE, asdict(choice))
+    name = choice.adapter
     if name is None:
         return otherwise
     _take_vector(model, interface, library.path(name))
     return start_from([library.path(name)], [1.0])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run began as."""
+
+    library: str
+    adapter: str | None
+    """None: as without a library."""
+
+
+def _choice_in(file: Path) -> Choice:
+    try:
+        return from_json(Choice, read_json(file))
+    except TypeError as error:
+        raise UserError(f"'{file}' is damaged ({in_one_line(error)}): remove the run's folder.") from error
 
 
 def _nearest(

@@ -17,7 +17,7 @@ from eva_rl.errors import UserError, did_you_mean, in_one_line
 from eva_rl.files import from_json, make_folder, read_json, replacing, write_json
 from eva_rl.model import NOTES, AdapterNotes, Base, base_name, find_adapter, load_base, load_base_of, load_notes
 from eva_rl.run import Estimate, RunResult
-from eva_rl.settings import check_filter
+from eva_rl.settings import checked_filter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,11 +261,14 @@ class Library:
             combination: see `eva_rl.adapter.combine.start_from`.
 
         Raises:
-            UserError: see `which`; or if `nearest` is not from 1 to the number of adapters with a sketch.
+            UserError: see `which`; or if `nearest` is not from 1 to the number of adapters with a sketch that are plain LoRA.
         """
         from eva_rl.adapter.combine import start_from
+        from eva_rl.adapter.factors import plain_lora
 
-        matches = self.which(data).matches
+        matches = [match for match in self.which(data).matches if plain_lora(self.path(match.name))]
+        if not matches:
+            raise UserError(f"'{self.folder}' holds no plain LoRA with a sketch, which alone can be a start.")
         if not 1 <= nearest <= len(matches):
             raise UserError(f"nearest must be a number from 1 to {len(matches)}, got {nearest}.")
         shares = [max(match.share, 0.0) for match in matches[:nearest]]
@@ -310,11 +313,11 @@ class Library:
         if notes.interface.name not in base.model.interfaces:
             return None
         if trajectories is None:
-            if dataset is not None:
-                trajectories = load_dataset(dataset, notes.task, notes.statistics.episodes)
-            elif result is not None:  # those that the run learned from
-                check_filter(filter := str(result.settings.get("filter", "all")))
+            if result is not None and dataset in (None, result.dataset):  # those that the run learned from
+                filter = checked_filter(result.settings.get("filter", "all"))
                 trajectories = load_dataset(result.dataset, notes.task, result.demonstrations).chosen(filter)
+            elif dataset is not None:
+                trajectories = load_dataset(dataset, notes.task).successful()
             else:
                 raise UserError(
                     f"No demonstrations are known of the adapter in '{folder}': name them with dataset=..., or set sketch=false."

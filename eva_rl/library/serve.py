@@ -303,7 +303,7 @@ class LibraryPolicy(ActingPolicy):
         interface = adapters.model.interfaces[adapters.interface]
         spaces = spaces_from_text(interface.spaces)
         super().__init__(adapters.model, interface, adapters.tasks[0], spaces, adapters.statistics[0], device)
-        self.adapters, self._numbers = adapters, [0]
+        self.adapters, self._numbers, self._by_itself = adapters, [0], True
         self._make_policy = self._decoder
 
     @classmethod
@@ -320,6 +320,7 @@ class LibraryPolicy(ActingPolicy):
         self._actor = None  # no episode goes on
         if adapter is not None:
             self.use(adapter)
+        self._by_itself = target_return is None
         if target_return is None and len(self._numbers) > 1:
             target_return = [self._typical(number) for number in self._numbers]
         super().reset(target_return)
@@ -365,6 +366,10 @@ class LibraryPolicy(ActingPolicy):
             raise UserError(f"adapter must be one name, or one for each of {running} episodes, got {len(numbers)}.")
         changed = numbers != self._numbers
         self._choose_adapters(numbers)
+        if (
+            changed and actor is not None and not self._acted and self._by_itself
+        ):  # the return to ask for is another one's
+            return self.reset()
         if changed and actor is not None and running is not None and len(numbers) in (1, running):
             cast("MixedDecoder", actor.policy).use(self._spread(running))
 

@@ -236,6 +236,8 @@ def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple
             rows = flatten(space, data)
         else:
             rows = np.asarray(data, np.float32)
+    except UserError as error:
+        raise UserError(f"Observations must be {interface.in_words}, got {error}.") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"Observations were given that are none of {interface.in_words}.") from error
     if rows.ndim != 2 or rows.shape[1] != interface.observation_size or not len(rows):

@@ -15,7 +15,7 @@ from eva_rl.run.rows import find_row
 from eva_rl.run.scores import RATES, SCORES, Scores, failures_counted, to_json
 from eva_rl.run.stopwatch import Stopwatch, peak_memory
 from eva_rl.run.versions import versions
-from eva_rl.table import markdown
+from eva_rl.table import counted, markdown
 
 Settings = dict[str, Any]
 """Nested, as the files of `configs/` hold and explain them."""
@@ -37,7 +37,7 @@ class RunResult:
     learning_rate: float
     dataset: str
     demonstrations: int
-    """Episodes it was trained on."""
+    """Episodes that there were to learn from."""
     target_return: float
     """The return that its rollouts asked for."""
     trainable_parameters: int
@@ -54,6 +54,8 @@ class RunResult:
     """The scores while training, by optimiser steps."""
     loss: tuple[float, ...] = ()
     """The mean training loss of each tenth of the steps."""
+    learned_from: int | None = None
+    """Of the demonstrations, those that it was trained on; None in older results, which don't say."""
     peak_memory_mib: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     base_sha256: str | None = None
@@ -207,7 +209,7 @@ def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -
         raise UserError(f"{what} is the result of a run with {', '.join(changed[:4])}: set another run_dir.")
     if earlier.base_sha256 not in (None, base_sha256):
         raise UserError(
-            f"{what} is the result of a run on other weights of base={earlier.base}: remove it, or set another run_dir."
+            f"{what} is the result of a run on other weights of base={earlier.base}: remove the folder, or set another run_dir."
         )
     return earlier
 
@@ -226,9 +228,10 @@ def summary(result: RunResult) -> str:
     trainable, total = result.trainable_parameters, result.total_parameters
     start = f"on {result.base}" if result.settings["adapter"]["network"] == "base" else "from scratch"
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in result.seconds.items())
+    episodes = result.learned_from or result.demonstrations
     return "\n".join(
         [
-            f"{result.task}: {result.adapter} {start}, {result.demonstrations} episodes, {result.steps} steps",
+            f"{result.task}: {result.adapter} {start}, {counted(episodes, 'episode')}, {result.steps} steps",
             "",
             markdown(["mean [95 % interval]", "zero-shot", "fine-tuned"], rows),
             "",

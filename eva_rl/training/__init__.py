@@ -2,7 +2,7 @@
 
 from eva_rl.settings import TrainingConfig, check_precision
 from eva_rl.training.by_domain import by_domain
-from eva_rl.training.checkpoint import check_run
+from eva_rl.training.checkpoint import BASE, check_run
 from eva_rl.training.loop import (
     Hooks,
     Rules,
@@ -17,6 +17,7 @@ from eva_rl.training.precision import autocast, choose_device, resolved
 from eva_rl.training.processes import Processes, processes
 
 __all__ = [
+    "BASE",
     "Hooks",
     "Processes",
     "Recipe",

@@ -18,6 +18,8 @@ from eva_rl.errors import UserError, in_one_line
 from eva_rl.files import from_json, replacing
 from eva_rl.training.optimizers.state import pack, unpack
 
+BASE = "base_sha256"
+"""Of a run's identity: the weights that it adapts, by their hash."""
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
 
@@ -89,7 +91,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "
         was, is_ = before.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(is_, dict):
             yield from _changes(was, is_, f"{section}{key}.")
-        elif was != is_:
+        elif was != is_ and not (key == BASE and None in (was, is_)):  # former versions' states don't say which weights
             yield f"{section}{key}={was} (now {is_})"
 
 
