@@ -246,8 +246,8 @@ def earlier_result(asked: Asked, base: Base) -> RunResult | None:
         )
     if not config.resume:
         return None
-    check_run(config.steps, asked.run.checkpoints, True, {**asked.run.identity, **seen_of(base, config)})
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)
+    check_run(config.steps, asked.run.checkpoints, True, {**asked.run.identity, **seen_of(base, config)})
     if earlier and earlier.status == "complete":
         lacking = asked.seeds and earlier.zero_shot["episode_return"] is None
         if lacking and config.zero_shot and config.adapter.network == "base":
