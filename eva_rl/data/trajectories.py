@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, in_one_line
 from eva_rl.interface import Interface, TaskStatistics
 from eva_rl.prepared import leaves, loses_digits, members_of, shape_of
 from eva_rl.spaces import (
@@ -121,10 +121,16 @@ def _taken(column: Tensor, rows: Tensor) -> Tensor:
     if math.prod(shape) * kind.itemsize <= COPIED:
         return column[rows]
     with tempfile.TemporaryFile() as file:
-        found = torch.from_numpy(np.memmap(file, kind, mode="w+", shape=shape))
-    for place in torch.arange(len(rows)).split(2**14):
-        found[place] = column[rows[place]]
-    return found
+        try:
+            for some in rows.split(2**14):
+                column[some].numpy().tofile(file)  # not into a map, where a full disk would end the process
+            file.flush()
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise UserError(
+                f"The chosen demonstrations can't be kept in {where} ({in_one_line(error)}): set TMPDIR."
+            ) from error
+        return torch.from_numpy(np.memmap(file, kind, mode="c", shape=shape))
 
 
 def returns_to_go(rewards: np.ndarray) -> np.ndarray:
