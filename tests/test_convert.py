@@ -205,6 +205,33 @@ def test_an_episode_is_terminated_where_the_files_say_so_and_truncated_otherwise
     assert [bool(e.terminations[-1]) for e in minari.load_dataset("mine/logs-v0").iterate_episodes()] == terminated
 
 
+@pytest.mark.parametrize("kind", [".csv", ".npz", ".parquet"])
+def test_columns_are_joined_in_the_order_of_the_first_file(tmp_path, kind):
+    columns = {"obs_x": [1.0, 2.0], "obs_y": [3.0, 4.0], "act_x": [0.1, 0.2], "act_y": [0.3, 0.4]}
+    swapped = {name: columns[name] for name in ("act_y", "obs_y", "act_x", "obs_x")}
+    for name, values in (("a", columns), ("b", swapped)):
+        arrays = {k: np.array(v) for k, v in values.items()}
+        if kind == ".csv":
+            write_csv(tmp_path / f"{name}.csv", arrays)
+        elif kind == ".npz":
+            np.savez(tmp_path / f"{name}.npz", **arrays)
+        else:
+            parquet.write_table(pyarrow.table(arrays), tmp_path / f"{name}.parquet")
+    convert(str(tmp_path), "mine/a-v0")
+    kept = load_dataset("mine/a-v0", "mine")
+    np.testing.assert_allclose(kept.observations, [[1, 3], [2, 4]] * 2)
+    np.testing.assert_allclose(kept.actions, [[0.1, 0.3], [0.2, 0.4]] * 2)
+
+
+def test_the_files_of_an_episodes_folder_are_taken_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "logs/0").mkdir(parents=True)
+    for number in range(11):
+        np.save(tmp_path / f"logs/0/obs_{number}.npy", np.full(3, float(number)))
+    np.save(tmp_path / "logs/0/actions.npy", np.zeros((3, 1)))
+    convert(str(tmp_path / "logs"), "mine/a-v0")
+    assert load_dataset("mine/a-v0", "mine").observations[0].tolist() == list(range(11))
+
+
 def test_what_followed_the_last_action_is_kept_where_the_files_hold_it(tmp_path):
     in_robomimic(tmp_path / "demo.hdf5")
     convert(str(tmp_path / "demo.hdf5"), "mine/logs-v0")

@@ -106,7 +106,7 @@ def _episodes(
                     raise UserError(f"{error} (skip_bad=true leaves such episodes out.)") from error
                 bad.append((episode.where, str(error).removeprefix(episode.where).lstrip(", ")))
                 continue
-            yield taken
+            yield summary.in_order(taken)
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"'{path}' can't be read ({in_one_line(error)[:200]}): get it again.") from error
 

@@ -81,7 +81,7 @@ def _table(file: Path) -> dict[str, Any]:
         return parquet.read(file)
     try:
         if file.is_dir():
-            return {part.stem: np.load(part, allow_pickle=False) for part in sorted(file.glob("*.npy"))}
+            return {part.stem: np.load(part, allow_pickle=False) for part in sorted(file.glob("*.npy"), key=_natural)}
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)

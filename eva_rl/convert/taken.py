@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -76,6 +76,14 @@ class Summary:
             column.add(values)
         self.lengths.append(len(taken))
         self.returns.append(0.0 if taken.rewards is None else float(taken.rewards.sum()))
+
+    def in_order(self, taken: Taken) -> Taken:
+        """An episode that was added, its columns in the order of the first one's: they are joined to vectors in their order."""
+        return replace(
+            taken,
+            observations={name: taken.observations[name] for name in self.columns if name in taken.observations},
+            actions={name: taken.actions[name] for name in self.columns if name in taken.actions},
+        )
 
 
 def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Taken:
