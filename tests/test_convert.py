@@ -273,6 +273,64 @@ def test_steps_after_the_last_end_are_left_out_and_said(tmp_path):
     assert found.left_out == [("the last 2 steps", "their episode has no end")]
 
 
+MERGED = {
+    "a name that is not there": ("run,obs,act\n0,1,1\n1,2,2\n", ("rum",), "has no column 'rum', which columns.episode names: it has 'run'"),
+    "one of two not there": ("run,obs,act\n0,1,1\n1,2,2\n", ("run", "trial"), "has no column 'trial', which columns.episode names"),
+    "a number that comes back": ("episode,obs,act\n0,1,1\n1,2,2\n0,3,3\n", None, "episode 0 comes back at row 2"),
+    "an empty cell": ("episode,obs,act\n0,1,1\n,2,2\n", None, "column 'episode' is empty in row 1"),
+    "an empty name": ("episode,obs,act\na,1,1\n,2,2\n", None, "column 'episode' is empty in row 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_rows_are_not_merged_to_an_episode_where_nothing_says_that_they_are_one(tmp_path, name):
+    text, episode, sentence = MERGED[name]
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError) as raised:
+        convert(str(tmp_path / "a.csv"), "mine/a-v0", columns=Columns(episode=episode))
+    assert f"{tmp_path / 'a.csv'}" in str(raised.value)
+    assert sentence in str(raised.value)
+
+
+def test_several_columns_tell_episodes_apart_together(tmp_path):
+    (tmp_path / "a.csv").write_text("day,trial,obs,act\n0,a,1,1\n0,a,2,2\n0,b,3,3\n1,a,4,4\n1,a,5,x\n")
+    keys = Columns(episode=("day", "trial"))
+    with pytest.raises(UserError, match="episode 1/a, column 'act' holds 'x'"):
+        convert(str(tmp_path / "a.csv"), "mine/a-v0", columns=keys)
+    assert convert(str(tmp_path / "a.csv"), "mine/a-v0", columns=keys, skip_bad=True).summary.lengths == [2, 1]
+
+
+ORDINARY = {
+    "a number for all of the file": ({"episode": 3}, [5]),
+    "a name for all of the file": ({"episode": "b"}, [5]),
+    "a number, and what followed": ({"episode": 3, "observations": np.ones((6, 3))}, [5]),
+    "a column of rows": ({"episode": np.array([[0], [0], [1], [1], [1]])}, [2, 3]),
+    "another number beside it": ({"episode": np.array([0, 0, 1, 1, 1]), "fps": 30}, [2, 3]),
+    "another array beside it": ({"episode": np.array([0, 0, 1, 1, 1]), "names": np.array(["a", "b"])}, [2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_else_an_ordinary_log_holds_does_not_matter(tmp_path, name):
+    more, lengths = ORDINARY[name]
+    np.savez(tmp_path / "a.npz", **EPISODES[0] | more)
+    assert convert(str(tmp_path / "a.npz"), "mine/a-v0").summary.lengths == lengths
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"rewards": np.ones(4)}, "column 'rewards' has 4 rows where 5 were expected, for several episodes"),
+        ({"success": True}, "column 'success' has no rows where 5"),
+        ({"episode": np.zeros((5, 2))}, r"column 'episode' has rows of shape \(2,\) where one number"),
+    ],
+)
+def test_what_can_not_be_shared_out_to_a_files_episodes_is_refused(tmp_path, more, sentence):
+    np.savez(tmp_path / "a.npz", **EPISODES[0] | {"episode": np.array([0, 0, 1, 1, 1])} | more)
+    with pytest.raises(UserError, match=f"a.npz', {sentence}"):
+        convert(str(tmp_path / "a.npz"), "mine/a-v0")
+
+
 def test_pictures_in_parquet_are_kept_bit_for_bit_and_videos_are_said_to_be_left_out(tmp_path):
     import io
 

@@ -71,6 +71,12 @@ class Episode:
         """The file and episode, to stand in a sentence."""
         return f"'{self.file}'" + (f", episode {self.number}" if self.number else "")
 
+    @property
+    def listed(self) -> str:
+        """The names of its columns, to stand in a sentence."""
+        names = list(self.columns)
+        return ", ".join(repr(name) for name in names[:12]) + (" and others" if len(names) > 12 else "") or "no column"
+
 
 @dataclass(frozen=True)
 class Format:
@@ -98,6 +104,15 @@ def matching(names: tuple[str, ...], known: Mapping[str, Any]) -> list[str]:
                 found.update(dict.fromkeys(own))
                 break
     return list(found)
+
+
+def refuse_missing(episode: Episode, role: str, given: tuple[str, ...] | None) -> None:
+    """Refuse an episode that lacks a column which the user named for this role."""
+    for name in given or ():
+        if not matching((name,), episode.columns):
+            raise UserError(
+                f"{episode.where} has no column '{name}', which columns.{role} names: it has {episode.listed}."
+            )
 
 
 def stacked(episode: Episode, name: str) -> np.ndarray:

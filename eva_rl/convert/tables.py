@@ -12,16 +12,20 @@ from __future__ import annotations
 import csv
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eva_rl.convert import parquet
-from eva_rl.convert.episodes import Columns, Episode, Format, matching
+from eva_rl.convert.episodes import Columns, Episode, Format, matching, refuse_missing
 from eva_rl.errors import UserError, in_one_line
 
 ENDINGS = (".npz", ".npy", ".csv", ".parquet")
+
+EPISODE = ("episode|episode_id|episode_index",)
+"""What tells episodes apart, unless the user says."""
 
 
 def _files(path: Path) -> list[Path]:
@@ -44,31 +48,85 @@ def _natural(path: Path) -> list[Any]:
 def _read(path: Path, columns: Columns) -> Iterator[Episode]:
     seen: dict[Any, Path] = {}
     for file in _files(path):
-        table = _table(file)
-        names = matching(columns.episode or (), table)
+        whole = Episode(str(file), "", _table(file))
+        if columns.episode != EPISODE:
+            refuse_missing(whole, "episode", columns.episode)
+        names = matching(columns.episode or (), whole.columns)
         if not names:
-            yield Episode(str(file), "", table)
+            yield whole
             continue
-        whole = Episode(str(file), "", table)
-        numbers = np.asarray(table[names[0]])
-        lengths = {name: len(values) for name, values in table.items()}
-        for name, length in lengths.items():
-            if length != len(numbers):
+        runs = _runs(whole, names)
+        steps = max((rows.stop for rows in runs.values()), default=0)
+        for key, rows in runs.items():
+            number = "/".join(map(str, key))
+            if key in seen:
                 raise UserError(
-                    f"{whole.where}, column '{name}' has {length} rows, but '{names[0]}' has {len(numbers)}: give each a row a step."
+                    f"{whole.where}, episode {number} stands in '{seen[key]}' too: number the episodes of all files through."
                 )
-        for number in dict.fromkeys(numbers.tolist()):
-            if number in seen:
-                raise UserError(
-                    f"{whole.where}, episode {number} stands in '{seen[number]}' too: number the episodes of all files through."
-                )
-            seen[number] = file
-            rows = np.flatnonzero(numbers == number)
-            yield Episode(str(file), str(number), {name: _rows(values, rows) for name, values in table.items()})
+            seen[key] = file
+            own = whole.columns if len(runs) == 1 else _cut(whole, columns, rows, steps)
+            yield Episode(str(file), number, own)
 
 
-def _rows(values: Any, rows: np.ndarray) -> Any:
-    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+def _runs(whole: Episode, names: list[str]) -> dict[tuple[Any, ...], slice]:
+    """The rows of each episode, by what the columns that tell episodes apart hold there.
+
+    Raises:
+        UserError: if such a column is of another shape or has empty cells, or if an episode comes back after another.
+    """
+    numbers = [_numbers_of(whole, name) for name in names]
+    steps = max(len(column) for column in numbers)
+    for name, column in zip(names, numbers, strict=True):
+        if len(column) not in (1, steps):
+            raise UserError(f"{whole.where}, column '{name}' has {len(column)} rows where {steps} were expected.")
+    numbers = [np.broadcast_to(column, steps) for column in numbers]
+    changes = np.flatnonzero(np.any([column[1:] != column[:-1] for column in numbers], 0)) + 1
+    starts = [0, *changes.tolist()] if steps else []
+    runs: dict[tuple[Any, ...], slice] = {}
+    for start, end in zip(starts, [*starts[1:], steps], strict=False):
+        key = tuple(column[start : start + 1].tolist()[0] for column in numbers)
+        if key in runs:
+            raise UserError(
+                f"{whole.where}, episode {'/'.join(map(str, key))} comes back at row {start}, after another: give each episode a number "
+                "of its own, or sort the rows by episode."
+            )
+        runs[key] = slice(start, end)
+    return runs
+
+
+def _numbers_of(whole: Episode, name: str) -> np.ndarray:
+    """A column that tells episodes apart (N,); (1,) where one value stands for all of the file."""
+    column = np.atleast_1d(np.asarray(whole.columns[name]))
+    if column.size != len(column):
+        raise UserError(
+            f"{whole.where}, column '{name}' has rows of shape {column.shape[1:]} where one number or name was expected."
+        )
+    column = column.reshape(-1)
+    empty = column != column  # NaN
+    if column.dtype.kind in "OU":
+        empty = np.array([cell is None or cell == "" for cell in column])
+    if empty.any():
+        raise UserError(
+            f"{whole.where}, column '{name}' is empty in row {int(empty.argmax())}: say of which episode it is."
+        )
+    return column
+
+
+def _cut(whole: Episode, columns: Columns, rows: slice, steps: int) -> dict[str, Any]:
+    """These rows of the columns that have one a step.
+
+    Raises:
+        UserError: if a column that is taken for something has not.
+    """
+    lengths = {name: np.shape(v)[:1] if isinstance(v, np.ndarray) else (len(v),) for name, v in whole.columns.items()}
+    roles = replace(columns, episode=None)  # one value of that may stand for all rows
+    for name in (name for role in roles for name in matching(role or (), whole.columns)):
+        if lengths[name] != (steps,):
+            raise UserError(
+                f"{whole.where}, column '{name}' has {lengths[name][0] if lengths[name] else 'no'} rows where {steps} were expected, for "
+                "several episodes: give it a row a step."
+            )
+    return {name: values[rows] for name, values in whole.columns.items() if lengths[name] == (steps,)}
 
 
 def _table(file: Path) -> dict[str, Any]:
@@ -119,10 +177,10 @@ WORDS = {"true": "1", "false": "0"}
 
 def _numbers(cells: list[str]) -> Any:
     """Cells as whole or real numbers; as they stand where they are neither. Empty ones are NaN."""
-    cells = [WORDS.get(cell.lower(), cell) or "nan" for cell in cells]
+    words = [WORDS.get(cell.lower(), cell) or "nan" for cell in cells]
     for kind in (np.int64, np.float64):
         try:
-            return np.array(cells, dtype=np.str_).astype(kind) if cells else np.zeros(0)
+            return np.array(words, dtype=np.str_).astype(kind) if words else np.zeros(0)
         except (ValueError, OverflowError):
             continue
     return cells
@@ -139,6 +197,6 @@ FORMAT = Format(
         terminations=("terminations|terminated|terminals|terminal|dones|done",),
         truncations=("truncations|truncated|timeouts|timeout",),
         success=("success|successes|is_success",),
-        episode=("episode|episode_id|episode_index",),
+        episode=EPISODE,
     ),
 )

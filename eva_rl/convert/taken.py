@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Episode, Format, matching, stacked
+from eva_rl.convert.episodes import Columns, Episode, Format, matching, refuse_missing, stacked
 from eva_rl.errors import UserError
 
 
@@ -99,7 +99,7 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     for role in ("observations", "actions"):
         if not found[role]:
             raise UserError(
-                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {_listed(episode)}."
+                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {episode.listed}."
             )
     actions = {name: _finite(episode, name) for name in found["actions"]}
     steps = len(next(iter(actions.values())))
@@ -128,22 +128,13 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
 
 
 def _chosen(episode: Episode, role: str, names: tuple[str, ...] | None, given: tuple[str, ...] | None) -> list[str]:
-    for name in given or ():
-        if not matching((name,), episode.columns):
-            raise UserError(
-                f"{episode.where} has no column '{name}', which columns.{role} names: it has {_listed(episode)}."
-            )
+    refuse_missing(episode, role, given)
     found = matching(names or (), episode.columns)
     if len(found) > 1 and role in ("rewards", "success"):
         raise UserError(
             f"{episode.where}: columns.{role} names {' and '.join(map(repr, found))} where one was expected."
         )
     return found
-
-
-def _listed(episode: Episode) -> str:
-    names = list(episode.columns)
-    return ", ".join(repr(name) for name in names[:12]) + (" and others" if len(names) > 12 else "") or "no column"
 
 
 def _finite(episode: Episode, name: str) -> np.ndarray:
