@@ -410,6 +410,22 @@ def test_actions_that_rounding_put_beyond_the_bounds_are_on_them(tmp_path):
     assert load_dataset("mine/a-v0", "mine").actions.tolist() == [[2.0], [0.5], [-2.0]]
 
 
+class Grids(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
+
+
+def test_episodes_stacked_in_one_array_are_no_steps_unless_the_environment_acts_in_that_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    gym.register("Grids-v0", f"{__name__}:Grids")
+    np.savez(tmp_path / "a.npz", observations=np.zeros((4, 6, 2)), actions=np.zeros((4, 6, 1)))
+    for environment in (None, "Grids-v0"):  # of 6 numbers too
+        with pytest.raises(UserError, match=r"Column 'actions' has an action of shape \(6, 1\).* along axis 0"):
+            convert(str(tmp_path / "a.npz"), "mine/a-v0", environment=environment)
+    np.savez(tmp_path / "a.npz", observations=np.zeros((4, 3)), actions=np.zeros((4, 2, 3)))
+    assert convert(str(tmp_path / "a.npz"), "mine/a-v0", environment="Grids-v0").summary.lengths == [4]
+
+
 class Pictures(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
     action_space = gym.spaces.Discrete(2)

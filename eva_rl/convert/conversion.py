@@ -123,23 +123,13 @@ def _any_usable(episodes: Iterator[Episode], columns: Columns, given: Columns, f
 
 def _spaces(summary: Summary, actions: str | None, environment: str | None) -> tuple[gym.Space, gym.Space]:
     """The spaces of observations and actions: the environment's, or as wide as nobody can know them narrower."""
-    if environment is not None:
-        try:
-            env = gym.make(environment)
-            env.close()
-        except Exception as error:
-            raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
-        try:
-            assert env.spec is not None, "it has no spec"
-            env.spec.to_json()
-        except Exception as error:
-            raise UserError(
-                f"environment={environment} is registered in a way that no dataset can state ({in_one_line(error)[:200]}): register it with "
-                "entry_point='module:Class' and plain keywords, or leave environment= out and set episodes=0 in finetune."
-            ) from error
-        return env.observation_space, env.action_space
-    seen = {name: column for name, column in summary.columns.items() if column.role == "observations"}
     done = {name: column for name, column in summary.columns.items() if column.role == "actions"}
+    if environment is not None:
+        observation_space, action_space = _spaces_of(environment)
+        _refuse_batches(done, action_space.shape)
+        return observation_space, action_space
+    _refuse_batches(done)
+    seen = {name: column for name, column in summary.columns.items() if column.role == "observations"}
     if _in_one(seen):
         observation_space = _box(seen)
     else:
@@ -159,6 +149,33 @@ def _spaces(summary: Summary, actions: str | None, environment: str | None) -> t
     shape = next(iter(done.values())).shape if len(done) == 1 else ()
     shape = shape or (sum(int(np.prod(column.shape)) for column in done.values()),)
     return observation_space, gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
+def _spaces_of(environment: str) -> tuple[gym.Space, gym.Space]:
+    try:
+        env = gym.make(environment)
+        env.close()
+    except Exception as error:
+        raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
+    try:
+        assert env.spec is not None, "it has no spec"
+        env.spec.to_json()
+    except Exception as error:
+        raise UserError(
+            f"environment={environment} is registered in a way that no dataset can state ({in_one_line(error)[:200]}): register it with "
+            "entry_point='module:Class' and plain keywords, or leave environment= out and set episodes=0 in finetune."
+        ) from error
+    return env.observation_space, env.action_space
+
+
+def _refuse_batches(done: Mapping[str, Column], known: tuple[int, ...] | None = None) -> None:
+    """Refuse actions (N, T, A): they are N episodes in one array rather than N steps of T x A numbers."""
+    for name, column in done.items():
+        if len(column.shape) > 1 and column.shape != known:
+            raise UserError(
+                f"Column '{name}' has an action of shape {column.shape} in each row where one row of numbers was expected: if the rows are "
+                "episodes, split the arrays along axis 0, a file for each episode."
+            )
 
 
 def _are_choices(done: Mapping[str, Column], actions: str | None) -> bool:
