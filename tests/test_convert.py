@@ -457,6 +457,16 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_episode_of_which_nobody_says_whether_it_succeeded_is_not_counted_as_failed(tmp_path, first):
+    for number in (0, 1):
+        np.savez(tmp_path / f"{number}.npz", **EPISODES[0] | ({"success": True} if first == (number == 0) else {}))
+    with pytest.raises(UserError, match=r"1.npz' has other columns than the episodes before \('success'\)"):
+        convert(str(tmp_path), "mine/logs-v0")
+    convert(str(tmp_path), "mine/logs-v0", skip_bad=True)
+    assert len(load_dataset("mine/logs-v0", "mine").successful().lengths) == 1  # where none say, all are learned from
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_episode_is_named_by_file_and_column_and_nothing_is_written(tmp_path, datasets_root, name):
     changes, sentence = BAD[name]

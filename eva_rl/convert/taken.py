@@ -49,6 +49,7 @@ class Summary:
     lengths: list[int] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
     rewards: bool = False
+    success: bool = False
 
     def add(self, taken: Taken) -> None:
         """Take an episode in.
@@ -58,14 +59,16 @@ class Summary:
         """
         found = {("observations", name): values for name, values in taken.observations.items()}
         found |= {("actions", name): values for name, values in taken.actions.items()}
+        rewards, success = taken.rewards is not None, taken.success is not None
         if self.columns:
             known = {(column.role, name) for name, column in self.columns.items()}
-            if known != set(found) or self.rewards != (taken.rewards is not None):
-                odd = sorted(name for _, name in known ^ set(found)) or ["rewards"]
+            odd = sorted(name for _, name in known ^ set(found))
+            odd += ["rewards"] * (rewards != self.rewards) + ["success"] * (success != self.success)
+            if odd:
                 raise UserError(
                     f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same."
                 )
-        self.rewards = taken.rewards is not None
+        self.rewards, self.success = rewards, success
         for (role, name), values in found.items():
             column = self.columns.setdefault(name, Column(role, values.shape[1:], values.dtype))
             if column.shape != values.shape[1:]:
