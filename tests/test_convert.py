@@ -527,6 +527,51 @@ def test_truncated_files_are_named_and_nothing_is_written(tmp_path, datasets_roo
     assert not [path for path in datasets_root.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("name", ["npz", "npy", "folders", "parquet", "lerobot-2", "lerobot-3"])
+def test_a_file_that_can_not_be_read_is_left_out_where_bad_episodes_are(tmp_path, name):
+    SOURCES[name](tmp_path / name)
+    file = sorted(path for path in (tmp_path / name).rglob("*.*") if path.is_file() and path.suffix != ".json")[-1]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="skip_bad=true leaves such episodes out"):
+        convert(str(tmp_path / name), "mine/logs-v0")
+    found = convert(str(tmp_path / name), "mine/logs-v0", skip_bad=True)
+    assert len(load_dataset("mine/logs-v0", "mine").lengths) == len(found.summary.lengths) == 2
+    assert str(file if name != "folders" else file.parent) in found.left_out[-1][0]
+    assert "can't be read" in found.left_out[-1][1]
+
+
+def test_a_damaged_demonstration_within_a_file_is_left_out_where_bad_episodes_are(tmp_path):
+    in_robomimic(tmp_path / "d.hdf5")
+    with h5py.File(tmp_path / "d.hdf5", "a") as file:
+        del file["data/demo_1/actions"]
+        where = file["data/demo_1"].create_dataset("actions", data=np.ones((7, 2)), chunks=(7, 2), compression="gzip")
+        start = where.id.get_chunk_info(0).byte_offset
+    with (tmp_path / "d.hdf5").open("r+b") as raw:
+        raw.seek(start)
+        raw.write(bytes(8))
+    found = convert(str(tmp_path / "d.hdf5"), "mine/logs-v0", skip_bad=True)
+    assert found.summary.lengths == [5, 6]
+    assert found.left_out[-1][0].endswith("episode demo_1")
+
+
+def test_a_broken_line_is_named_by_its_number_in_the_file_and_its_episode_left_out(tmp_path):
+    (tmp_path / "0.csv").write_text("obs,act\n1,2\n")
+    (tmp_path / "1.csv").write_text("obs,act\n1,2\n\n\n3")
+    with pytest.raises(UserError, match=r"1.csv', line 5 has 1 cells where 2 were expected"):
+        convert(str(tmp_path), "mine/logs-v0")
+    found = convert(str(tmp_path), "mine/logs-v0", skip_bad=True)
+    assert found.summary.lengths == [1]
+    assert found.left_out == [(f"'{tmp_path / '1.csv'}'", "line 5 has 1 cells where 2 were expected.")]
+
+
+def test_what_a_skipped_episode_holds_does_not_count_for_the_spaces(tmp_path):
+    same = {"observations": np.zeros((2, 3))}
+    np.savez(tmp_path / "0.npz", **same, act_a=np.array([0, 1]), act_b=np.array([1, 0]))
+    np.savez(tmp_path / "1.npz", **same, act_a=np.array([0.5, 9]), act_b=np.ones((2, 2)))
+    found = convert(str(tmp_path), "mine/logs-v0", skip_bad=True, actions="discrete")
+    assert found.action_space == gym.spaces.MultiDiscrete([2, 2])
+
+
 def test_pickled_arrays_are_not_read(tmp_path):
     np.savez(tmp_path / "a.npz", observations=np.array([{"x": 1}] * 3, object), actions=np.ones((3, 1)))
     with pytest.raises(UserError, match=r"a.npz' can't be read .*save it without pickle"):

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Episode, Format
+from eva_rl.convert.episodes import Columns, Episode, Format, Unread
 from eva_rl.convert.formats import find_format
 from eva_rl.convert.lerobot import from_hub
 from eva_rl.convert.taken import Column, Summary, Taken, take
@@ -97,6 +97,8 @@ def _episodes(
     try:
         for episode in (reading := format.read(path, columns)):
             try:
+                if isinstance(episode, Unread):
+                    raise episode.error
                 taken = take(episode, columns, given, format)
                 summary.add(taken)
             except UserError as error:
@@ -111,13 +113,14 @@ def _episodes(
         raise UserError(f"'{path}' can't be read ({in_one_line(error)[:200]}): get it again.") from error
 
 
-def _any_usable(episodes: Iterator[Episode], columns: Columns, given: Columns, format: Format) -> bool:
+def _any_usable(episodes: Iterator[Episode | Unread], columns: Columns, given: Columns, format: Format) -> bool:
     """Whether any of these episodes could be taken."""
     with suppress(UserError, OSError, ValueError, MemoryError):  # no more of them can be read
         for episode in episodes:
             with suppress(UserError):
-                take(episode, columns, given, format)
-                return True
+                if isinstance(episode, Episode):
+                    take(episode, columns, given, format)
+                    return True
     return False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eva_rl.errors import UserError, did_you_mean
+from eva_rl.errors import UserError, did_you_mean, in_one_line
 
 ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "success", "episode")
 """What a column may be taken for."""
@@ -79,13 +79,33 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """An episode, or a file of some, that can't be read; the ones after it may be."""
+
+    where: str
+    error: UserError
+
+
+def unread(where: str, error: Exception) -> Unread:
+    """What stands in the place of an episode whose reading raised this."""
+    if not isinstance(error, UserError):
+        error = UserError(f"{where} can't be read ({in_one_line(error)[:200]}): get it again.")
+    return Unread(where, error)
+
+
+DAMAGED = (UserError, OSError, ValueError, MemoryError)
+"""What reading a damaged file raises."""
+
+
+@dataclass(frozen=True)
 class Format:
     """How files of one kind are recognised and read."""
 
     name: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path, Columns], Iterator[Episode]]
-    """The episodes at a path, one after the other. It may raise a `UserError`, and `OSError` or `ValueError` for a damaged file."""
+    read: Callable[[Path, Columns], Iterator[Episode | Unread]]
+    """The episodes at a path, one after the other. Where one alone can't be read, it gives an `Unread` and goes on. Where all can't, it may
+    raise a `UserError`, and `OSError` or `ValueError` for a damaged file."""
     columns: Columns
     """What is taken for what, unless the user says."""
     ends_inside: bool = False

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.convert import parquet
-from eva_rl.convert.episodes import Columns, Episode, Format, matching
+from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, matching, unread
 from eva_rl.errors import UserError
 from eva_rl.files import read_json
 
@@ -51,36 +51,54 @@ def _info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _read(path: Path, columns: Columns) -> Iterator[Episode]:
-    info, episodes, frames = _info(path), set(), 0
+def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
+    info, episodes, frames, whole = _info(path), set(), 0, True
     files = sorted((path / "data").rglob("*.parquet"))
     if not files:
         raise UserError(f"'{path}' holds no Parquet file below data/: get the whole folder.")
     for file in files:
-        known = dict.fromkeys(parquet.columns_of(file))
-        wanted = {name for names in columns for name in matching(names or (), known)}
-        for needed in ("episode_index", "frame_index"):
-            if needed not in known:
-                raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
-        table = parquet.read(file, sorted(wanted | {"episode_index", "frame_index"}))
-        numbers, order = (_whole_numbers(table, name, file) for name in ("episode_index", "frame_index"))
-        for number in dict.fromkeys(numbers.tolist()):
-            if number in episodes:
-                raise UserError(f"'{file}', episode {number} stands in another file too: get the whole folder again.")
-            rows = np.flatnonzero(numbers == number)
-            rows = rows[np.argsort(order[rows], kind="stable")]
-            if order[rows].tolist() != list(range(len(rows))):
-                raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
-            episodes.add(number)
-            frames += len(rows)
-            yield Episode(
-                str(file), str(number), {name: _frames(table[name], rows, file, name) for name in sorted(wanted)}
-            )
+        for episode in _of_file(file, columns):
+            if isinstance(episode, Unread):
+                whole = False
+            elif episode.number in episodes:
+                raise UserError(
+                    f"'{file}', episode {episode.number} stands in another file too: get the whole folder again."
+                )
+            else:
+                episodes.add(episode.number)
+                frames += len(episode.columns["frame_index"])
+            yield episode
     for what, found in (("total_episodes", len(episodes)), ("total_frames", frames)):
-        if info.get(what, found) != found:
+        if whole and info.get(what, found) != found:
             raise UserError(
                 f"'{path}' states {what}={info[what]} in meta/info.json, but its files hold {found}: get the whole folder."
             )
+
+
+def _of_file(file: Path, columns: Columns) -> Iterator[Episode | Unread]:
+    """A file's episodes, each with the columns that are taken for something and `frame_index`."""
+    try:
+        known = dict.fromkeys(parquet.columns_of(file))
+        wanted = {name for names in columns for name in matching(names or (), known)} | {"frame_index"}
+        for needed in ("episode_index", "frame_index"):
+            if needed not in known:
+                raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
+        table = parquet.read(file, sorted(wanted | {"episode_index"}))
+        numbers, order = (_whole_numbers(table, name, file) for name in ("episode_index", "frame_index"))
+    except DAMAGED as error:
+        yield unread(f"'{file}'", error)
+        return
+    for number in dict.fromkeys(numbers.tolist()):
+        rows = np.flatnonzero(numbers == number)
+        rows = rows[np.argsort(order[rows], kind="stable")]
+        try:
+            if order[rows].tolist() != list(range(len(rows))):
+                raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
+            frames = {name: _frames(table[name], rows, file, name) for name in sorted(wanted)}
+            episode = Episode(str(file), str(number), frames)
+        except DAMAGED as error:
+            episode = unread(f"'{file}', episode {number}", error)
+        yield episode
 
 
 def _whole_numbers(table: dict[str, Any], name: str, file: Path) -> np.ndarray:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.convert import parquet
-from eva_rl.convert.episodes import Columns, Episode, Format, matching, refuse_missing
+from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, matching, refuse_missing, unread
 from eva_rl.errors import UserError, in_one_line
 
 ENDINGS = (".npz", ".npy", ".csv", ".parquet")
@@ -45,27 +46,48 @@ def _natural(path: Path) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _read(path: Path, columns: Columns) -> Iterator[Episode]:
+def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
     seen: dict[Any, Path] = {}
     for file in _files(path):
-        whole = Episode(str(file), "", _table(file))
-        if columns.episode != EPISODE:
-            refuse_missing(whole, "episode", columns.episode)
-        names = matching(columns.episode or (), whole.columns)
-        if not names:
-            yield whole
+        try:
+            episodes = _episodes(file, columns)
+        except DAMAGED as error:
+            yield unread(f"'{file}'", error)
             continue
-        runs = _runs(whole, names)
-        steps = max((rows.stop for rows in runs.values()), default=0)
-        for key, rows in runs.items():
-            number = "/".join(map(str, key))
+        for key, episode in episodes:
             if key in seen:
                 raise UserError(
-                    f"{whole.where}, episode {number} stands in '{seen[key]}' too: number the episodes of all files through."
+                    f"'{file}', episode {episode.number} stands in '{seen[key]}' too: number the episodes of all files through."
                 )
-            seen[key] = file
-            own = whole.columns if len(runs) == 1 else _cut(whole, columns, rows, steps)
-            yield Episode(str(file), number, own)
+            if key:
+                seen[key] = file
+            yield episode
+
+
+def _episodes(file: Path, columns: Columns) -> Iterable[tuple[tuple[Any, ...], Episode]]:
+    """A file's episodes and what tells them apart, nothing where the file is one.
+
+    Raises:
+        UserError: if it can't be read, or its rows can't be shared out.
+    """
+    whole = Episode(str(file), "", _table(file))
+    if columns.episode != EPISODE:
+        refuse_missing(whole, "episode", columns.episode)
+    names = matching(columns.episode or (), whole.columns)
+    if not names:
+        return [((), whole)]
+    runs = _runs(whole, names)
+    if len(runs) == 1:
+        return [(key, replace(whole, number=_number(key))) for key in runs]
+    shared = _shared(whole, columns, max((rows.stop for rows in runs.values()), default=0))
+    return (
+        (key, replace(whole, number=_number(key), columns={name: values[rows] for name, values in shared.items()}))
+        for key, rows in runs.items()
+    )
+
+
+def _number(key: tuple[Any, ...]) -> str:
+    return "/".join(map(str, key))
 
 
 def _runs(whole: Episode, names: list[str]) -> dict[tuple[Any, ...], slice]:
@@ -87,7 +109,7 @@ def _runs(whole: Episode, names: list[str]) -> dict[tuple[Any, ...], slice]:
         key = tuple(column[start : start + 1].tolist()[0] for column in numbers)
         if key in runs:
             raise UserError(
-                f"{whole.where}, episode {'/'.join(map(str, key))} comes back at row {start}, after another: give each episode a number "
+                f"{whole.where}, episode {_number(key)} comes back at row {start}, after another: give each episode a number "
                 "of its own, or sort the rows by episode."
             )
         runs[key] = slice(start, end)
@@ -112,8 +134,8 @@ def _numbers_of(whole: Episode, name: str) -> np.ndarray:
     return column
 
 
-def _cut(whole: Episode, columns: Columns, rows: slice, steps: int) -> dict[str, Any]:
-    """These rows of the columns that have one a step.
+def _shared(whole: Episode, columns: Columns, steps: int) -> dict[str, Any]:
+    """The columns that have a row a step, to be shared out to episodes.
 
     Raises:
         UserError: if a column that is taken for something has not.
@@ -126,7 +148,7 @@ def _cut(whole: Episode, columns: Columns, rows: slice, steps: int) -> dict[str,
                 f"{whole.where}, column '{name}' has {lengths[name][0] if lengths[name] else 'no'} rows where {steps} were expected, for "
                 "several episodes: give it a row a step."
             )
-    return {name: values[rows] for name, values in whole.columns.items() if lengths[name] == (steps,)}
+    return {name: values for name, values in whole.columns.items() if lengths[name] == (steps,)}
 
 
 def _table(file: Path) -> dict[str, Any]:
@@ -146,7 +168,7 @@ def _table(file: Path) -> dict[str, Any]:
         if file.suffix == ".npy":
             return _structured(np.load(file, allow_pickle=False), file)
         return _csv(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
         hint = "save it without pickle" if "pickle" in str(error) else "get it again"
         raise UserError(f"'{file}' can't be read ({in_one_line(error)[:200]}): {hint}.") from error
 
@@ -165,10 +187,13 @@ def _csv(file: Path) -> dict[str, Any]:
         names = next(rows, [])
         if not names or len(set(names)) < len(names):
             raise UserError(f"'{file}' has no first line of names that differ: add one.")
-        cells = [row for row in rows if row]
-    for number, row in enumerate(cells, 2):
-        if len(row) != len(names):
-            raise UserError(f"'{file}', line {number} has {len(row)} cells where {len(names)} were expected.")
+        cells = []
+        for row in filter(None, rows):
+            if len(row) != len(names):
+                raise UserError(
+                    f"'{file}', line {rows.line_num} has {len(row)} cells where {len(names)} were expected."
+                )
+            cells.append(row)
     return {name: _numbers([row[i].strip() for row in cells]) for i, name in enumerate(names)}
 
 

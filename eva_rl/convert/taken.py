@@ -69,14 +69,15 @@ class Summary:
                     f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same."
                 )
         self.rewards, self.success = rewards, success
-        for (role, name), values in found.items():
-            column = self.columns.setdefault(name, Column(role, values.shape[1:], values.dtype))
-            if column.shape != values.shape[1:]:
+        for (_, name), values in found.items():
+            column = self.columns.get(name)
+            if column is not None and column.shape != values.shape[1:]:
                 raise UserError(
                     f"{taken.where}, column '{name}' has rows of shape {values.shape[1:]} where the episodes before have "
                     f"{column.shape}: give all the same."
                 )
-            column.add(values)
+        for (role, name), values in found.items():
+            self.columns.setdefault(name, Column(role, values.shape[1:], values.dtype)).add(values)
         self.lengths.append(len(taken))
         self.returns.append(0.0 if taken.rewards is None else float(taken.rewards.sum()))
 
