@@ -1,5 +1,6 @@
 """Users' files -> Minari datasets: each format as its public description has it, and bad files named by file, episode and column."""
 
+import io
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from eva_rl.errors import UserError
 
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow  # noqa: E402
+from PIL import Image  # noqa: E402
 
 LENGTHS = (5, 7, 6)
 
@@ -331,11 +333,14 @@ def test_what_can_not_be_shared_out_to_a_files_episodes_is_refused(tmp_path, mor
         convert(str(tmp_path / "a.npz"), "mine/a-v0")
 
 
+def png(picture: np.ndarray) -> dict:
+    """As Hugging Face's datasets keep it."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def test_pictures_in_parquet_are_kept_bit_for_bit_and_videos_are_said_to_be_left_out(tmp_path):
-    import io
-
-    from PIL import Image
-
     shown = np.random.default_rng(0).integers(256, size=(4, 40, 48, 3), dtype=np.uint8)
     episode = {
         "rewards": np.ones(4),
@@ -344,12 +349,6 @@ def test_pictures_in_parquet_are_kept_bit_for_bit_and_videos_are_said_to_be_left
     }
     in_lerobot(tmp_path / "l", "v2.0", [episode])
     [file] = (tmp_path / "l/data").rglob("*.parquet")
-
-    def png(picture):
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
     table = parquet.read_table(file).append_column("observation.image", pyarrow.array([png(p) for p in shown]))
     parquet.write_table(table, file)
     found = convert(str(tmp_path / "l"), "mine/logs-v0")
@@ -357,6 +356,38 @@ def test_pictures_in_parquet_are_kept_bit_for_bit_and_videos_are_said_to_be_left
     [kept] = minari.load_dataset("mine/logs-v0").iterate_episodes()
     np.testing.assert_array_equal(kept.observations["image"][:-1], shown)
     assert load_dataset("mine/logs-v0", "mine").observations.shape == (4, 40 * 48 * 3 + 3)
+
+
+def test_pictures_in_tables_of_parquet_are_kept_bit_for_bit(tmp_path):
+    shown = np.random.default_rng(0).integers(256, size=(5, 40, 48, 3), dtype=np.uint8)
+    columns = {"observation.image": [png(p) for p in shown], "action": [[0.1, 0.2]] * 5, "episode": [0, 0, 1, 1, 1]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    convert(str(tmp_path / "a.parquet"), "mine/a-v0")
+    kept = [episode.observations[:-1] for episode in minari.load_dataset("mine/a-v0").iterate_episodes()]
+    np.testing.assert_array_equal(np.concatenate(kept), shown)
+    columns["observation.image"][3]["bytes"] = b"no picture"
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"episode 1, column 'observation.image' holds no picture .* at step 1"):
+        convert(str(tmp_path / "a.parquet"), "mine/b-v0")
+
+
+def test_pictures_of_a_palette_are_kept_in_their_colours(tmp_path):
+    shown = np.zeros((40, 48, 3), np.uint8)
+    shown[:, 24:] = 200, 100, 50
+    buffer = io.BytesIO()
+    Image.fromarray(shown).quantize(2).save(buffer, "PNG")
+    columns = {"obs": [{"bytes": buffer.getvalue(), "path": None}] * 2, "act": [0.1, 0.2]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    convert(str(tmp_path / "a.parquet"), "mine/a-v0")
+    [kept] = minari.load_dataset("mine/a-v0").iterate_episodes()
+    np.testing.assert_array_equal(kept.observations[0], shown)
+
+
+def test_a_long_cell_is_said_in_part(tmp_path):
+    (tmp_path / "a.csv").write_text(f"obs,act\n1,2\n3,{'left ' * 1000}\n")
+    with pytest.raises(UserError, match=r"holds 'left .*\.\.\.' where numbers") as raised:
+        convert(str(tmp_path / "a.csv"), "mine/a-v0")
+    assert len(str(raised.value)) < 120 + len(str(tmp_path))
 
 
 def test_whole_numbers_in_one_column_are_choices(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eva_rl.convert.parquet import are_pictures, picture
 from eva_rl.errors import UserError, did_you_mean, in_one_line
 
 ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "success", "episode")
@@ -136,12 +137,14 @@ def refuse_missing(episode: Episode, role: str, given: tuple[str, ...] | None) -
 
 
 def stacked(episode: Episode, name: str) -> np.ndarray:
-    """A column as one array of numbers (T, ...).
+    """A column as one array of numbers (T, ...); pictures that are kept as files within it are opened.
 
     Raises:
         UserError: if its rows differ in shape, or hold text or other objects.
     """
     values = episode.columns[name]
+    if are_pictures(values):
+        values = [_picture(episode, name, step, cell) for step, cell in enumerate(values)]
     try:
         column = np.asarray(values if isinstance(values, np.ndarray) and values.dtype != object else list(values))
     except ValueError as error:
@@ -149,11 +152,25 @@ def stacked(episode: Episode, name: str) -> np.ndarray:
     if column.dtype.kind in "OUSV":
         text = next((v for v in np.ravel(column) if not _is_number(v)), None)
         if text is not None or column.dtype.kind == "V":
-            raise UserError(f"{episode.where}, column '{name}' holds '{text}' where numbers were expected.")
+            raise UserError(f"{episode.where}, column '{name}' holds '{_shortened(text)}' where numbers were expected.")
         column = column.astype(np.float64)
     if column.ndim == 0:
         raise UserError(f"{episode.where}, column '{name}' is one number where one for each step was expected.")
     return column
+
+
+def _picture(episode: Episode, name: str, step: int, cell: Any) -> np.ndarray:
+    try:
+        return picture(cell)
+    except ValueError as error:
+        raise UserError(
+            f"{episode.where}, column '{name}' holds no picture that can be read at step {step}: mend or remove it."
+        ) from error
+
+
+def _shortened(cell: Any) -> str:
+    text = " ".join(str(cell).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,6 @@ stored in the Parquet files are read, videos are not. A name such as `lerobot/pu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def _of_file(file: Path, columns: Columns) -> Iterator[Episode | Unread]:
         try:
             if order[rows].tolist() != list(range(len(rows))):
                 raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
-            frames = {name: _frames(table[name], rows, file, name) for name in sorted(wanted)}
+            frames = {name: _frames(table[name], rows) for name in sorted(wanted)}
             episode = Episode(str(file), str(number), frames)
         except DAMAGED as error:
             episode = unread(f"'{file}', episode {number}", error)
@@ -115,22 +114,8 @@ def _whole_numbers(table: dict[str, Any], name: str, file: Path) -> np.ndarray:
     return found
 
 
-def _frames(values: Any, rows: np.ndarray, file: Path, name: str) -> Any:
-    """A column's rows; pictures, stored as files of their own within it, as arrays (T, height, width, channels)."""
-    if isinstance(values, np.ndarray):
-        return values[rows]
-    chosen = [values[row] for row in rows]
-    if not chosen or not isinstance(chosen[0], dict):
-        return chosen
-    from PIL import Image
-
-    pictures = []
-    for row, cell in zip(rows, chosen, strict=True):
-        try:
-            pictures.append(np.asarray(Image.open(io.BytesIO(cell["bytes"]))))
-        except (OSError, TypeError, KeyError) as error:
-            raise UserError(f"'{file}', column '{name}', row {row} holds no picture that can be read.") from error
-    return pictures
+def _frames(values: Any, rows: np.ndarray) -> Any:
+    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@
 - .npy: a table, its columns being the fields of a structured array or the numbers 0, 1, ... of a plain one; or a folder an episode, with
   a file for each column.
 - .csv: a line of names, then a line a step.
-- .parquet: columns of numbers, or of lists of numbers.
+- .parquet: columns of numbers, of lists of numbers, or of pictures as Hugging Face's datasets keep them.
 """
 
 from __future__ import annotations
