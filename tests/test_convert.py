@@ -484,6 +484,10 @@ BAD = {
     "text": ({"actions": np.array([["1", "2"]] * 4 + [["3", "left"]])}, "column 'actions' holds 'left' where numbers"),
     "empty": ({"actions": np.ones((0, 2))}, "column 'actions' is empty"),
     "no rewards": ({"rewards": None}, "has other columns than the episodes before ('rewards')"),
+    "rows of rewards": ({"rewards": np.ones((5, 2))}, "column 'rewards' has rows of shape (2,) where one number was expected"),
+    "rows of success": ({"success": np.ones((5, 2))}, "column 'success' has rows of shape (2,) where one number was expected"),
+    "success in words": ({"success": "yes"}, "column 'success' holds 'yes' where numbers were expected"),
+    "no number for success": ({"success": np.nan}, "column 'success' holds NaN"),
     "ends inside": ({"dones": np.arange(5) == 1}, "column 'dones' says that it ends at step 1 of 5"),
 }  # fmt: skip
 

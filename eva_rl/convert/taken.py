@@ -96,15 +96,7 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     Raises:
         UserError: if a column is missing, empty, of another length, or holds text, NaN or infinite numbers.
     """
-    found = {
-        role: _chosen(episode, role, getattr(columns, role), getattr(given, role))
-        for role in ("observations", "actions", "rewards", "terminations", "truncations", "success")
-    }
-    for role in ("observations", "actions"):
-        if not found[role]:
-            raise UserError(
-                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {episode.listed}."
-            )
+    found = _found(episode, columns, given)
     actions = {name: _finite(episode, name) for name in found["actions"]}
     steps = len(next(iter(actions.values())))
     if not steps:
@@ -119,7 +111,7 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
                 f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
                 "tells episodes apart with columns.episode=..., or leave that column out."
             )
-    rewards = [_of_length(episode, name, _finite(episode, name), (steps,)).reshape(-1) for name in found["rewards"]]
+    rewards = [_singles(episode, name, (steps,)) for name in found["rewards"]]
     success = [_success(episode, name, steps) for name in found["success"]]
     return Taken(
         episode.where,
@@ -129,6 +121,20 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
         success[0] if success else None,
         bool(any(flags[-1] for flags in ends["terminations"])),
     )
+
+
+def _found(episode: Episode, columns: Columns, given: Columns) -> dict[str, list[str]]:
+    """The names of the columns that are taken, by role."""
+    found = {
+        role: _chosen(episode, role, getattr(columns, role), getattr(given, role))
+        for role in ("observations", "actions", "rewards", "terminations", "truncations", "success")
+    }
+    for role in ("observations", "actions"):
+        if not found[role]:
+            raise UserError(
+                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {episode.listed}."
+            )
+    return found
 
 
 def _chosen(episode: Episode, role: str, names: tuple[str, ...] | None, given: tuple[str, ...] | None) -> list[str]:
@@ -173,18 +179,25 @@ def _continued(episode: Episode, name: str, steps: int) -> np.ndarray:
     return np.concatenate([values, np.asarray(final, values.dtype)[None]])
 
 
-def _flags(episode: Episode, name: str, steps: int) -> np.ndarray:
-    values = _of_length(episode, name, _finite(episode, name), (steps,)).reshape(steps, -1)
-    if values.shape[1] != 1:
+def _singles(episode: Episode, name: str, lengths: tuple[int, ...]) -> np.ndarray:
+    """A column of one number a row."""
+    values = _of_length(episode, name, _finite(episode, name), lengths)
+    if values.size != len(values):
         raise UserError(
-            f"{episode.where}, column '{name}' has rows of {values.shape[1]} numbers where one was expected."
+            f"{episode.where}, column '{name}' has rows of shape {values.shape[1:]} where one number was expected: join them to one, or name "
+            "another column."
         )
-    return values[:, 0] != 0
+    return values.reshape(-1)
+
+
+def _flags(episode: Episode, name: str, steps: int) -> np.ndarray:
+    return _singles(episode, name, (steps,)) != 0
 
 
 def _success(episode: Episode, name: str, steps: int) -> np.ndarray:
     """(T + 1,): whether it is solved in each state; one value for all of the episode is taken for the last."""
-    if np.ndim(episode.columns[name]) == 0:
-        return np.append(np.zeros(steps, np.float32), np.float32(episode.columns[name]))
-    values = _of_length(episode, name, _finite(episode, name), (1, steps, steps + 1)).reshape(-1)
+    value = episode.columns[name]
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        episode = replace(episode, columns={name: value[None]})
+    values = _singles(episode, name, (1, steps, steps + 1))
     return np.concatenate([np.zeros(steps + 1 - len(values)), values]).astype(np.float32)
