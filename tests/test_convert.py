@@ -275,6 +275,20 @@ def test_steps_after_the_last_end_are_left_out_and_said(tmp_path):
     assert found.left_out == [("the last 2 steps", "their episode has no end")]
 
 
+def test_an_empty_list_takes_no_column_where_the_format_would(run, tmp_path):
+    (tmp_path / "a.csv").write_text("obs,act,done,episode\n1,1,0,0\n2,2,1,0\n3,3,1,1\n")
+    with pytest.raises(UserError, match=r"column 'done' says that it ends at step 1 of 3.* columns.terminations=\[\]"):
+        convert(str(tmp_path / "a.csv"), "mine/a-v0", columns=Columns(episode=()))
+    none = ["columns.terminations=[]", "columns.episode=[]"]
+    status, _, err = run("convert.__main__", "source=a.csv", "dataset=mine/a-v0", *none)
+    assert status == 0, err
+    [episode] = minari.load_dataset("mine/a-v0").iterate_episodes()
+    assert episode.terminations.tolist() == [False] * 3
+    (tmp_path / "none.yaml").write_text("terminations: []\nepisode: []\n")
+    status, _, err = run("convert.__main__", "source=a.csv", "dataset=mine/b-v0", "mapping=none.yaml")
+    assert status == 0, err
+
+
 MERGED = {
     "a name that is not there": ("run,obs,act\n0,1,1\n1,2,2\n", ("rum",), "has no column 'rum', which columns.episode names: it has 'run'"),
     "one of two not there": ("run,obs,act\n0,1,1\n1,2,2\n", ("run", "trial"), "has no column 'trial', which columns.episode names"),

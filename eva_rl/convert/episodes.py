@@ -23,7 +23,7 @@ ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "s
 @dataclass(frozen=True)
 class Columns:
     """The names of the columns that are taken for each role; a pattern such as `obs/*` names several, `a|b` the first of two that is
-    there. None: the format's own."""
+    there. None: the format's own; empty: no column."""
 
     observations: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
@@ -49,7 +49,7 @@ class Columns:
 
     def over(self, other: Columns) -> Columns:
         """These, and the other's where these say nothing."""
-        return Columns(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
+        return Columns(*(theirs if mine is None else mine for mine, theirs in zip(self, other, strict=True)))
 
     def __iter__(self) -> Iterator[tuple[str, ...] | None]:
         return (getattr(self, field.name) for field in fields(self))

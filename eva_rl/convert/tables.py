@@ -57,7 +57,8 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
         for key, episode in episodes:
             if key in seen:
                 raise UserError(
-                    f"'{file}', episode {episode.number} stands in '{seen[key]}' too: number the episodes of all files through."
+                    f"'{file}', episode {episode.number} stands in '{seen[key]}' too: number the episodes of all files through, or "
+                    "set columns.episode=[] if each file is one."
                 )
             if key:
                 seen[key] = file

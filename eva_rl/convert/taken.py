@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import numpy as np
 
@@ -105,12 +104,13 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     for name, values in actions.items():
         _of_length(episode, name, values, (steps,))
     ends = {role: [_flags(episode, name, steps) for name in found[role]] for role in ("terminations", "truncations")}
-    for name, flags in zip(found["terminations"] + found["truncations"], chain(*ends.values()), strict=True):
-        if flags[:-1].any() and not kind.ends_inside:
-            raise UserError(
-                f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
-                "tells episodes apart with columns.episode=..., or leave that column out."
-            )
+    for role, said in ends.items():
+        for name, flags in zip(found[role], said, strict=True):
+            if flags[:-1].any() and not kind.ends_inside:
+                raise UserError(
+                    f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
+                    f"tells episodes apart with columns.episode=..., or leave that column out with columns.{role}=[]."
+                )
     rewards = [_singles(episode, name, (steps,)) for name in found["rewards"]]
     success = [_success(episode, name, steps) for name in found["success"]]
     return Taken(
