@@ -275,6 +275,41 @@ def test_steps_after_the_last_end_are_left_out_and_said(tmp_path):
     assert found.left_out == [("the last 2 steps", "their episode has no end")]
 
 
+def test_blanks_in_the_first_line_of_a_csv_file_are_no_part_of_the_names(tmp_path):
+    (tmp_path / "a.csv").write_text("act, obs_x , obs_y, reward\n1, 2, 3, 4\n")
+    found = convert(str(tmp_path / "a.csv"), "mine/a-v0")
+    assert list(found.summary.columns) == ["obs_x", "obs_y", "act"]
+    assert found.summary.returns == [4.0]
+    (tmp_path / "a.csv").write_text("act, act\n1, 2\n")
+    with pytest.raises(UserError, match="has no first line of names that differ"):
+        convert(str(tmp_path / "a.csv"), "mine/b-v0")
+
+
+def test_endings_in_capitals_are_read_and_folders_within_are_said_to_be_left_out(tmp_path):
+    (tmp_path / "logs/more").mkdir(parents=True)
+    for name in ("a.csv", "B.CSV", "more/c.csv"):
+        (tmp_path / "logs" / name).write_text("obs,act\n1,2\n")
+    found = convert(str(tmp_path / "logs"), "mine/a-v0")
+    assert found.summary.lengths == [1, 1]
+    assert [what for what, _ in found.left_out] == ["more/"]
+    in_robomimic(tmp_path / "D.HDF5")
+    assert convert(str(tmp_path / "D.HDF5"), "mine/b-v0").kind == "robomimic"
+
+
+def test_a_column_is_not_taken_for_both_observations_and_actions(tmp_path):
+    (tmp_path / "a.csv").write_text("q_1,q_2\n1,2\n3,4\n")
+    with pytest.raises(UserError, match="column 'q_2' is taken for both observations and actions: name others"):
+        convert(str(tmp_path / "a.csv"), "mine/a-v0", columns=Columns(observations=("q_*",), actions=("q_2",)))
+
+
+def test_a_lerobot_folder_whose_features_have_no_names_is_refused(tmp_path):
+    in_lerobot(tmp_path / "l", "v2.1")
+    file = tmp_path / "l/meta/info.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"features": ["action"]}))
+    with pytest.raises(UserError, match=r"meta/info.json has no names below 'features'"):
+        convert(str(tmp_path / "l"), "mine/logs-v0")
+
+
 def test_an_empty_list_takes_no_column_where_the_format_would(run, tmp_path):
     (tmp_path / "a.csv").write_text("obs,act,done,episode\n1,1,0,0\n2,2,1,0\n3,3,1,1\n")
     with pytest.raises(UserError, match=r"column 'done' says that it ends at step 1 of 3.* columns.terminations=\[\]"):
@@ -510,10 +545,15 @@ BAD = {
 def test_an_episode_of_which_nobody_says_whether_it_succeeded_is_not_counted_as_failed(tmp_path, first):
     for number in (0, 1):
         np.savez(tmp_path / f"{number}.npz", **EPISODES[0] | ({"success": True} if first == (number == 0) else {}))
-    with pytest.raises(UserError, match=r"1.npz' has other columns than the episodes before \('success'\)"):
+    with pytest.raises(
+        UserError,
+        match=r"1.npz' has other columns than the episodes before \('success'\).* or none, columns.success=\[\]",
+    ):
         convert(str(tmp_path), "mine/logs-v0")
     convert(str(tmp_path), "mine/logs-v0", skip_bad=True)
-    assert len(load_dataset("mine/logs-v0", "mine").successful().lengths) == 1  # where none say, all are learned from
+    assert len(load_dataset("mine/logs-v0", "mine").successful().lengths) == 1
+    convert(str(tmp_path), "mine/b-v0", columns=Columns(success=()))
+    assert len(load_dataset("mine/b-v0", "mine").successful().lengths) == 2  # where none say, all are learned from
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -641,7 +681,9 @@ def test_an_episode_of_a_million_steps_is_converted(tmp_path):
     assert len(load_dataset("mine/a-v0", "mine").rewards) == steps
 
 
-@pytest.mark.parametrize("dataset_id", ["logs", "mine/logs", "mine/lögs v0", "../mine/logs-v0", "/tmp/logs-v0"])
+@pytest.mark.parametrize(
+    "dataset_id", ["logs", "mine/logs", "mine/lögs v0", "../mine/logs-v0", "/tmp/logs-v0", "a/logs-v0"]
+)
 def test_an_id_that_minari_would_not_find_again_is_refused(tmp_path, dataset_id):
     SOURCES["npz"](tmp_path / "npz")
     with pytest.raises(UserError, match="must be an id such as mine/name-v0"):

@@ -13,7 +13,7 @@ from eva_rl.errors import UserError, in_one_line
 
 
 def is_hdf5(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".hdf5", ".h5", ".hdf")
+    return path.is_file() and path.suffix.lower() in (".hdf5", ".h5", ".hdf")
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def _info(path: Path) -> dict[str, Any]:
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if not str(version).startswith(VERSIONS):
         raise UserError(f"'{path}' is a LeRobot folder of version {version} where v2.0, v2.1 or v3.0 was expected.")
+    if not isinstance(info.get("features") or {}, dict):
+        raise UserError(f"'{path}', meta/info.json has no names below 'features': get the folder again.")
     return info
 
 

@@ -32,12 +32,27 @@ EPISODE = ("episode|episode_id|episode_index",)
 def _files(path: Path) -> list[Path]:
     """The files, or folders of .npy files, to read, in the order of their names and numbers."""
     if path.is_file():
-        return [path] if path.suffix in ENDINGS else []
+        return [path] if path.suffix.lower() in ENDINGS else []
     if not path.is_dir():
         return []
-    tables = [file for file in path.iterdir() if file.suffix in ENDINGS and file.is_file()]
-    folders = [folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("*.npy"))]
+    tables = [file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file()]
+    folders = [folder for folder in path.iterdir() if folder.is_dir() and _parts(folder)]
     return sorted(tables or folders, key=_natural)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The .npy files of a folder that is an episode."""
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() == ".npy"), key=_natural)
+
+
+def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
+    if not path.is_dir():
+        return []
+    within = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    missed = sorted(set(within) - set(_files(path)), key=_natural)
+    return [
+        (f"{folder.name}/", "it is a folder within the folder; source= names it to take it alone") for folder in missed
+    ]
 
 
 def _natural(path: Path) -> list[Any]:
@@ -158,15 +173,16 @@ def _table(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if it can't be read.
     """
-    if file.suffix == ".parquet":
+    kind = file.suffix.lower()
+    if kind == ".parquet":
         return parquet.read(file)
     try:
         if file.is_dir():
-            return {part.stem: np.load(part, allow_pickle=False) for part in sorted(file.glob("*.npy"), key=_natural)}
-        if file.suffix == ".npz":
+            return {part.stem: np.load(part, allow_pickle=False) for part in _parts(file)}
+        if kind == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        if file.suffix == ".npy":
+        if kind == ".npy":
             return _structured(np.load(file, allow_pickle=False), file)
         return _csv(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
@@ -185,7 +201,7 @@ def _structured(array: np.ndarray, file: Path) -> dict[str, np.ndarray]:
 def _csv(file: Path) -> dict[str, Any]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
-        names = next(rows, [])
+        names = [name.strip() for name in next(rows, [])]
         if not names or len(set(names)) < len(names):
             raise UserError(f"'{file}' has no first line of names that differ: add one.")
         cells = []
@@ -225,4 +241,5 @@ FORMAT = Format(
         success=("success|successes|is_success",),
         episode=EPISODE,
     ),
+    left_out=_left_out,
 )

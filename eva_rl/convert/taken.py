@@ -64,8 +64,9 @@ class Summary:
             odd = sorted(name for _, name in known ^ set(found))
             odd += ["rewards"] * (rewards != self.rewards) + ["success"] * (success != self.success)
             if odd:
+                none = f", or none, columns.{odd[0]}=[]" if odd[0] in ("rewards", "success") else ""
                 raise UserError(
-                    f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same."
+                    f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same{none}."
                 )
         self.rewards, self.success = rewards, success
         for (_, name), values in found.items():
@@ -134,6 +135,11 @@ def _found(episode: Episode, columns: Columns, given: Columns) -> dict[str, list
             raise UserError(
                 f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {episode.listed}."
             )
+    if both := [name for name in found["observations"] if name in found["actions"]]:
+        raise UserError(
+            f"{episode.where}, column '{both[0]}' is taken for both observations and actions: name others with columns.observations=[...] "
+            "or columns.actions=[...]."
+        )
     return found
 
 
