@@ -343,6 +343,13 @@ def test_rows_are_not_merged_to_an_episode_where_nothing_says_that_they_are_one(
     assert sentence in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["robomimic.hdf5", "d4rl.hdf5", "lerobot-2"])
+def test_a_column_for_episodes_is_refused_where_the_format_tells_them_apart(tmp_path, name):
+    SOURCES[name](tmp_path / name)
+    with pytest.raises(UserError, match=r"columns.episode was given, but .* tell episodes apart themselves"):
+        convert(str(tmp_path / name), "mine/a-v0", columns=Columns(episode=("actions",)))
+
+
 def test_several_columns_tell_episodes_apart_together(tmp_path):
     (tmp_path / "a.csv").write_text("day,trial,obs,act\n0,a,1,1\n0,a,2,2\n0,b,3,3\n1,a,4,4\n1,a,5,x\n")
     keys = Columns(episode=("day", "trial"))
@@ -614,6 +621,27 @@ def test_truncated_files_are_named_and_nothing_is_written(tmp_path, datasets_roo
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not [path for path in datasets_root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_with_broken_bytes_are_converted_or_refused_in_one_sentence(tmp_path, name):
+    SOURCES[name](tmp_path / name)
+    files = sorted(path for path in (tmp_path / name, *(tmp_path / name).rglob("*")) if path.is_file())
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        file = files[rng.integers(len(files))]
+        whole = file.read_bytes()
+        broken = np.frombuffer(whole, np.uint8).copy()
+        broken[rng.integers(len(whole), size=20)] = rng.integers(256, size=20)
+        file.write_bytes(broken.tobytes())
+        said = str(tmp_path)
+        try:
+            convert(str(tmp_path / name), "mine/logs-v0", columns=columns_for(name), skip_bad=True, overwrite=True)
+        except UserError as error:
+            said = str(error)
+        assert str(tmp_path) in said
+        assert "\n" not in said
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["npz", "npy", "folders", "parquet", "lerobot-2", "lerobot-3"])

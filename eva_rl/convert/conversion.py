@@ -93,6 +93,10 @@ def _episodes(
     path: Path, format: Format, given: Columns, summary: Summary, bad: list[tuple[str, str]] | None
 ) -> Iterator[Taken]:
     """The episodes that can be used; the others are noted in `bad` or, if it is None, refused."""
+    if given.episode and format.columns.episode is None:
+        raise UserError(
+            f"columns.episode was given, but {format.name} files tell episodes apart themselves: leave it out."
+        )
     columns = given.over(format.columns)
     try:
         for episode in (reading := format.read(path, columns)):

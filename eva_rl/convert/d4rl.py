@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, matching, unread
-from eva_rl.convert.hdf5 import arrays, is_hdf5, opened, read
+from eva_rl.convert.hdf5 import BROKEN, arrays, is_hdf5, opened, read
 from eva_rl.errors import UserError
 
 NEXT = "next_observations"
@@ -57,7 +57,7 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
                 if NEXT in found and "observations" in wanted and len(found[NEXT]) == steps:
                     final = {"observations": read(found[NEXT], path, NEXT, slice(end - 1, end))[0]}
                 episode = Episode(str(path), str(number), values, final)
-            except DAMAGED as error:
+            except (*DAMAGED, *BROKEN) as error:
                 episode = unread(f"'{path}', episode {number}", error)
             yield episode
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, m
 from eva_rl.errors import UserError, in_one_line
 
 ENDINGS = (".npz", ".npy", ".csv", ".parquet")
+
+BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, TokenError, csv.Error)
+"""What numpy and csv raise for a damaged file; a broken zip's compression is a `RuntimeError`, a broken header a `TokenError`."""
 
 EPISODE = ("episode|episode_id|episode_index",)
 """What tells episodes apart, unless the user says."""
@@ -185,7 +189,7 @@ def _table(file: Path) -> dict[str, Any]:
         if kind == ".npy":
             return _structured(np.load(file, allow_pickle=False), file)
         return _csv(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
+    except BROKEN as error:
         hint = "save it without pickle" if "pickle" in str(error) else "get it again"
         raise UserError(f"'{file}' can't be read ({in_one_line(error)[:200]}): {hint}.") from error
 
