@@ -46,7 +46,7 @@ def _files(path: Path) -> list[Path]:
 
 def _parts(folder: Path) -> list[Path]:
     """The .npy files of a folder that is an episode."""
-    return sorted((file for file in folder.iterdir() if file.suffix.lower() == ".npy"), key=_natural)
+    return sorted((file for file in folder.glob("*") if file.suffix.lower() == ".npy"), key=_natural)
 
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:
