@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Episode, Format
+from eva_rl.convert.episodes import Columns, Episode, Format, Unread
 from eva_rl.convert.formats import find_format
 from eva_rl.convert.lerobot import from_hub
 from eva_rl.convert.taken import Column, Summary, Taken, take
@@ -93,10 +93,16 @@ def _episodes(
     path: Path, format: Format, given: Columns, summary: Summary, bad: list[tuple[str, str]] | None
 ) -> Iterator[Taken]:
     """The episodes that can be used; the others are noted in `bad` or, if it is None, refused."""
+    if given.episode and format.columns.episode is None:
+        raise UserError(
+            f"columns.episode was given, but {format.name} files tell episodes apart themselves: leave it out."
+        )
     columns = given.over(format.columns)
     try:
         for episode in (reading := format.read(path, columns)):
             try:
+                if isinstance(episode, Unread):
+                    raise episode.error
                 taken = take(episode, columns, given, format)
                 summary.add(taken)
             except UserError as error:
@@ -106,40 +112,31 @@ def _episodes(
                     raise UserError(f"{error} (skip_bad=true leaves such episodes out.)") from error
                 bad.append((episode.where, str(error).removeprefix(episode.where).lstrip(", ")))
                 continue
-            yield taken
+            yield summary.in_order(taken)
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"'{path}' can't be read ({in_one_line(error)[:200]}): get it again.") from error
 
 
-def _any_usable(episodes: Iterator[Episode], columns: Columns, given: Columns, format: Format) -> bool:
+def _any_usable(episodes: Iterator[Episode | Unread], columns: Columns, given: Columns, format: Format) -> bool:
     """Whether any of these episodes could be taken."""
     with suppress(UserError, OSError, ValueError, MemoryError):  # no more of them can be read
         for episode in episodes:
             with suppress(UserError):
-                take(episode, columns, given, format)
-                return True
+                if isinstance(episode, Episode):
+                    take(episode, columns, given, format)
+                    return True
     return False
 
 
 def _spaces(summary: Summary, actions: str | None, environment: str | None) -> tuple[gym.Space, gym.Space]:
     """The spaces of observations and actions: the environment's, or as wide as nobody can know them narrower."""
-    if environment is not None:
-        try:
-            env = gym.make(environment)
-            env.close()
-        except Exception as error:
-            raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
-        try:
-            assert env.spec is not None, "it has no spec"
-            env.spec.to_json()
-        except Exception as error:
-            raise UserError(
-                f"environment={environment} is registered in a way that no dataset can state ({in_one_line(error)[:200]}): register it with "
-                "entry_point='module:Class' and plain keywords, or leave environment= out and set episodes=0 in finetune."
-            ) from error
-        return env.observation_space, env.action_space
-    seen = {name: column for name, column in summary.columns.items() if column.role == "observations"}
     done = {name: column for name, column in summary.columns.items() if column.role == "actions"}
+    if environment is not None:
+        observation_space, action_space = _spaces_of(environment)
+        _refuse_batches(done, action_space.shape)
+        return observation_space, action_space
+    _refuse_batches(done)
+    seen = {name: column for name, column in summary.columns.items() if column.role == "observations"}
     if _in_one(seen):
         observation_space = _box(seen)
     else:
@@ -159,6 +156,33 @@ def _spaces(summary: Summary, actions: str | None, environment: str | None) -> t
     shape = next(iter(done.values())).shape if len(done) == 1 else ()
     shape = shape or (sum(int(np.prod(column.shape)) for column in done.values()),)
     return observation_space, gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
+def _spaces_of(environment: str) -> tuple[gym.Space, gym.Space]:
+    try:
+        env = gym.make(environment)
+        env.close()
+    except Exception as error:
+        raise UserError(f"environment={environment} can't be made ({in_one_line(error)[:200]}).") from error
+    try:
+        assert env.spec is not None, "it has no spec"
+        env.spec.to_json()
+    except Exception as error:
+        raise UserError(
+            f"environment={environment} is registered in a way that no dataset can state ({in_one_line(error)[:200]}): register it with "
+            "entry_point='module:Class' and plain keywords, or leave environment= out and set episodes=0 in finetune."
+        ) from error
+    return env.observation_space, env.action_space
+
+
+def _refuse_batches(done: Mapping[str, Column], known: tuple[int, ...] | None = None) -> None:
+    """Refuse actions (N, T, A): they are N episodes in one array rather than N steps of T x A numbers."""
+    for name, column in done.items():
+        if len(column.shape) > 1 and column.shape != known:
+            raise UserError(
+                f"Column '{name}' has an action of shape {column.shape} in each row where one row of numbers was expected: if the rows are "
+                "episodes, split the arrays along axis 0, a file for each episode."
+            )
 
 
 def _are_choices(done: Mapping[str, Column], actions: str | None) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Episode, Format, matching
-from eva_rl.convert.hdf5 import arrays, is_hdf5, opened, read
+from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, matching, unread
+from eva_rl.convert.hdf5 import BROKEN, arrays, is_hdf5, opened, read
 from eva_rl.errors import UserError
 
 NEXT = "next_observations"
@@ -38,7 +38,7 @@ def _ends(path: Path, columns: Columns) -> tuple[np.ndarray, int]:
         return np.flatnonzero(np.any(flags, 0)) + 1, len(flags[0])
 
 
-def _read(path: Path, columns: Columns) -> Iterator[Episode]:
+def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
     ends, steps = _ends(path, columns)
     if not len(ends):
         raise UserError(f"'{path}', columns 'terminals' and 'timeouts' never say that an episode ends.")
@@ -51,11 +51,15 @@ def _read(path: Path, columns: Columns) -> Iterator[Episode]:
                     f"'{path}', column '{name}' has {len(found[name])} rows where {steps} were expected: get it again."
                 )
         for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            values = {name: read(found[name], path, name, slice(start, end)) for name in sorted(wanted)}
-            final = {}
-            if NEXT in found and "observations" in wanted and len(found[NEXT]) == steps:
-                final = {"observations": read(found[NEXT], path, NEXT, slice(end - 1, end))[0]}
-            yield Episode(str(path), str(number), values, final)
+            try:
+                values = {name: read(found[name], path, name, slice(start, end)) for name in sorted(wanted)}
+                final = {}
+                if NEXT in found and "observations" in wanted and len(found[NEXT]) == steps:
+                    final = {"observations": read(found[NEXT], path, NEXT, slice(end - 1, end))[0]}
+                episode = Episode(str(path), str(number), values, final)
+            except (*DAMAGED, *BROKEN) as error:
+                episode = unread(f"'{path}', episode {number}", error)
+            yield episode
 
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from eva_rl.errors import UserError, did_you_mean
+from eva_rl.convert.parquet import are_pictures, picture
+from eva_rl.errors import UserError, did_you_mean, in_one_line
 
 ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "success", "episode")
 """What a column may be taken for."""
@@ -22,7 +23,7 @@ ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "s
 @dataclass(frozen=True)
 class Columns:
     """The names of the columns that are taken for each role; a pattern such as `obs/*` names several, `a|b` the first of two that is
-    there. None: the format's own."""
+    there. None: the format's own; empty: no column."""
 
     observations: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
@@ -48,7 +49,7 @@ class Columns:
 
     def over(self, other: Columns) -> Columns:
         """These, and the other's where these say nothing."""
-        return Columns(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
+        return Columns(*(theirs if mine is None else mine for mine, theirs in zip(self, other, strict=True)))
 
     def __iter__(self) -> Iterator[tuple[str, ...] | None]:
         return (getattr(self, field.name) for field in fields(self))
@@ -71,6 +72,31 @@ class Episode:
         """The file and episode, to stand in a sentence."""
         return f"'{self.file}'" + (f", episode {self.number}" if self.number else "")
 
+    @property
+    def listed(self) -> str:
+        """The names of its columns, to stand in a sentence."""
+        names = list(self.columns)
+        return ", ".join(repr(name) for name in names[:12]) + (" and others" if len(names) > 12 else "") or "no column"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An episode, or a file of some, that can't be read; the ones after it may be."""
+
+    where: str
+    error: UserError
+
+
+def unread(where: str, error: Exception) -> Unread:
+    """What stands in the place of an episode whose reading raised this."""
+    if not isinstance(error, UserError):
+        error = UserError(f"{where} can't be read ({in_one_line(error)[:200]}): get it again.")
+    return Unread(where, error)
+
+
+DAMAGED = (UserError, OSError, ValueError, MemoryError)
+"""What reading a damaged file raises."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -78,8 +104,9 @@ class Format:
 
     name: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path, Columns], Iterator[Episode]]
-    """The episodes at a path, one after the other. It may raise a `UserError`, and `OSError` or `ValueError` for a damaged file."""
+    read: Callable[[Path, Columns], Iterator[Episode | Unread]]
+    """The episodes at a path, one after the other. Where one alone can't be read, it gives an `Unread` and goes on. Where all can't, it may
+    raise a `UserError`, and `OSError` or `ValueError` for a damaged file."""
     columns: Columns
     """What is taken for what, unless the user says."""
     ends_inside: bool = False
@@ -100,13 +127,24 @@ def matching(names: tuple[str, ...], known: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
+def refuse_missing(episode: Episode, role: str, given: tuple[str, ...] | None) -> None:
+    """Refuse an episode that lacks a column which the user named for this role."""
+    for name in given or ():
+        if not matching((name,), episode.columns):
+            raise UserError(
+                f"{episode.where} has no column '{name}', which columns.{role} names: it has {episode.listed}."
+            )
+
+
 def stacked(episode: Episode, name: str) -> np.ndarray:
-    """A column as one array of numbers (T, ...).
+    """A column as one array of numbers (T, ...); pictures that are kept as files within it are opened.
 
     Raises:
         UserError: if its rows differ in shape, or hold text or other objects.
     """
     values = episode.columns[name]
+    if are_pictures(values):
+        values = [_picture(episode, name, step, cell) for step, cell in enumerate(values)]
     try:
         column = np.asarray(values if isinstance(values, np.ndarray) and values.dtype != object else list(values))
     except ValueError as error:
@@ -114,11 +152,25 @@ def stacked(episode: Episode, name: str) -> np.ndarray:
     if column.dtype.kind in "OUSV":
         text = next((v for v in np.ravel(column) if not _is_number(v)), None)
         if text is not None or column.dtype.kind == "V":
-            raise UserError(f"{episode.where}, column '{name}' holds '{text}' where numbers were expected.")
+            raise UserError(f"{episode.where}, column '{name}' holds '{_shortened(text)}' where numbers were expected.")
         column = column.astype(np.float64)
     if column.ndim == 0:
         raise UserError(f"{episode.where}, column '{name}' is one number where one for each step was expected.")
     return column
+
+
+def _picture(episode: Episode, name: str, step: int, cell: Any) -> np.ndarray:
+    try:
+        return picture(cell)
+    except ValueError as error:
+        raise UserError(
+            f"{episode.where}, column '{name}' holds no picture that can be read at step {step}: mend or remove it."
+        ) from error
+
+
+def _shortened(cell: Any) -> str:
+    text = " ".join(str(cell).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _is_number(value: Any) -> bool:

@@ -11,9 +11,12 @@ import numpy as np
 
 from eva_rl.errors import UserError, in_one_line
 
+BROKEN = (RuntimeError, KeyError)
+"""What h5py raises, besides `OSError` and `ValueError`, where a file is damaged within."""
+
 
 def is_hdf5(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".hdf5", ".h5", ".hdf")
+    return path.is_file() and path.suffix.lower() in (".hdf5", ".h5", ".hdf")
 
 
 @contextmanager
@@ -30,7 +33,10 @@ def opened(path: Path) -> Iterator[h5py.File]:
     except OSError as error:
         raise UserError(f"'{path}' can't be read as HDF5 ({in_one_line(error)[:200]}): get it again.") from error
     with file:
-        yield file
+        try:
+            yield file
+        except BROKEN as error:
+            raise UserError(f"'{path}' is damaged ({in_one_line(error)[:200]}): get it again.") from error
 
 
 def arrays(group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:

@@ -7,7 +7,6 @@ stored in the Parquet files are read, videos are not. A name such as `lerobot/pu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.convert import parquet
-from eva_rl.convert.episodes import Columns, Episode, Format, matching
+from eva_rl.convert.episodes import DAMAGED, Columns, Episode, Format, Unread, matching, unread
 from eva_rl.errors import UserError
 from eva_rl.files import read_json
 
@@ -48,39 +47,59 @@ def _info(path: Path) -> dict[str, Any]:
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if not str(version).startswith(VERSIONS):
         raise UserError(f"'{path}' is a LeRobot folder of version {version} where v2.0, v2.1 or v3.0 was expected.")
+    if not isinstance(info.get("features") or {}, dict):
+        raise UserError(f"'{path}', meta/info.json has no names below 'features': get the folder again.")
     return info
 
 
-def _read(path: Path, columns: Columns) -> Iterator[Episode]:
-    info, episodes, frames = _info(path), set(), 0
+def _read(path: Path, columns: Columns) -> Iterator[Episode | Unread]:
+    info, episodes, frames, whole = _info(path), set(), 0, True
     files = sorted((path / "data").rglob("*.parquet"))
     if not files:
         raise UserError(f"'{path}' holds no Parquet file below data/: get the whole folder.")
     for file in files:
-        known = dict.fromkeys(parquet.columns_of(file))
-        wanted = {name for names in columns for name in matching(names or (), known)}
-        for needed in ("episode_index", "frame_index"):
-            if needed not in known:
-                raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
-        table = parquet.read(file, sorted(wanted | {"episode_index", "frame_index"}))
-        numbers, order = (_whole_numbers(table, name, file) for name in ("episode_index", "frame_index"))
-        for number in dict.fromkeys(numbers.tolist()):
-            if number in episodes:
-                raise UserError(f"'{file}', episode {number} stands in another file too: get the whole folder again.")
-            rows = np.flatnonzero(numbers == number)
-            rows = rows[np.argsort(order[rows], kind="stable")]
-            if order[rows].tolist() != list(range(len(rows))):
-                raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
-            episodes.add(number)
-            frames += len(rows)
-            yield Episode(
-                str(file), str(number), {name: _frames(table[name], rows, file, name) for name in sorted(wanted)}
-            )
+        for episode in _of_file(file, columns):
+            if isinstance(episode, Unread):
+                whole = False
+            elif episode.number in episodes:
+                raise UserError(
+                    f"'{file}', episode {episode.number} stands in another file too: get the whole folder again."
+                )
+            else:
+                episodes.add(episode.number)
+                frames += len(episode.columns["frame_index"])
+            yield episode
     for what, found in (("total_episodes", len(episodes)), ("total_frames", frames)):
-        if info.get(what, found) != found:
+        if whole and info.get(what, found) != found:
             raise UserError(
                 f"'{path}' states {what}={info[what]} in meta/info.json, but its files hold {found}: get the whole folder."
             )
+
+
+def _of_file(file: Path, columns: Columns) -> Iterator[Episode | Unread]:
+    """A file's episodes, each with the columns that are taken for something and `frame_index`."""
+    try:
+        known = dict.fromkeys(parquet.columns_of(file))
+        wanted = {name for names in columns for name in matching(names or (), known)} | {"frame_index"}
+        for needed in ("episode_index", "frame_index"):
+            if needed not in known:
+                raise UserError(f"'{file}' has no column '{needed}', which LeRobot's files have.")
+        table = parquet.read(file, sorted(wanted | {"episode_index"}))
+        numbers, order = (_whole_numbers(table, name, file) for name in ("episode_index", "frame_index"))
+    except DAMAGED as error:
+        yield unread(f"'{file}'", error)
+        return
+    for number in dict.fromkeys(numbers.tolist()):
+        rows = np.flatnonzero(numbers == number)
+        rows = rows[np.argsort(order[rows], kind="stable")]
+        try:
+            if order[rows].tolist() != list(range(len(rows))):
+                raise UserError(f"'{file}', episode {number}, column 'frame_index' has gaps: get the folder again.")
+            frames = {name: _frames(table[name], rows) for name in sorted(wanted)}
+            episode = Episode(str(file), str(number), frames)
+        except DAMAGED as error:
+            episode = unread(f"'{file}', episode {number}", error)
+        yield episode
 
 
 def _whole_numbers(table: dict[str, Any], name: str, file: Path) -> np.ndarray:
@@ -97,22 +116,8 @@ def _whole_numbers(table: dict[str, Any], name: str, file: Path) -> np.ndarray:
     return found
 
 
-def _frames(values: Any, rows: np.ndarray, file: Path, name: str) -> Any:
-    """A column's rows; pictures, stored as files of their own within it, as arrays (T, height, width, channels)."""
-    if isinstance(values, np.ndarray):
-        return values[rows]
-    chosen = [values[row] for row in rows]
-    if not chosen or not isinstance(chosen[0], dict):
-        return chosen
-    from PIL import Image
-
-    pictures = []
-    for row, cell in zip(rows, chosen, strict=True):
-        try:
-            pictures.append(np.asarray(Image.open(io.BytesIO(cell["bytes"]))))
-        except (OSError, TypeError, KeyError) as error:
-            raise UserError(f"'{file}', column '{name}', row {row} holds no picture that can be read.") from error
-    return pictures
+def _frames(values: Any, rows: np.ndarray) -> Any:
+    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
 
 def _left_out(path: Path, columns: Columns) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ def read(path: Path, names: list[str] | None = None) -> dict[str, Any]:
     _whole(path)
     table = _arrow().parquet.read_table(path, columns=names)
     return {name: _array(table.column(name)) for name in table.column_names}
+
+
+def are_pictures(cells: Any) -> bool:
+    """Whether a column's cells are files of pictures, as Hugging Face's datasets keep them: their bytes, and a path."""
+    return isinstance(cells, list) and bool(cells) and isinstance(cells[0], dict) and "bytes" in cells[0]
+
+
+def picture(cell: Any) -> np.ndarray:
+    """A picture that is kept as a file of its own within a cell (height, width, channels), or (height, width) if it is grey.
+
+    Raises:
+        ValueError: if the cell holds none that can be read.
+    """
+    from PIL import Image
+
+    try:
+        shown = Image.open(io.BytesIO(cell["bytes"]))
+        # a palette's numbers say nothing without it
+        return np.asarray(shown.convert("RGB") if shown.mode == "P" else shown)
+    except (OSError, TypeError, KeyError, SyntaxError) as error:  # the last is Pillow's for a broken PNG
+        raise ValueError(in_one_line(error)) from error
 
 
 def _whole(path: Path) -> bool:

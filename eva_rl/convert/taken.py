@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from eva_rl.convert.episodes import Columns, Episode, Format, matching, stacked
+from eva_rl.convert.episodes import Columns, Episode, Format, matching, refuse_missing, stacked
 from eva_rl.errors import UserError
 
 
@@ -49,6 +48,7 @@ class Summary:
     lengths: list[int] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
     rewards: bool = False
+    success: bool = False
 
     def add(self, taken: Taken) -> None:
         """Take an episode in.
@@ -58,24 +58,36 @@ class Summary:
         """
         found = {("observations", name): values for name, values in taken.observations.items()}
         found |= {("actions", name): values for name, values in taken.actions.items()}
+        rewards, success = taken.rewards is not None, taken.success is not None
         if self.columns:
             known = {(column.role, name) for name, column in self.columns.items()}
-            if known != set(found) or self.rewards != (taken.rewards is not None):
-                odd = sorted(name for _, name in known ^ set(found)) or ["rewards"]
+            odd = sorted(name for _, name in known ^ set(found))
+            odd += ["rewards"] * (rewards != self.rewards) + ["success"] * (success != self.success)
+            if odd:
+                none = f", or none, columns.{odd[0]}=[]" if odd[0] in ("rewards", "success") else ""
                 raise UserError(
-                    f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same."
+                    f"{taken.where} has other columns than the episodes before ('{odd[0]}'): give all the same{none}."
                 )
-        self.rewards = taken.rewards is not None
-        for (role, name), values in found.items():
-            column = self.columns.setdefault(name, Column(role, values.shape[1:], values.dtype))
-            if column.shape != values.shape[1:]:
+        self.rewards, self.success = rewards, success
+        for (_, name), values in found.items():
+            column = self.columns.get(name)
+            if column is not None and column.shape != values.shape[1:]:
                 raise UserError(
                     f"{taken.where}, column '{name}' has rows of shape {values.shape[1:]} where the episodes before have "
                     f"{column.shape}: give all the same."
                 )
-            column.add(values)
+        for (role, name), values in found.items():
+            self.columns.setdefault(name, Column(role, values.shape[1:], values.dtype)).add(values)
         self.lengths.append(len(taken))
         self.returns.append(0.0 if taken.rewards is None else float(taken.rewards.sum()))
+
+    def in_order(self, taken: Taken) -> Taken:
+        """An episode that was added, its columns in the order of the first one's: they are joined to vectors in their order."""
+        return replace(
+            taken,
+            observations={name: taken.observations[name] for name in self.columns if name in taken.observations},
+            actions={name: taken.actions[name] for name in self.columns if name in taken.actions},
+        )
 
 
 def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Taken:
@@ -84,15 +96,7 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     Raises:
         UserError: if a column is missing, empty, of another length, or holds text, NaN or infinite numbers.
     """
-    found = {
-        role: _chosen(episode, role, getattr(columns, role), getattr(given, role))
-        for role in ("observations", "actions", "rewards", "terminations", "truncations", "success")
-    }
-    for role in ("observations", "actions"):
-        if not found[role]:
-            raise UserError(
-                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {_listed(episode)}."
-            )
+    found = _found(episode, columns, given)
     actions = {name: _finite(episode, name) for name in found["actions"]}
     steps = len(next(iter(actions.values())))
     if not steps:
@@ -101,13 +105,14 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     for name, values in actions.items():
         _of_length(episode, name, values, (steps,))
     ends = {role: [_flags(episode, name, steps) for name in found[role]] for role in ("terminations", "truncations")}
-    for name, flags in zip(found["terminations"] + found["truncations"], chain(*ends.values()), strict=True):
-        if flags[:-1].any() and not kind.ends_inside:
-            raise UserError(
-                f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
-                "tells episodes apart with columns.episode=..., or leave that column out."
-            )
-    rewards = [_of_length(episode, name, _finite(episode, name), (steps,)).reshape(-1) for name in found["rewards"]]
+    for role, said in ends.items():
+        for name, flags in zip(found[role], said, strict=True):
+            if flags[:-1].any() and not kind.ends_inside:
+                raise UserError(
+                    f"{episode.where}, column '{name}' says that it ends at step {int(flags.argmax())} of {steps}: name the column that "
+                    f"tells episodes apart with columns.episode=..., or leave that column out with columns.{role}=[]."
+                )
+    rewards = [_singles(episode, name, (steps,)) for name in found["rewards"]]
     success = [_success(episode, name, steps) for name in found["success"]]
     return Taken(
         episode.where,
@@ -119,23 +124,33 @@ def take(episode: Episode, columns: Columns, given: Columns, kind: Format) -> Ta
     )
 
 
-def _chosen(episode: Episode, role: str, names: tuple[str, ...] | None, given: tuple[str, ...] | None) -> list[str]:
-    for name in given or ():
-        if not matching((name,), episode.columns):
+def _found(episode: Episode, columns: Columns, given: Columns) -> dict[str, list[str]]:
+    """The names of the columns that are taken, by role."""
+    found = {
+        role: _chosen(episode, role, getattr(columns, role), getattr(given, role))
+        for role in ("observations", "actions", "rewards", "terminations", "truncations", "success")
+    }
+    for role in ("observations", "actions"):
+        if not found[role]:
             raise UserError(
-                f"{episode.where} has no column '{name}', which columns.{role} names: it has {_listed(episode)}."
+                f"{episode.where} has no column for {role}: columns.{role}=[...] names them, out of {episode.listed}."
             )
+    if both := [name for name in found["observations"] if name in found["actions"]]:
+        raise UserError(
+            f"{episode.where}, column '{both[0]}' is taken for both observations and actions: name others with columns.observations=[...] "
+            "or columns.actions=[...]."
+        )
+    return found
+
+
+def _chosen(episode: Episode, role: str, names: tuple[str, ...] | None, given: tuple[str, ...] | None) -> list[str]:
+    refuse_missing(episode, role, given)
     found = matching(names or (), episode.columns)
     if len(found) > 1 and role in ("rewards", "success"):
         raise UserError(
             f"{episode.where}: columns.{role} names {' and '.join(map(repr, found))} where one was expected."
         )
     return found
-
-
-def _listed(episode: Episode) -> str:
-    names = list(episode.columns)
-    return ", ".join(repr(name) for name in names[:12]) + (" and others" if len(names) > 12 else "") or "no column"
 
 
 def _finite(episode: Episode, name: str) -> np.ndarray:
@@ -170,18 +185,25 @@ def _continued(episode: Episode, name: str, steps: int) -> np.ndarray:
     return np.concatenate([values, np.asarray(final, values.dtype)[None]])
 
 
-def _flags(episode: Episode, name: str, steps: int) -> np.ndarray:
-    values = _of_length(episode, name, _finite(episode, name), (steps,)).reshape(steps, -1)
-    if values.shape[1] != 1:
+def _singles(episode: Episode, name: str, lengths: tuple[int, ...]) -> np.ndarray:
+    """A column of one number a row."""
+    values = _of_length(episode, name, _finite(episode, name), lengths)
+    if values.size != len(values):
         raise UserError(
-            f"{episode.where}, column '{name}' has rows of {values.shape[1]} numbers where one was expected."
+            f"{episode.where}, column '{name}' has rows of shape {values.shape[1:]} where one number was expected: join them to one, or name "
+            "another column."
         )
-    return values[:, 0] != 0
+    return values.reshape(-1)
+
+
+def _flags(episode: Episode, name: str, steps: int) -> np.ndarray:
+    return _singles(episode, name, (steps,)) != 0
 
 
 def _success(episode: Episode, name: str, steps: int) -> np.ndarray:
     """(T + 1,): whether it is solved in each state; one value for all of the episode is taken for the last."""
-    if np.ndim(episode.columns[name]) == 0:
-        return np.append(np.zeros(steps, np.float32), np.float32(episode.columns[name]))
-    values = _of_length(episode, name, _finite(episode, name), (1, steps, steps + 1)).reshape(-1)
+    value = episode.columns[name]
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        episode = replace(episode, columns={name: value[None]})
+    values = _singles(episode, name, (1, steps, steps + 1))
     return np.concatenate([np.zeros(steps + 1 - len(values)), values]).astype(np.float32)

@@ -26,6 +26,10 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
         raise UserError(
             f"dataset must be an id such as mine/name-v0, got {dataset_id}: letters, digits, - and _, and a version."
         )
+    if re.fullmatch(r"[\w-]/[^/]+", dataset_id):
+        raise UserError(
+            f"dataset must be an id such as mine/name-v0, got {dataset_id}: Minari wants two letters or more before the slash."
+        )
     path = datasets_root() / dataset_id
     if below := datasets_below(dataset_id):
         raise UserError(
