@@ -40,8 +40,9 @@ def plain_lora(folder: Path) -> LoraConfig | None:
     check_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
     beside = ("use_dora", "fan_in_fan_out", "lora_bias", "kasa_config")
-    plain = type(config) is LoraConfig and not any(getattr(config, setting, None) for setting in beside)
-    return config if plain else None
+    if not isinstance(config, LoraConfig) or type(config) is not LoraConfig:  # AdaLoRA's is one of its kind
+        return None
+    return None if any(getattr(config, setting, None) for setting in beside) else config
 
 
 def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: str | None = None) -> LoraFactors:

@@ -135,7 +135,7 @@ def _take_vector(model: ActionModel, interface: str, folder: Path) -> None:
     for module in task_vector(model, interface):
         vector = load_file(folder / WEIGHTS).get(f"{PREFIX}{module}.weight")
         if vector is not None:
-            model.get_submodule(module).weight.copy_(vector)
+            model.get_parameter(f"{module}.weight").copy_(vector)
 
 
 @torch.no_grad()
