@@ -202,7 +202,7 @@ class EvaChoices:
             )
         for name, choices in EVA_CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"EVA's {name} must be one of {choices}, got {getattr(self, name)}.")
+                raise UserError(f"eva.{name} must be one of {choices}, got {getattr(self, name)}.")
         if self.components == "minor" and self.method == "streaming":
             raise UserError(
                 "components=minor was given with method=streaming, which follows the leading components only: add "

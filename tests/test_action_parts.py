@@ -49,7 +49,7 @@ def right_grip(place: float) -> int:
     return 6 if place > 0 else 7
 
 
-@pytest.fixture(params=["hdf5", "arrow"])
+@pytest.fixture(params=["hdf5", pytest.param("arrow", marks=pytest.mark.slow)])
 def dataset(request) -> str:
     """Twenty episodes of the right actions."""
     if request.param == "arrow":

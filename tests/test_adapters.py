@@ -261,6 +261,7 @@ save_file(found, {output!r})
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_same_actions(trainings, tmp_path):
     from safetensors.torch import load_file
 
@@ -689,6 +690,7 @@ def test_every_choice_is_listed_with_a_line_of_its_own():
     assert all(len(line.split()) > 3 for line in lines)
 
 
+@pytest.mark.slow
 def test_one_setting_says_which_layers_every_method_adapts():
     for name in METHODS:
         config = settings(name, "adapter.layers=[q,v]").peft_config()

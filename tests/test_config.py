@@ -216,7 +216,7 @@ def test_a_cluster_calls_a_job_by_its_command(name):
 
 
 @pytest.mark.parametrize("command", ["tasks", "finetune --help", "finetune 'adapter=?'", "finetune --cfg job task=a/b"])
-@pytest.mark.parametrize("option", ["", "-u"])
+@pytest.mark.parametrize("option", ["", pytest.param("-u", marks=pytest.mark.slow)])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(option, command):
     command = f"{sys.executable} {option} -m eva_rl.{command} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

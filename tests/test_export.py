@@ -130,9 +130,11 @@ def test_the_onnx_file_acts_as_the_policy_over_a_hundred_steps(observations, act
 @pytest.mark.parametrize(
     ("observations", "actions"),
     [
-        ("dict", "one"),
         ("vector", "parts"),
-        *(pytest.param(*kinds, marks=pytest.mark.slow) for kinds in [("vector", "numbers"), ("tuple", "several")]),
+        *(
+            pytest.param(*kinds, marks=pytest.mark.slow)
+            for kinds in [("dict", "one"), ("vector", "numbers"), ("tuple", "several")]
+        ),
     ],
 )
 def test_the_torch_program_acts_as_the_policy_over_a_hundred_steps(observations, actions, tmp_path):

@@ -95,7 +95,7 @@ def test_a_run_is_added_listed_found_and_removed_by_its_commands(run, base):
     assert not Path("lib/adapters/Steps-v0").exists()
 
 
-@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("vectors", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_new_adapter_begins_as_the_nearest_one_of_a_library_where_that_is_better(run, dummy_domain, vectors):
     words = ["model=tiny", "task=dummy/all", "demonstrations=4", "steps=40", "training.batch_size=4", "run_dir=base"]
     status, _, err = run("pretrain", *words, f"task_vectors={str(vectors).lower()}")

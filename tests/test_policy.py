@@ -1,5 +1,6 @@
 """A loaded policy acts in an environment's own observations and actions as a rollout does."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -131,8 +132,13 @@ def rolled_out(policy: ActingPolicy, env: Diary, target: float) -> list[list]:
     return env.days[:-1]
 
 
-@pytest.mark.parametrize("actions", ACTIONS)
-@pytest.mark.parametrize("observations", OBSERVATIONS)
+@pytest.mark.parametrize(
+    ("observations", "actions"),
+    [
+        pair if pair[0] == "vector" or pair[1] in ("numbers", "parts") else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(OBSERVATIONS, ACTIONS)
+    ],
+)
 def test_it_acts_as_a_rollout_does_on_every_kind_of_observation_and_action(observations, actions, tmp_path):
     env = Diary(OBSERVATIONS[observations], ACTIONS[actions])
     policy = eva_rl.load_policy(make_checkpoint(tmp_path / "model", env))

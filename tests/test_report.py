@@ -257,6 +257,7 @@ def study(tmp_path) -> Path:
     return tmp_path / "study"
 
 
+@pytest.mark.slow
 def test_the_report_of_a_folder_is_the_same_bytes_when_it_is_made_again(study, tmp_path, report):
     done = report(study, "--output", tmp_path / "one")
     assert done.returncode == 0, done.stderr

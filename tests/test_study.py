@@ -73,7 +73,8 @@ def test_it_does_where_most_tasks_are_solved_by_every_run(spreads):
     assert 930 <= held <= 970
 
 
-@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
 def test_in_a_thousand_draws_the_interval_of_the_interquartile_mean_does(seeds):
     rng, means = np.random.default_rng(1), np.full(TASKS, 0.5)
     held = 0

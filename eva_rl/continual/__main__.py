@@ -18,7 +18,7 @@ from eva_rl.settings import TrainingConfig, checked_filter
 
 if TYPE_CHECKING:
     from eva_rl.adapter import Adapter
-    from eva_rl.data import TaskSource, WindowSampler
+    from eva_rl.data import TaskSource, Trajectories, WindowSampler
     from eva_rl.model import Base, DecisionTransformer
 
 WHOLE_RATE = 1e-3
@@ -122,21 +122,13 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
     """The trajectories, the base and the settings of training."""
     from eva_rl.continual.learners import Lessons
     from eva_rl.continual.play import Stage
-    from eva_rl.data import datasets, load_dataset
     from eva_rl.model import load_base
     from eva_rl.training import choose_device
 
     device = choose_device(config.device)
     base = load_base(config.base, device)
     interface = _interface(config, base, sources)
-    ids = datasets(sources, config.demonstrations, config.seed)
-    every = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
-    own = [trajectories.chosen(config.filter) for trajectories in every]
-    left_out = sum(len(e.lengths) - len(o.lengths) for e, o in zip(every, own, strict=True))
-    if left_out:
-        print(
-            f"learning from {sum(len(o.lengths) for o in own)} demonstrations, and leaving {left_out} out (filter={config.filter})"
-        )
+    own = _demonstrations(config, sources)
     scored_every = max(1, config.steps // config.evaluations)
     training = replace(config.training, learning_rate=_rate(config), evaluate_every=scored_every)
     stage = Stage(
@@ -163,6 +155,21 @@ def _lessons(config: ContinualConfig, sources: list, simulators: Any, run_dir: P
         seed=config.seed,
         folder=run_dir,
     )
+
+
+def _demonstrations(config: ContinualConfig, sources: list[TaskSource]) -> list[Trajectories]:
+    """Each task's, as far as they are learned from."""
+    from eva_rl.data import datasets, load_dataset
+
+    ids = datasets(sources, config.demonstrations, config.seed)
+    every = [load_dataset(i, s.task, config.demonstrations) for i, s in zip(ids, sources, strict=True)]
+    own = [trajectories.chosen(config.filter) for trajectories in every]
+    left_out = sum(len(e.lengths) - len(o.lengths) for e, o in zip(every, own, strict=True))
+    if left_out:
+        print(
+            f"learning from {sum(len(o.lengths) for o in own)} demonstrations, and leaving {left_out} out (filter={config.filter})"
+        )
+    return own
 
 
 def _interface(config: ContinualConfig, base: Base, sources: list[TaskSource]) -> str:
