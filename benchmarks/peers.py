@@ -169,6 +169,7 @@ def document(rows: Sequence[dict[str, Any]], a: argparse.Namespace) -> str:
             "# d3rlpy's algorithms on the same demonstrations",
             (__doc__ or "").split("\n\n")[2],
             f"`python -m benchmarks.peers --tasks {' '.join(a.tasks)} --demonstrations {' '.join(map(str, a.demonstrations))} "
+            f"--algorithms {' '.join(a.algorithms)} "
             f"--seconds {a.seconds:g} --episodes {a.episodes} --seed {a.seed}`",
             "Share of the held-out goals solved at any step:",
             markdown(["demonstrations", "algorithm", *short, "mean", "updates, median"], table),

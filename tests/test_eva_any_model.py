@@ -329,6 +329,10 @@ def pairs() -> list:
 def test_precision_checkpointing_and_compilation_leave_the_directions(name, dtype, checkpointing, compiled):
     kind = KINDS[name]
     model = fresh(kind).to(dtype)
+    if (
+        name == "mixtral" and dtype == torch.float64
+    ):  # torch's grouped products, which its experts take otherwise, know no float64
+        model.set_experts_implementation("eager")
     if checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         model.train()
         model.gradient_checkpointing_enable()
