@@ -40,7 +40,7 @@ def plain_lora(folder: Path) -> LoraConfig | None:
     check_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
     beside = ("use_dora", "fan_in_fan_out", "lora_bias", "kasa_config")
-    if not isinstance(config, LoraConfig) or type(config) is not LoraConfig:  # AdaLoRA's is one of its kind
+    if type(config) is not LoraConfig:  # AdaLoRA's is one of its kind
         return None
     return None if any(getattr(config, setting, None) for setting in beside) else config
 

@@ -89,9 +89,7 @@ class Library:
         if self.folder.is_file():
             raise UserError(f"A library must be a folder, got the file '{folder}'.")
         if self.folder.exists():
-            held = [
-                path.name for path in self.folder.iterdir()
-            ]  # looked at once: another process may be adding the first
+            held = [path.name for path in self.folder.iterdir()]  # once: another process may be adding the first
             others = [name for name in held if name != "adapters" and not name.startswith(".")]
             if others and INDEX not in held:
                 raise UserError(

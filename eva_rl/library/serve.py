@@ -368,7 +368,7 @@ class LibraryPolicy(ActingPolicy):
         self._choose_adapters(numbers)
         if (
             changed and actor is not None and not self._acted and self._by_itself
-        ):  # the return to ask for is another one's
+        ):  # another adapter asks for another return
             return self.reset()
         if changed and actor is not None and running is not None and len(numbers) in (1, running):
             cast("MixedDecoder", actor.policy).use(self._spread(running))
