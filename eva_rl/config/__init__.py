@@ -5,8 +5,9 @@ This package alone knows Hydra. It is imported before anything heavy, so that `-
 
 from eva_rl.config.command import entry_point
 from eva_rl.config.compose import choices
+from eva_rl.config.folder import run_folder
 from eva_rl.config.grids import checked
-from eva_rl.config.identity import Plan, identity, plan, protocol, run_folder, to_yaml
+from eva_rl.config.identity import Plan, identity, plan, protocol, to_yaml
 from eva_rl.config.parse import parse, setting_names
 from eva_rl.config.targets import instantiate
 from eva_rl.settings import (

@@ -1,19 +1,16 @@
-"""What a run is: the settings that decide it, how it writes them, and where."""
+"""What a run is: the settings that decide it, and how it writes them."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from eva_rl.config.folder import run_folder
 from eva_rl.settings import ADAMW, NO_ALLOCATOR, FinetuneConfig
 
 
@@ -43,19 +40,6 @@ def plan(config: Any, what: str, how: str | None = None) -> Plan:
         identity(config) if hasattr(config, "optimizer") else {},
         protocol(config) if isinstance(config, FinetuneConfig) else {},
     )
-
-
-def run_folder(run_dir: str | None, what: str = "run", how: str | None = None) -> Path:
-    """Where a run writes: `run_dir`, or `runs/<what>/<how>-<date>`, as TensorBoard then names it (in a multirun a folder for each job)."""
-    if run_dir is not None:
-        folder = Path(run_dir)
-    elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        folder = Path(HydraConfig.get().sweep.dir) / str(HydraConfig.get().job.num)
-    else:
-        name = "-".join([*([] if how is None else [how]), datetime.now().strftime("%Y-%m-%d-%H-%M-%S")])
-        folder = Path("runs", what.replace("/", "-"), name.replace("/", "-"))
-    here = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd()
-    return folder if here == os.getcwd() else Path(here, folder)  # Ray's processes start elsewhere
 
 
 def to_yaml(config: Any) -> str:

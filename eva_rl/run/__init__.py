@@ -1,9 +1,9 @@
 """One run's folder: its result and scores, TensorBoard, films, seconds, versions. They are written and read here alone."""
 
 from eva_rl.run.eva import EVA_CLAIM, eva_figures
-from eva_rl.run.folder import check_run_folder
 from eva_rl.run.intervals import Estimate, mean, proportion
 from eva_rl.run.result import RunResult, read_earlier, run_result, summary
+from eva_rl.run.rows import check_run_folder
 from eva_rl.run.scores import SCORES, Scores, failures_counted, scores, to_json, to_scalars
 from eva_rl.run.stopwatch import Stopwatch
 from eva_rl.run.sweep import save_sweep

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eva_rl import files
+from eva_rl.errors import UserError
 from eva_rl.files import write_text
 
 ROWS = "runs.jsonl"
@@ -72,6 +74,17 @@ def rows_at(folder: Path) -> Iterator[Row]:
 def find_row(run_dir: Path) -> Row | None:
     """The row of one run, in whichever of its folder's parents a `runs.jsonl` has it; None where none has."""
     return next((row for row in rows_at(run_dir) if row.place == run_dir.resolve() and row.content is not None), None)
+
+
+def check_run_folder(path: Path, resume: bool = False) -> None:
+    """As `eva_rl.files.check_run_folder`, for a run whose result may stand in a `runs.jsonl`.
+
+    Raises:
+        UserError: if files can't be written there, or there is the result of a run that this one does not resume.
+    """
+    files.check_run_folder(path, resume)
+    if not resume and (row := find_row(path)):
+        raise UserError(f"'{row.file}' has the result of '{row.run}': set another run_dir, or resume=true.")
 
 
 def write_rows(file: Path, rows: Mapping[str, Any]) -> None:
