@@ -223,6 +223,16 @@ def test_truncated_metadata_is_a_user_error_that_names_the_folder(make_dataset, 
     assert str(datasets_root / "mine/random-v0") in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["total_steps", "total_episodes"])
+@pytest.mark.parametrize("value", ["[]", "{}", '"x"', "NaN", "Infinity", "-1", "0.5", "1000000000000", "1" + 19 * "0"])
+def test_totals_that_no_dataset_has_are_a_user_error_that_names_the_folder(make_dataset, datasets_root, name, value):
+    make_dataset("mine/random-v0")
+    path = datasets_root / "mine/random-v0/data/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "?"}).replace('"?"', value))
+    with pytest.raises(UserError, match="random-v0"):
+        load_dataset("mine/random-v0", "mine")
+
+
 @pytest.mark.parametrize("missing", ["main_data.hdf5", "metadata.json"])
 def test_a_missing_file_is_a_user_error_that_names_the_folder(make_dataset, datasets_root, missing):
     make_dataset("mine/random-v0")

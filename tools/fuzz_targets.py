@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.errors import UserError
+from tools.fuzz_logs import MAKERS, use_logs
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def make_rows(folder: Path) -> None:
         file.parent.rmdir()
 
 
-def make_dataset(folder: Path) -> None:
+def make_dataset(folder: Path, data_format: str = "hdf5") -> None:
     import warnings
 
     import gymnasium as gym
@@ -196,7 +197,7 @@ def make_dataset(folder: Path) -> None:
     }
     with datasets_root_at(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers("mine/random-v0", episodes, **spaces)
+        minari.create_dataset_from_buffers("mine/random-v0", episodes, data_format=data_format, **spaces)
 
 
 def use_dataset(folder: Path) -> None:
@@ -294,5 +295,7 @@ TARGETS = {
     "run": Target(make_run, use_run),
     "rows": Target(make_rows, use_run),
     "dataset": Target(make_dataset, use_dataset),
+    "arrow_dataset": Target(lambda folder: make_dataset(folder, "arrow"), use_dataset),
+    **{f"{name}_logs": Target(make, use_logs) for name, make in MAKERS.items()},
     "command": Target(lambda folder: folder.mkdir(), use_words, draw_words),
 }

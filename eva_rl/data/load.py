@@ -80,11 +80,11 @@ def _episodes(
     """The first episodes, one after the other, as `pack` takes them."""
     try:
         stated = [about.get("total_steps") for about in dataset.storage.get_episode_metadata(range(count))]
-        found = 0
+        found = steps = 0
         arrow = dataset.storage.FORMAT in ("arrow", "parquet")
         episodes = arrow_episodes(dataset, count) if arrow else dataset.iterate_episodes(range(count))
         for number, episode in enumerate(episodes):
-            found += 1
+            found, steps = found + 1, steps + len(episode.rewards)
             _check_length(dataset_id, dataset, number, len(episode.rewards), stated[number])
             yield {
                 "observations": episode.observations,
@@ -95,6 +95,8 @@ def _episodes(
             }
         if found != count:
             raise ValueError(f"{found} episodes were read where {count} were expected")
+        if steps > dataset.total_steps or (count == dataset.total_episodes and steps != dataset.total_steps):
+            raise ValueError(f"its episodes have {steps} steps, but its metadata.json states {dataset.total_steps}")
     except UNREADABLE as error:
         raise unreadable(dataset_id, error) from error
 

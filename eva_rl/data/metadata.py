@@ -16,7 +16,10 @@ from eva_rl.data.collection import datasets_root
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError, did_you_mean, in_one_line
 
-UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError)
+UNREADABLE = (
+    *(OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError),
+    *(MemoryError, OverflowError),  # of numbers in its metadata that no dataset has
+)
 """What h5py, pyarrow and Minari raise for damaged files."""
 
 
@@ -38,9 +41,17 @@ def metadata_of(dataset_id: str) -> dict[str, Any]:
         for name in ("env_spec", "eval_env_spec"):
             if not isinstance(metadata.get(name), str | None):
                 raise TypeError(f"'{name}' in its metadata.json is no text")
+        for name in ("total_episodes", "total_steps"):
+            if name in metadata and not _is_count(metadata[name]):
+                raise TypeError(f"'{name}' in its metadata.json must be a whole number, got {metadata[name]!r}")
     except UNREADABLE as error:
         raise unreadable(dataset_id, error) from error
     return metadata
+
+
+def _is_count(value: object) -> bool:
+    """Whether this number counts something; no dataset has 2^53 steps, from where floats skip numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53 and value == int(value)
 
 
 def open_dataset(dataset_id: str) -> minari.MinariDataset:
