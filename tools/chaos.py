@@ -1,12 +1,15 @@
-"""Commands killed at random moments and given again: the same files as without, and nothing left over.
+"""Commands that something goes wrong with, given again: the same files as without, and nothing left over.
 
     python -m tools.chaos --moments 100 --seed 0       # `make chaos`
     python -m tools.chaos --moments 5 --actions collect report
 
-Each action is a command on a small task. It runs once whole. Then, for each moment, in new folders: the command starts, at a random time
-of its length a signal ends it (SIGKILL; SIGTERM; SIGINT; SIGINT twice), and the command is given again. What counts as found: the
-second command fails, its files differ from those of the whole run (but for times and TensorBoard's events), a process outlives it,
-or a lock or a half-written file is left. `--first` makes one moment again.
+Each action is a command on a small task. It runs once whole. Then it starts again, once for each moment, on the files it started from, and one of
+these happens. A signal ends it at a random time (SIGKILL, SIGTERM, SIGINT, or SIGINT twice). The disk takes no file beyond a random
+size. Or the command is given twice at once. Then the command is given again.
+
+What counts as found: the last command fails. Its files differ from those of the whole run, but for times and TensorBoard's events. A process
+outlives its command, or a lock or a half-written file is left. A full disk or a second process ends in anything but success or one sentence.
+`--first` makes one moment again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import argparse
 import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,31 +36,54 @@ SIGNALS: dict[str, tuple[int, ...]] = {
     "SIGINT": (signal.SIGINT,),
     "SIGINT twice": (signal.SIGINT, signal.SIGINT),
 }
+FULL, TWICE = "full disk", "two at once"
+KINDS = (*SIGNALS, FULL, TWICE)
 GRACE = 60.0
 """Seconds that a command may take to end after a signal."""
 TRAIN = ["model=tiny", "steps=6", "training.batch_size=4", "training.checkpoint_every=2", "device=cpu", "resume=true"]
 TASK = "gym/Pendulum-v1"
+LOGS = """
+import numpy as np
+from pathlib import Path
+Path("logs").mkdir()
+for seed in range(20):
+    rng = np.random.default_rng(seed)
+    columns = {"observations": rng.normal(size=(500, 9)), "actions": rng.normal(size=(500, 2)), "rewards": np.ones(500)}
+    np.savez(f"logs/{seed}.npz", **columns)
+"""
+_BASE = ["eva_rl.pretrain", f"task={TASK}", "demonstrations=2", "run_dir=base", *TRAIN]
+_TUNE = ["eva_rl.finetune", f"task={TASK}", "base=base/model", "demonstrations=2", "episodes=1", "workers=0"]
+_TUNE += [word for word in TRAIN if not word.startswith(("model=", "resume="))]
+_RUN = [*_TUNE, "run_dir=run", "resume=true"]
 ACTIONS: dict[str, list[list[str]]] = {
-    # the last command of each is killed; those before it make what it needs
+    # the last command of each is the one that something happens to; those before it make what it needs
     "collect": [["eva_rl.collect", f"task={TASK}", "episodes=4", "workers=1"]],
-    "pretrain": [["eva_rl.pretrain", f"task={TASK}", "demonstrations=2", "run_dir=base", *TRAIN]],
+    "pretrain": [_BASE],
+    "finetune": [_BASE, _RUN],
+    "grid": [_BASE, [*_TUNE, "-m", "adapter=lora,none"]],
+    "merge": [_BASE, _RUN, ["eva_rl.merge", "run=run", "output=merged"]],
+    "report": [_BASE, _RUN, ["eva_rl.report", "run"]],
+    "convert": [["-c", LOGS], ["eva_rl.convert", "source=logs", "dataset=mine/logs-v0", "overwrite=true"]],
+    "library": [_BASE, _RUN, ["eva_rl.library", "add", "library=lib", "run=run"]],
 }
-ACTIONS["finetune"] = [
-    *ACTIONS["pretrain"],
-    ["eva_rl.finetune", f"task={TASK}", "base=base/model", "demonstrations=2", "run_dir=run", "episodes=1", "workers=0"]
-    + [word for word in TRAIN if not word.startswith("model=")],
-]
-ACTIONS["merge"] = [*ACTIONS["finetune"], ["eva_rl.merge", "run=run", "output=merged"]]
-ACTIONS["report"] = [*ACTIONS["finetune"], ["eva_rl.report", "run"]]
 TIMES = ("seconds", "peak_memory_mib", "dataset_permalink", "creation_date", "date")
 """What differs from one run to the next in JSON files."""
 
 
-def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
-    """A command of the project in a folder, with a process group and a datasets' root of its own."""
+def start(words: Sequence[str], place: Path, largest: int | None = None) -> subprocess.Popen[bytes]:
+    """A command of the project in a folder, with a process group and a datasets' root of its own.
+
+    largest: bytes of the largest file that it may write.
+    """
     environment = os.environ | {"MINARI_DATASETS_PATH": str(place / "datasets"), "PYTHONHASHSEED": "0"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, *(["-m", *words] if words[0].startswith("eva_rl.") else words)]
+
+    def prepare() -> None:
+        _heed_interrupts()
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
     with (place / "output.txt").open("ab") as output:
         return subprocess.Popen(
             command,
@@ -64,7 +92,7 @@ def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=prepare,
         )
 
 
@@ -143,40 +171,83 @@ def _timeless(content: object) -> object:
     return [_timeless(value) for value in content] if isinstance(content, list) else content
 
 
-def whole(action: str, place: Path) -> tuple[dict[str, str], float]:
-    """The files of an action that nothing interrupts, and how long its last command takes."""
-    for words in ACTIONS[action]:
-        began = time.monotonic()
-        if code := start(words, place).wait():
-            raise RuntimeError(f"{' '.join(words)} ended with {code}: {(place / 'output.txt').read_text()[-800:]}")
-    return contents(place), time.monotonic() - began
+def made(words: Sequence[str], place: Path) -> float:
+    """Give a command that nothing happens to; how many seconds it took."""
+    began = time.monotonic()
+    if code := start(words, place).wait():
+        raise RuntimeError(f"{' '.join(words)} ended with {code}: {_said(place)}")
+    return time.monotonic() - began
 
 
-def moment(action: str, expected: dict[str, str], seconds: float, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """One interruption: what it was, and what was found wrong."""
-    name = sorted(SIGNALS)[rng.integers(len(SIGNALS))]
-    after = float(rng.uniform(0, seconds))
-    what = f"{action}, {name} after {after:.2f} s"
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        *before, words = ACTIONS[action]
-        for needed in before:
-            start(needed, place).wait()
+def _said(place: Path) -> str:
+    return (place / "output.txt").read_text()[-600:]
+
+
+def happens(
+    kind: str, words: Sequence[str], place: Path, seconds: float, rng: np.random.Generator
+) -> tuple[str, list[str]]:
+    """Let one thing happen to a command: what it was, and what was found wrong."""
+    said = (place / "output.txt").stat().st_size if (place / "output.txt").exists() else 0
+    if kind in SIGNALS:
+        after = float(rng.uniform(0, seconds))
         process = start(words, place)
         try:
-            if not interrupt(process, after, SIGNALS[name]):
-                what += " (it had ended)"
+            there = interrupt(process, after, SIGNALS[kind])
         except RuntimeError as error:
-            return what, [str(error)]
+            return f"{kind} after {after:.2f} s", [str(error)]
         wrong = [found for found in left_over(process.pid, place) if found.startswith("process")]
-        again = start(words, place)
-        if code := again.wait():
-            return what, [*wrong, f"given again it ended with {code}: {(place / 'output.txt').read_text()[-400:]}"]
-        wrong += left_over(again.pid, place)
-        now = contents(place)
-        return what, wrong + [
-            f"differs: {path}" for path in sorted(now.keys() | expected) if now.get(path) != expected.get(path)
-        ]
+        return f"{kind} after {after:.2f} s{'' if there else ' (it had ended)'}", wrong
+    largest = int(10 ** rng.uniform(2, 6)) if kind == FULL else None
+    processes = [start(words, place, largest) for _ in range(2 if kind == TWICE else 1)]
+    codes = [process.wait() for process in processes]
+    wrong = [found for process in processes for found in left_over(process.pid, place) if found.startswith("process")]
+    with (place / "output.txt").open(errors="replace") as file:
+        file.seek(said)
+        if any("Traceback" in line for line in file) or min(codes) < 0:
+            wrong.append(f"ended with {codes}: {_said(place)}")
+    if kind == TWICE and all(codes):
+        wrong.append(f"neither of two at once succeeded: {_said(place)}")
+    return f"{kind}{'' if largest is None else f', {largest} bytes'}", wrong
+
+
+def moment(
+    action: str, expected: dict[str, str], place: Path, seconds: float, rng: np.random.Generator
+) -> tuple[str, list[str]]:
+    """Let something happen to an action, and give it again: what it was, and what was found wrong."""
+    words = ACTIONS[action][-1]
+    what, wrong = happens(KINDS[rng.integers(len(KINDS))], words, place, seconds, rng)
+    again = start(words, place)
+    if code := again.wait():
+        return what, [*wrong, f"given again it ended with {code}: {_said(place)}"]
+    wrong += left_over(again.pid, place)
+    now = contents(place)
+    return what, wrong + [
+        f"differs: {path}" for path in sorted(now.keys() | expected) if now.get(path) != expected.get(path)
+    ]
+
+
+def campaign(action: str, moments: range, seed: int) -> int:
+    """So many moments of an action, all in a folder of one name, since files state it; in how many something was wrong."""
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        place, needed = Path(folder, "place"), Path(folder, "needed")
+        place.mkdir()
+        for words in ACTIONS[action][:-1]:
+            made(words, place)
+        shutil.copytree(place, needed)
+        seconds = made(ACTIONS[action][-1], place)
+        expected = contents(place)
+        for number in moments:
+            shutil.rmtree(place)
+            shutil.copytree(needed, place)
+            what, wrong = moment(
+                action, expected, place, seconds, np.random.default_rng((seed, list(ACTIONS).index(action), number))
+            )
+            bad += bool(wrong)
+            for sentence in wrong:
+                print(f"{action} {number}: {what}: {sentence}", flush=True)
+    print(f"{action}: {len(moments)} moments of {seconds:.1f} s, {bad} with something wrong", flush=True)
+    return bad
 
 
 def main() -> None:
@@ -186,20 +257,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    total = 0
-    for action in a.actions:
-        with tempfile.TemporaryDirectory() as folder:
-            expected, seconds = whole(action, Path(folder))
-        bad = 0
-        for number in range(a.first, a.first + a.moments):
-            rng = np.random.default_rng((a.seed, list(ACTIONS).index(action), number))
-            what, wrong = moment(action, expected, seconds, rng)
-            bad += bool(wrong)
-            for sentence in wrong:
-                print(f"{number}: {what}: {sentence}", flush=True)
-        print(f"{action}: {a.moments} moments of {seconds:.1f} s, {bad} with something wrong", flush=True)
-        total += bad
-    sys.exit(1 if total else 0)
+    bad = sum(campaign(action, range(a.first, a.first + a.moments), a.seed) for action in a.actions)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":
