@@ -33,7 +33,7 @@ class Pruning(Idle):
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def after_step(self, step: int) -> None:
-        """Prune after optimiser step number `step`, counted from 1; gradients are still there."""
+        """Prune after optimiser step number `step`, counted from 1, while the gradients are still there."""
         self.tuner.update_and_allocate(step)
 
     def state_dict(self) -> dict[str, Tensor]:

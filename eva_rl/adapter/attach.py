@@ -1,4 +1,7 @@
-"""A frozen model and a peft config -> a peft model, its adapter initialised; the adapter's folder and back."""
+"""A frozen model and a peft config -> a peft model with its adapter initialised.
+
+Adapters are also written to their folders here, and read back.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +50,11 @@ class Adapter:
 
     model: PeftModel
     eva: dict[str, LayerResult]
-    """What EVA found for each layer; empty for other methods."""
+    """What EVA found for each layer. Empty for other methods."""
     initial: dict[str, tuple[Tensor, Tensor]]
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
     companion: Any = None
-    """What else takes part in training, see `eva_rl.training.Companion`; None: nothing does."""
+    """What else takes part in training, see `eva_rl.training.Companion`. None: nothing does."""
     own_form: bool = False
     """Whether LoRA's factors may be none of peft's, so that they are saved multiplied out."""
 
@@ -79,24 +82,29 @@ def attach(
     allocator: Allocator | None = None,
     **more: Any,
 ) -> Adapter:
-    """Wrap `model` in place with the adapter `config` describes; only the adapter is trainable afterwards.
+    """Wrap `model` in place with the adapter that `config` describes, and leave only the adapter trainable.
 
     Args:
-        batches: the new task's data, of which `forward` takes each; read by initialisations that need it. Or a whole `TaskData`.
+        batches: the new task's data, each batch as `forward` takes it. Initialisations that need data read them. Or a
+            whole `TaskData`.
         token_mask: see `eva_init`. None: a Hugging Face batch's attention masks and labels say which tokens count.
-        fresh_modules: names of modules the base never trained; they are trained in full and saved with the adapter.
-        start: how the adapter is initialised, one of `eva_rl.adapter.starts`; None: what the config's `init_lora_weights`
-            asks for.
+        fresh_modules: names of modules that the base never trained. They are trained in full and saved with the
+            adapter.
+        start: how the adapter is initialised, one of `eva_rl.adapter.starts`. None: what the config's
+            `init_lora_weights` asks for.
         allocator: decides LoRA's ranks from outside, see `eva_rl.adapter.allocators`.
-        **more: what else `TaskData` holds: `loss` of a batch, for initialisations that look at gradients; `few`, how many batches
-            those without a rule of their own take; `progress`, whether to show a bar; `forward`, which runs the model on a batch and
-            sends through each layer the rows that training will, as EVA's directions are theirs (by default a mapping is given by its
-            keys, a tuple or list by position, and anything else as one argument); `strict`, whether to raise where EVA has no
-            directions for a layer, which else keeps peft's usual initialisation, and a warning names it.
+        **more: what else `TaskData` holds. `loss` gives the loss of a batch, for initialisations that look at
+            gradients. `few` is how many batches an initialisation without a rule of its own takes. `progress` says
+            whether to show a bar. `forward` runs the model on a batch. It should send through each layer the rows that
+            training will, as EVA's directions are those of the rows. By default, a mapping is given by its keys, a
+            tuple or list by position, and anything else as one argument. `strict` says whether to raise an error where
+            EVA has no directions for a layer. Otherwise the layer keeps peft's usual initialisation, and a warning
+            names it.
 
     Raises:
-        UserError: if the model has an adapter, the config does not fit it, or the data the initialisation. What the model, the
-            batches or a function given here raise is raised as it is. The model is then as it was.
+        UserError: if the model has an adapter, the config does not fit the model, or the data do not fit the
+            initialisation. What the model, the batches or a function given here raise is raised as it is. The model is
+            then as it was.
     """
     _check_free(model)
     data = batches if isinstance(batches, TaskData) else TaskData(batches, token_mask, **more)
@@ -234,7 +242,7 @@ def _check_free(model: nn.Module) -> None:
 
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Raise a `UserError` that names the first target which is no linear layer; peft's sentence would not."""
+    """Raise a `UserError` that names the first target that is no linear layer: peft's message would not."""
     for name in targets(model, config):
         reader(model, name)
 
@@ -297,8 +305,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with the adapter of `folder` merged into its weights: it runs as fast as the base.
 
     Raises:
-        UserError: if the folder holds no whole adapter, or one of another model; it names a tensor that is missing, unknown or not
-            finite.
+        UserError: if the folder holds no whole adapter, or one of another model. It names a tensor that is missing,
+            unknown or not finite.
     """
     from peft import PeftModel
 

@@ -31,8 +31,9 @@ def within_budget(
     """The config that `make` gives for the size whose adapter trains `budget` weights.
 
     Args:
-        make: the config of this size, or for None as it stands.
-        budget: a number, or `params`: as many as LoRA of this rank trains on the same layers; None: the config as it stands.
+        make: gives the config of a size, or for None the config as it stands.
+        budget: a number, or `params` for as many as LoRA of this rank trains on the same layers. None: the config as it
+            stands.
         tolerance, sizes: see `matched`.
 
     Raises:
@@ -85,14 +86,14 @@ def matched(
     tolerance: float,
     sizes: Sequence[int] | None = None,
 ) -> PeftConfig:
-    """The config, of those `make` gives for a size, whose adapter trains as near to `budget` weights as can be.
+    """The config, of those that `make` gives for a size, whose adapter trains as near to `budget` weights as possible.
 
     Where the ranks of a LoRA are too coarse, some layers get one more than the others: all but those last in the model.
 
     Args:
-        sizes: those there are, in ascending order; None: 1, 2, 3 and so on. The number of weights must rise or fall with
-            them throughout.
-        tolerance: how far off it may be, as a share of the budget.
+        sizes: all that there are, in ascending order. None: 1, 2, 3 and so on. The number of weights must rise with
+            them throughout, or fall throughout.
+        tolerance: how far off the number may be, as a share of the budget.
 
     Raises:
         UserError: if no size is near enough.

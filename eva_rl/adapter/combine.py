@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # importing peft takes seconds
     from eva_rl.adapter.eva.typed import LoraLayer
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties")
-"""peft's ways to combine; `cat` is the plain weighted sum of the products."""
+"""peft's ways to combine. `cat` is the plain weighted sum of the products."""
 SUM = "combined"
 
 
@@ -30,6 +30,8 @@ def start_from(
     folders: Sequence[Path], weights: Sequence[float], combination: str = "cat", density: float = 0.5
 ) -> Start:
     """A start at the best approximation of rank r to the weighted sum of these adapters, for each layer of rank r.
+
+    Of the adapters, only LoRA is combined. A task's vector that one may have beside it is not.
 
     Args:
         folders: of LoRA adapters of the same base.
@@ -39,8 +41,6 @@ def start_from(
 
     Raises:
         UserError: if the combination is unknown, or there is not one weight for each folder.
-
-    Of the adapters, LoRA is combined; a task's vector that one may have beside it is not.
     """
     if combination not in COMBINATIONS:
         raise UserError(f"combination must be one of {', '.join(COMBINATIONS)}, got {combination}.")
@@ -76,7 +76,10 @@ def start_from(
 
 
 def _add(peft_model: PeftModel, name: str, folder: Path) -> None:
-    """Put the adapter's LoRA on the model. Modules that it trained in full have no sum; the new one's own data decides them."""
+    """Put the adapter's LoRA on the model.
+
+    Modules that the adapter trained in full have no sum. The new adapter's own data decide them.
+    """
     from peft import PeftConfig, set_peft_model_state_dict
 
     check_adapter_config(folder)

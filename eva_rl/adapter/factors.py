@@ -34,7 +34,7 @@ class LoraFactors:
 
 
 def plain_lora(folder: Path) -> LoraConfig | None:
-    """The config of a folder's adapter; None where it is made of more than LoRA's two factors, or of other things."""
+    """The config of a folder's adapter, or None where it is made of more than LoRA's two factors or of other things."""
     from peft import LoraConfig, PeftConfig
 
     check_adapter_config(folder)
@@ -46,11 +46,12 @@ def plain_lora(folder: Path) -> LoraConfig | None:
 
 
 def lora_factors(folder: Path, shapes: Mapping[str, tuple[int, int]], vector: str | None = None) -> LoraFactors:
-    """Read them.
+    """Read the factors of a folder's adapter.
 
     Args:
-        shapes: of the weights (out, in) of the layers that may have an adapter, by their names.
-        vector: the name of the parameter (d,) that may be the vector of the adapter's task; None: the base has no such vectors.
+        shapes: of the weights (out, in) of the layers that may have an adapter, by the layers' names.
+        vector: the name of the parameter (d,) that may be the vector of the adapter's task. None: the base has no such
+            vectors.
 
     Raises:
         UserError: if the adapter is no LoRA, or does more than add products to these layers' weights and bring that vector.

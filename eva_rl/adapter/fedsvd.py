@@ -71,7 +71,7 @@ class Refactored(Idle):
 
 
 def turn_moments(state: dict[str, Any], b: Tensor, turn: Tensor) -> None:
-    """Turn Adam's moments of B along; what another optimiser remembers of it starts anew.
+    """Turn Adam's moments of B along with it, and let what another optimiser remembers of B start anew.
 
     Args:
         turn: T (r, r), see `refactored`.
@@ -85,7 +85,7 @@ def turn_moments(state: dict[str, Any], b: Tensor, turn: Tensor) -> None:
 
 
 def refactored(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A' (r, in) of orthonormal rows and B' (out, r) with B' A' = B A, from the singular vectors of that; and T (r, r).
+    """A' (r, in) of orthonormal rows and B' (out, r), with B' A' = B A, from the singular vectors of B A, and T (r, r).
 
     B's gradient is s G A^T, and A' = T^T A, so that B' has the gradient s G A^T T: Adam's first moment m becomes m T. Its second,
     v, becomes v T^2 (entry by entry), as if the columns' gradients were uncorrelated.

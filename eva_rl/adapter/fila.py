@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # importing peft takes seconds
 
 
 def fila(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """s B A minimises ||diag(w) (W - s B A)||_F over the products of rank r, and leaves W. w_i^2 is the importance of output i.
+    """s B A minimises ||diag(w) (W - s B A)||_F over the products of rank r, and is taken out of W.
 
-    The importance of an entry of W is the mean square of the loss's gradient there, its Fisher information for the task, with
-    batches in the place of samples. The authors divide it by that for what should be kept; such data are not at hand here.
+    w_i^2 is the importance of output i. The importance of an entry of W is the mean square of the loss's gradient
+    there, its Fisher information for the task, with batches in place of samples. The authors divide it by the
+    importance for what should be kept. Data for the latter are not at hand here.
 
     Raises:
         UserError: if there is no loss of a batch, or no batch.
@@ -33,7 +34,7 @@ def fila(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMode
 
 
 def importance(squares: Tensor) -> Tensor:
-    """w (out,), of mean 1: the root of each row's sum of squared gradients (out, in); ones where there are none."""
+    """w (out,), of mean 1: the root of each row's sum of squared gradients (out, in), or ones where there are none."""
     w = squares.sum(1).sqrt()
     return w / w.mean() + 1e-5 if w.mean() > 0 else torch.ones_like(w)
 
@@ -41,7 +42,7 @@ def importance(squares: Tensor) -> Tensor:
 def weighted(weight: Tensor, w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) of the best scale B A for a weight (out, in) whose rows count as w (out,) says.
 
-    diag(w) W = U S V^T; A = sqrt(S_r / s) V_r^T and B = diag(1 / w) U_r sqrt(S_r / s).
+    With diag(w) W = U S V^T, A = sqrt(S_r / s) V_r^T and B = diag(1 / w) U_r sqrt(S_r / s).
     """
     u, s, vt = torch.linalg.svd(w[:, None] * weight, full_matrices=False)
     root = (s[:rank] / scale).sqrt()

@@ -50,9 +50,10 @@ def gora(
 
 
 def shared_out(importances: Sequence[float], shapes: Sequence[Sequence[int]], nominal: Sequence[int]) -> list[int]:
-    """Ranks that rise with importance / sqrt(in + out), between `LEAST` and `MOST` times the nominal ones, for as many weights in all.
+    """Ranks that rise with importance / sqrt(in + out), for as many weights in all as the nominal ones.
 
-    The paper's ranks are round(budget importance / sqrt(in + out)); the budget is chosen here such that the number of weights stays.
+    They lie between `LEAST` and `MOST` times the nominal ranks. The paper's ranks are
+    round(budget importance / sqrt(in + out)). Here the budget is chosen so that the number of weights stays.
     """
     costs = [sum(shape) for shape in shapes]
     total = sum(rank * cost for rank, cost in zip(nominal, costs, strict=True))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class HydraConfig(LoraConfig):
     """LoRA, and LoRA of the layer's outputs: y = W x + b gains s (B_p A_p x + B_s A_s y), r ranks each.
 
-    All of it is LoRA of rank 2 r with A = [A_p; A_s W], B = [B_p, B_s] and a bias s B_s A_s b. The authors' code has biases between the
-    factors, too, of which the paper's equations know nothing.
+    All of this is LoRA of rank 2 r with A = `[A_p; A_s W]`, B = `[B_p, B_s]` and a bias s B_s A_s b. The authors' code
+    also has biases between the factors, which do not occur in the paper's equations.
     """
 
     def put_on(self, peft_model: nn.Module) -> None:
@@ -46,7 +46,7 @@ class HydraConfig(LoraConfig):
 
 
 class Down(nn.Module):
-    """In the place of A: its weight (2 r, in) is [A_p; A_s W]."""
+    """In the place of A: its weight (2 r, in) is `[A_p; A_s W]`."""
 
     def __init__(self, base: Weighted, rank: int, like: Tensor, transposed: bool):
         super().__init__()
@@ -63,7 +63,7 @@ class Down(nn.Module):
         return torch.cat([self.parallel, self.sequential @ (weight.T if self.transposed else weight)])
 
     def constant(self, bias: Tensor) -> Tensor:
-        """[0; A_s b] (2 r,), what the base's bias b (out,) adds."""
+        """`[0; A_s b]` (2 r,), what the base's bias b (out,) adds."""
         return torch.cat([torch.zeros_like(self.parallel[:, 0]), self.sequential @ bias])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,9 +49,10 @@ class Moments:
 def lora_da(
     model: nn.Module, config: LoraConfig, data: TaskData, gamma: float = 1024.0, beta: float = 0.03
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """A and B of the update that lowers the loss most for a given variance, see `directions`; W stays as it is.
+    """A and B of the update that lowers the loss most for a given variance, see `directions`.
 
-    Written from the authors' code: A = A_0 / sqrt(gamma), B = B_0 / sqrt(gamma), with LoRA's alpha at 16 and the scale of rsLoRA.
+    W stays as it is. As in the authors' code, A = A_0 / sqrt(gamma) and B = B_0 / sqrt(gamma), with LoRA's alpha at 16
+    and the scale of rsLoRA.
 
     Raises:
         UserError: if there is no loss of a batch, or a layer has no gradient.
@@ -69,13 +70,14 @@ def lora_da(
 
 
 def directions(moments: Moments, rank: int, beta: float) -> tuple[Tensor, Tensor]:
-    """A_0 (r, in), orthonormal rows, and B_0 (out, r).
+    """A_0 (r, in) of orthonormal rows, and B_0 (out, r) (arXiv 2510.24561).
 
-    With C = E[x x^T], D = diag E[g^2] and the mean gradient G (out, in), D_i = -C^-1 G^T D^-1 is Newton's step under a Fisher
-    matrix of Kronecker form, here divided by its largest singular value s. A_0 are the lowest eigenvectors of
-    -D_i D_i^T + beta tr(D^-1) / (N s^2) C^-1: much step, little variance over N samples. B_0 = D_i^T A_0^T. (arXiv 2510.24561)
+    Let C = E[x x^T] and D = diag E[g^2], and let G (out, in) be the mean gradient. Then D_i = -C^-1 G^T D^-1 is
+    Newton's step under a Fisher matrix of Kronecker form. Here it is divided by its largest singular value s. A_0 are
+    the lowest eigenvectors of -D_i D_i^T + beta tr(D^-1) / (N s^2) C^-1: much step, little variance over N samples. B_0
+    is D_i^T A_0^T.
 
-    Without a gradient A_0 are the directions of most uncentred variance, EVA's.
+    Without a gradient, A_0 are the directions of most uncentred variance, which are EVA's.
     """
     x, rows = moments.covariance, moments.rows
     covariance = x / rows + 1e-6 * torch.eye(len(x), device=x.device)

@@ -23,10 +23,11 @@ T = TypeVar("T")
 def restored(
     peft_model: PeftModel, initial: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and tensors of an adapter of peft's that does on the original base what `peft_model` does on its own.
+    """The config and tensors of a peft adapter that does on the original base what `peft_model` does on its own.
 
-    Where the base kept W - s B0 A0, the model computes W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]: LoRA of twice the rank
-    and the same scale s. Factors that are made of other numbers are multiplied out, and ranks that are off are dropped.
+    Where the base kept W - s B0 A0, the model computes `W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]`. This is LoRA of
+    twice the rank and the same scale s. Factors that are made of other numbers are multiplied out, and ranks that are
+    off are dropped.
 
     Args:
         initial: A0 (r, in) and B0 (out, r) of each layer that lost their product.
@@ -67,7 +68,7 @@ def _computed(tensors: dict[str, Tensor], prefix: str, factor: Factor) -> Tensor
 
 
 def _without_idle_ranks(a: Tensor, b: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
-    """A (r', in) and B (out, r') of the ranks that are on; one stays, as peft has no LoRA of none."""
+    """A (r', in) and B (out, r') of the ranks that are on. One stays in any case, as peft has no LoRA of none."""
     kept = getattr(factor, "kept", None)
     if kept is None or kept.all():
         return a, b

@@ -1,7 +1,8 @@
 """LoRA with a small matrix between its factors: W + s (diag(o) L M - K) R, where some of L, M, R and o are trained.
 
-L (out, r) and R (r, in) come from the weight, its gradient, its inputs or nowhere, M (r, r) or its diagonal (r,) stands between
-them, o (out,) scales outputs, and K (out, r) is what L M was at the start, where the start takes that out of W. W itself stays.
+L (out, r) and R (r, in) come from the weight, its gradient, its inputs or nowhere. M (r, r) or its diagonal (r,) stands
+between them, and o (out,) scales outputs. K (out, r) is what L M was at the start, where the start takes that out of W.
+W itself stays.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Sandwich(nn.Module):
     Args:
         left: L (out, r).
         middle: M (r, r), or its diagonal (r,).
-        outputs: o (out,); None: ones.
-        taken: K (out, r); None: zeros.
-        trained: which of these are.
+        outputs: o (out,). None: ones.
+        taken: K (out, r). None: zeros.
+        trained: which of these are trained.
     """
 
     left: nn.Parameter
@@ -98,7 +99,7 @@ class SandwichConfig(LoraConfig):
     sides: bool = False
     """Whether L and R are trained, too."""
     landing: float | None = None
-    """How strongly L and R are drawn to orthonormality, see `Landing`; None: not at all."""
+    """How strongly L and R are drawn to orthonormality, see `Landing`. None: not at all."""
     step: float = 0.0
     """The rate of the first step of full fine-tuning, for `lora_sb`."""
 
@@ -125,7 +126,10 @@ class SandwichConfig(LoraConfig):
 
 
 def _fill(layer: LoraLayer, left: Tensor, middle: Tensor, right: Tensor | None, takes: bool = False) -> None:
-    """Start at L (out, r), M and R (r, in), R None leaving it; with `takes` the layer computes W all the same."""
+    """Start at L (out, r), M and R (r, in).
+
+    If R is None, it is left as it is. With `takes`, the layer computes W all the same.
+    """
     if right is not None:
         layer.lora_A["default"].weight.data = right.to(layer.lora_A["default"].weight).contiguous()
     old = sandwich_of(layer)
@@ -157,8 +161,10 @@ def lora_xs(
 def singular_values(
     model: nn.Module, config: SandwichConfig, data: starts.TaskData
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """L = U_r, R = V_r^T and M = diag(S_r) / s of W = U S V^T, the rest of which stays as it is (SVFit, arXiv 2409.05926; with
-    scales of the outputs, OSoRA, arXiv 2505.14350)."""
+    """L = U_r, R = V_r^T and M = diag(S_r) / s of W = U S V^T, the rest of which stays as it is.
+
+    This is SVFit (arXiv 2409.05926), or with scales of the outputs OSoRA (arXiv 2505.14350).
+    """
     config.init_lora_weights = True
     peft_model, _ = starts.plain(model, config, data)
     for _, layer in lora_layers(model):
@@ -213,8 +219,11 @@ def eva_xs(
 
 
 class Landing(Idle):
-    """Keeps the sides L and R near orthonormal while they train, without a projection: PoLAR's landing field
-    (arXiv 2506.03133; the authors' code puts it where the gradient was). See `eva_rl.training.Companion`."""
+    """Keeps the sides L and R nearly orthonormal while they train, without a projection.
+
+    This is PoLAR's landing field (arXiv 2506.03133). The authors' code puts it where the gradient was. See
+    `eva_rl.training.Companion`.
+    """
 
     def __init__(self, peft_model: nn.Module, strength: float):
         self.strength = strength

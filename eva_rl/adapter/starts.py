@@ -45,13 +45,13 @@ class TaskData:
     forward: Callable[[nn.Module, Any], Any] = call
     """Sends through each layer the rows that training will send through it."""
     strict: bool = False
-    """Raise, in place of a warning, where a layer can't be initialised from the data."""
+    """Raise an error rather than warn where a layer can't be initialised from the data."""
 
     def first(self, what: str) -> Iterator[Any]:
         """The first few batches.
 
         Raises:
-            UserError: if there is none; the sentence names `what` needs them.
+            UserError: if there is none. It names `what`, which needs them.
         """
         empty = True
         for batch in islice(self.batches, self.few):
@@ -86,7 +86,10 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
 
 @contextmanager
 def _fitting() -> Iterator[None]:
-    """Around peft alone: what it raises is a mistake in the config; what the user's functions raise is theirs."""
+    """Goes around peft alone: what peft raises is a mistake in the config.
+
+    What the user's functions raise is theirs.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -96,9 +99,9 @@ def _fitting() -> Iterator[None]:
 def eva(
     model: nn.Module, config: LoraConfig, data: TaskData, settings: EvaSettings | None = None
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """A from the components of the layers' inputs, B zero; see `eva_init`.
+    """A from the components of the layers' inputs, and B zero, see `eva_init`.
 
-    `settings`: None: rho and tau of the config's `eva_config`, and our defaults for the rest.
+    Without `settings`, rho and tau are those of the config's `eva_config`, and the rest are our defaults.
     """
     given = config.eva_config
     linear = _only_linear(model, config)
@@ -160,10 +163,10 @@ LEAVE_THE_BASE = (eva, orthogonal)
 
 @torch.no_grad()
 def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """A and B from W's minor singular components, which leave W (Wang et al. 2024, arXiv 2406.09044, eq. 4-6).
+    """A and B from W's minor singular components, taken out of W (Wang et al. 2024, arXiv 2406.09044, eq. 4-6).
 
-    W = U S V^T; with the r smallest singular values: s B A = U_r S_r V_r^T, A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s),
-    and W - s B A stays frozen, s being LoRA's scale.
+    Let W = U S V^T, of which S_r has the r smallest singular values. Then s B A = U_r S_r V_r^T, with
+    A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), where s is LoRA's scale. W - s B A stays frozen.
     """
     config.init_lora_weights = True
     peft_model, _ = plain(model, config, data)
@@ -179,7 +182,7 @@ def milora(model: nn.Module, config: LoraConfig, data: TaskData) -> tuple[PeftMo
 def with_a_loss(
     model: nn.Module, config: LoraConfig, data: TaskData, what: str
 ) -> tuple[PeftModel, list[tuple[str, LoraLayer]]]:
-    """The model with plain LoRA, and its layers by name, for a start that looks at the loss; `what` is its name.
+    """The model with plain LoRA, and its layers by name, for a start named `what` that looks at the loss.
 
     Raises:
         UserError: if there is no loss of a batch.
@@ -226,12 +229,12 @@ def _gradients(
 def lora_one(
     model: nn.Module, config: LoraConfig, data: TaskData, gamma: float = 128.0
 ) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """A and B from the loss's mean gradient, -G = U S V^T (Zhang et al. 2025, arXiv 2502.01235): B = U_r (S_r / S_1 / gamma)^(1/2)
-    and A = (S_r / S_1 / gamma)^(1/2) V_r^T.
+    """A and B from the loss's mean gradient, -G = U S V^T (Zhang et al. 2025, arXiv 2502.01235).
 
-    W stays as it is, so that the model starts a step of full fine-tuning away from the base: s B A is the best
-    approximation of rank r to that step, of spectral norm s / gamma, s being LoRA's scale. The paper's text leaves the
-    roots and S_1 out; this is the authors' code.
+    B = U_r (S_r / S_1 / gamma)^(1/2) and A = (S_r / S_1 / gamma)^(1/2) V_r^T. W stays as it is, so that the model
+    starts a step of full fine-tuning away from the base. The best approximation of rank r to that step is s B A, of
+    spectral norm s / gamma, where s is LoRA's scale. The paper's text leaves out the roots and S_1. This follows the
+    authors' code.
     """
     peft_model, layers, gradients = with_gradients(model, config, data, "LoRA-One")
     with torch.no_grad():
@@ -286,8 +289,10 @@ def take_out(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
 
 @torch.no_grad()
 def abba(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftModel, dict[str, LayerResult]]:
-    """LoHa, W + s (B1 A1) * (B2 A2) entry by entry, from W = U S V^T: B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T, A2 Kaiming's, B2 zero
-    (Singhal et al. 2025, arXiv 2505.14238; the authors' code)."""
+    """LoHa, W + s (B1 A1) * (B2 A2) entry by entry, from W = U S V^T (Singhal et al. 2025, arXiv 2505.14238).
+
+    B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T, A2 is Kaiming's and B2 is zero, as in the authors' code.
+    """
     from peft.tuners.loha import LoHaLayer
 
     peft_model, _ = plain(model, config, data)

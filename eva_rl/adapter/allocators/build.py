@@ -27,11 +27,11 @@ class Allocator:
     put_on: Callable[[PeftModel], Any] | None = None
     """After the start: changes the LoRA that was made, and gives what takes part in training, see `eva_rl.training.Companion`."""
     on_all: Callable[[nn.Module], Any] | None = None
-    """The same for a model of which all weights are trained; None: it is for LoRA alone."""
+    """The same for a model whose weights are all trained. None: the allocator is for LoRA alone."""
 
 
 class Idle:
-    """A companion of training that does nothing; allocators say what they do."""
+    """A companion of training that does nothing: each allocator says what it does instead."""
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimiser is left alone."""
@@ -79,7 +79,7 @@ def lora_pairs_at_zero(peft_model: nn.Module, what: str) -> list[tuple[str, Lora
     """The layers with LoRA by their names, if all of them start at B = 0.
 
     Raises:
-        UserError: if one does not; `what` is the allocator's name.
+        UserError: if one does not. `what` is the allocator's name.
     """
     layers = lora_layers(peft_model)
     for name, layer in layers:

@@ -71,12 +71,12 @@ class Draws(ByStep):
 
 
 def truncate(folder: Path, rank: int, output: Path) -> Path:
-    """Write to `output` the adapter of `folder` with its first ranks alone, in peft's format; return `output`.
+    """Cut the adapter of `folder` to its first ranks, write it to `output` in peft's format and return `output`.
 
-    The same alpha makes the scale alpha / rank, at which DyLoRA trained so many.
+    Alpha stays the same. The scale is then alpha / rank, at which DyLoRA trained that many ranks.
 
     Raises:
-        UserError: if the folder holds no LoRA of one rank, or of fewer ranks.
+        UserError: if the folder holds no LoRA of one rank for all layers, or one of fewer ranks.
     """
     from eva_rl.adapter.attach import WEIGHTS
 

@@ -34,11 +34,11 @@ def increlora(
     and multiplied by its averaged uncertainty. The scale s stays, where the authors' shrinks as ranks come.
 
     Args:
-        steps: all of the training's.
-        start: the share of the ranks at first, one a layer at least.
+        steps: the number of training steps.
+        start: the share of the ranks at first, at least one a layer.
         since, until: the shares of the steps between which ranks are given.
         room: a layer may get this many times its ranks.
-        orthogonality: this many times the mean of ||A A^T - I||_F and ||B^T B - I||_F is added to the loss.
+        orthogonality: the factor with which the mean of ||A A^T - I||_F and ||B^T B - I||_F is added to the loss.
 
     Raises:
         UserError: if a setting makes no sense.

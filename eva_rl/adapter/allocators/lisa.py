@@ -10,7 +10,9 @@ from eva_rl.errors import UserError
 
 
 def lisa(active: int, every: int, seed: int) -> Allocator:
-    """An allocator that draws `active` blocks every `every` steps; what is in no block, such as embedder and head, trains always.
+    """An allocator that draws `active` blocks every `every` steps.
+
+    What is in no block, such as the embedder and the head, always trains.
 
     Raises:
         UserError: if a number makes no sense.

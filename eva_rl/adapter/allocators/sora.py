@@ -10,13 +10,13 @@ from eva_rl.errors import UserError
 
 
 def sora(threshold: float, steps: int, penalty: float = 0.0, dense: float = 0.0, ramp: bool = False) -> Allocator:
-    """An allocator that makes the update s B diag(g) A, and after each step g <- sign(g) max(|g| - threshold, 0).
+    """An allocator that makes the update s B diag(g) A, with g <- sign(g) max(|g| - threshold, 0) after each step.
 
     Args:
-        steps: all of the training's.
-        penalty: this many times the gates' mean |g| is added to the loss, too.
+        steps: the number of training steps.
+        penalty: the factor with which the gates' mean |g| is added to the loss, too.
         dense: the share of the steps before the first proximal one.
-        ramp: whether the threshold grows from 0 over the others, as CoDyRA's does (arXiv 2412.01004).
+        ramp: whether the threshold grows from 0 over the other steps, as CoDyRA's does (arXiv 2412.01004).
 
     Raises:
         UserError: if a setting makes no sense.
@@ -45,7 +45,7 @@ class Gates(Idle):
     """The gates, one vector (r,) a layer, while they train.
 
     Args:
-        last: the step at which the threshold has grown to all it is; None: it is from the start.
+        last: the step at which the threshold has grown to its full size. None: it has that size from the start.
     """
 
     def __init__(self, gates: list[Tensor], threshold: float, penalty: float, first: int, last: int | None):

@@ -14,8 +14,8 @@ from eva_rl.adapter.eva.peers import Peers
 class Covariance(Moments):
     """The d x d scatter of all rows: the same, up to rounding, for any split of them into batches and any order.
 
-    Components are followed from batch to batch by subspace iteration, to know when to stop; those returned are exact.
-    Memory: O((n + d) d) a stream; time: n d^2 a batch, however few components are asked for.
+    Subspace iteration follows the components from batch to batch, to know when to stop. The components returned are
+    exact. Memory is O((n + d) d) a stream and time n d^2 a batch, however few components are asked for.
     """
 
     noise = 1e-6  # the scatter is a sum of float32 products, so it may be a little indefinite

@@ -2,7 +2,7 @@
 
     from eva_rl.adapter.eva import get_eva_state_dict, initialize_lora_eva_weights   # instead of: from peft import ...
 
-Other than peft's, they end: after `max_batches`, with a warning that names the layers. Rows missing from a short batch are
+Unlike peft's, they end: after `max_batches`, with a warning that names the layers. Rows missing from a short batch are
 made up for by the next. Activations are never gathered from other processes, only what stands for them.
 """
 
@@ -35,7 +35,7 @@ MAX_BATCHES = 256
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
-    """`model(**inputs)`; and for batches that are no mappings what `call` makes of them."""
+    """`model(**inputs)`, or what `call` makes of a batch that is no mapping."""
     return model(**inputs) if isinstance(inputs, Mapping) else call(model, inputs)
 
 
@@ -68,7 +68,7 @@ def _are_defaults(model_inputs: Any, layer_inputs: Any) -> bool:
 
 
 def _function_for(prepare: PrepareLayer, layer: str) -> Callable[..., Tensor] | None:
-    """The function that chooses this layer's rows; None: all of them."""
+    """The function that chooses this layer's rows, or None for all of them."""
     return prepare.get(layer) if isinstance(prepare, Mapping) else prepare
 
 
@@ -90,20 +90,21 @@ def get_eva_state_dict(
 
     Args:
         model: a `PeftModel`, or any model if `peft_config` is given.
-        dataloader: batches; gone through again and again until all layers have converged.
+        dataloader: batches, gone through again and again until all layers have converged.
         forward_fn: runs the model on a batch.
-        prepare_model_inputs_fn: turns (batch, config) into what `prepare_layer_inputs_fn` gets; None: the batch itself. With both
-            left as they are, batches may be of any model: see `TokenRows`.
-        prepare_layer_inputs_fn: turns (a layer's arguments, those, its name) into rows (n, d); a function for all layers or
-            one for each; None: all rows.
+        prepare_model_inputs_fn: turns (batch, config) into what `prepare_layer_inputs_fn` gets. None: the batch itself.
+            With both functions left as they are, batches may be of any model: see `TokenRows`.
+        prepare_layer_inputs_fn: turns (a layer's arguments, what `prepare_model_inputs_fn` made, the layer's name)
+            into rows (n, d). One function for all layers, or one for each. None: all rows.
         gather_distributed_inputs: False: do not merge with the other processes of `torch.distributed`.
-        settings: this engine's own settings. None: rho and tau of the config's `eva_config`, with peft's rule of convergence
-            (`convergence="components"`), and peft's defaults where it has none; `EvaSettings()` stops as soon as the subspaces are good enough.
-        strict: raise, in place of a warning, if a layer can have no directions.
+        settings: this engine's own settings. None: rho and tau of the config's `eva_config`, or peft's defaults where
+            it has none, with peft's rule of convergence (`convergence="components"`). `EvaSettings()` stops as soon as
+            the subspaces are good enough.
+        strict: raise an error rather than warn if a layer can have no directions.
 
     Raises:
         ValueError: if the dataloader is empty, or there is no config.
-        UserError: as `eva_init`, and if the config's `target_modules` match no layer.
+        UserError: as in `eva_init`, and if the config's `target_modules` match no layer.
     """
     from peft import EvaConfig
 
@@ -176,13 +177,13 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Give a `PeftModel`'s LoRA layers the A and the ranks of EVA: what `peft.initialize_lora_eva_weights` does.
 
-    Takes the state dict of `get_eva_state_dict`, of this model or of its base, or the arguments of that function. Only layers of the
-    adapter `adapter_name` are touched; and of them those that have no rows stay as they are.
+    The function takes the state dict that `get_eva_state_dict` made for this model or its base, or that function's
+    arguments. Only layers of the adapter `adapter_name` are touched. Of these, layers without rows stay as they are.
 
     Raises:
-        ValueError: if the model is no `PeftModel`, has several active adapters, or one that is not made for EVA; if there is
-            neither a dataloader nor a state dict.
-        UserError: as `get_eva_state_dict`, and if the state dict names no layer of the adapter.
+        ValueError: if the model is no `PeftModel`, if it has several active adapters or one that is not made for EVA,
+            or if there is neither a dataloader nor a state dict.
+        UserError: as in `get_eva_state_dict`, and if the state dict names no layer of the adapter.
     """
     _check_adapter(model, adapter_name)
     if eva_state_dict is None:
@@ -207,7 +208,7 @@ def initialize_lora_eva_weights(
 
 
 def _check_names(model: nn.Module, adapter_name: str, components: Mapping[str, Tensor], complete: bool) -> None:
-    """Raise a `UserError` if there are rows for no layer of the adapter; warn of layers without, where there should be `complete` rows."""
+    """Raise a `UserError` if no layer of the adapter has rows, and warn of any without if rows should be `complete`."""
     layers = [name.removeprefix(PREFIX) for name, _ in lora_layers(model, adapter_name)]
     if not components.keys() & set(layers):
         raise UserError(
@@ -252,7 +253,7 @@ def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The names of the layers that an adapter would be for; a warning tells which targets match none.
+    """The names of the layers that an adapter would be for, with a warning of targets that match none.
 
     Raises:
         UserError: if there are no such layers.

@@ -1,8 +1,9 @@
 """Explained Variance Adaptation (EVA, arXiv 2410.07170): activations of the new task -> LoRA's A matrices.
 
-for each adapted weight W (k x d) with inputs X (n x d):   X - mean(X) = U S V^T
-A <- the first r rows of V^T                               (theorem 3.1: the subspace that captures most variance)
-r  by explained variance, the sum over all layers fixed    (Eq. 6)
+For each adapted weight W (k x d) with inputs X (n x d), X - mean(X) = U S V^T.
+
+- A becomes the first r rows of V^T, the subspace that captures most variance (theorem 3.1).
+- r follows explained variance, with the sum over all layers fixed (Eq. 6).
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ class LayerResult:
     total: float
     """The sum of all S^2, candidates or not."""
     rows: float
-    """How many rows were seen; with weights, their sum."""
+    """How many rows were seen, or with weights the sum of these."""
     batches: int
     """Batches taken in, by this process."""
     converged_after: int | None
-    """Batches until the components had converged, at the rank the layer has; None: they had not."""
+    """Batches until the components had converged, at the rank the layer has. None: they had not."""
     captured: float
-    """The share of variance that this process's components are expected to capture of what the best would, see
-    `EvaSettings`; of rows like those seen: what no batch has shown is in no claim."""
+    """How much variance this process's components are expected to capture, as a share of what the best would, see
+    `EvaSettings`. This is claimed of rows like those seen, and not of what no batch has shown."""
     angle: float
     """The largest principal angle, in degrees, between the layer's subspace and that of a batch before, in this process."""
     group: str
@@ -72,7 +73,10 @@ class LayerResult:
     mean: Tensor  #: (d,) float32: of the rows seen; zero if not centred
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of `eva.json` wants to know, as plain numbers; the spectrum in shares of the total variance."""
+        """What a reader of `eva.json` wants to know, as plain numbers.
+
+        The spectrum is in shares of the total variance.
+        """
         spectrum = self.squared_singular_values / self.total if self.total > 0 else self.squared_singular_values * 0
         return {
             "rank": len(self.components),
@@ -181,19 +185,19 @@ def eva_init(
 ) -> dict[str, LayerResult]:
     """Run batches through `model` until every layer's components have converged, and share out the ranks.
 
-    Where `torch.distributed` is initialised, every process calls this with batches of its own, the same ranks and
-    settings, and gets the result for the rows of all; an error in one is raised in all.
+    Where `torch.distributed` is initialised, every process calls this with batches of its own, and with the same ranks
+    and settings. Each gets the result for the rows of all. An error in one is raised in all.
 
     Args:
-        model: any module; it runs in evaluation mode and is left as it was, also when something raises.
+        model: any module. It runs in evaluation mode and is left as it was, even when something raises an error.
         batches: consumed one by one, no more than `settings.max_batches`.
-        ranks: nominal rank for each layer's name in `model.named_modules()`; together they are the budget. Layers: linear ones,
-            GPT-2's Conv1D, convolutions, and `nn.MultiheadAttention` with its `out_proj`; they may run any number of times in a
-            batch.
+        ranks: the nominal rank for each layer's name in `model.named_modules()`. Together the ranks are the budget.
+            Layers may be linear layers, GPT-2's Conv1D, convolutions, or `nn.MultiheadAttention` with its `out_proj`.
+            They may run any number of times in a batch.
         reading: how batches go through the model, and which of their rows count.
         together: False: leave other processes out of it.
         progress: show a progress bar.
-        strict: raise, in place of a warning, if a layer can have no directions.
+        strict: raise an error rather than warn if a layer can have no directions.
 
     Returns:
         For each layer A's rows, as many as the rank it was given, possibly 0. A layer of a kind that EVA has no directions
@@ -237,7 +241,7 @@ def eva_init(
 def _checked_readers(
     model: nn.Module, ranks: Mapping[str, int], settings: EvaSettings, loss: Any, strict: bool
 ) -> dict[str, Reader]:
-    """How to read the layers that can be; a warning names the others."""
+    """How to read the layers that can be read, with a warning that names the others."""
     if settings.weighting == "gradient" and loss is None:
         raise UserError("weighting=gradient needs the loss of a batch: give `loss`.")
     readers, refused = readers_of(model, ranks)
@@ -285,7 +289,7 @@ class _Run:
         self.sharded = _is_sharded(self.model)
 
     def take(self, active: Sequence[_Stream], alone: bool, batch: Any) -> Callable[[], Any]:
-        """Run the model on a batch, for these streams; return what there is to do with its activations.
+        """Run the model on a batch for these streams, and return what there is to do with its activations.
 
         `alone`: no update is still reading the rows of the last batch.
         """
@@ -311,7 +315,7 @@ class _Run:
         return (lambda: (groups, seen, weights)) if first else partial(_update, active, seen, weights)
 
     def step(self, update: Callable[[], Any]) -> None:
-        """Do it; then see how far the components have come."""
+        """Do the update, then see how far the components have come."""
         found = self.peers.attempt(update)
         if not self.streams:
             groups, seen, weights = found
@@ -338,7 +342,7 @@ class _Run:
         """Tell of layers without rows.
 
         Raises:
-            UserError: if that are all, or `strict`.
+            UserError: if these are all the layers, or with `strict`.
         """
         silent = [name for s in self.streams if not s.seen for name in s.group.layers]
         if silent and len(silent) == len(self.readers):
@@ -387,7 +391,7 @@ def _make_streams(
     settings: EvaSettings,
     model: nn.Module,
 ) -> list[_Stream]:
-    """A stream for each group; those of equal shape share their statistics' stack."""
+    """A stream for each group, where those of equal shape share one stack of statistics."""
     method = {"streaming": StreamingSvd, "covariance": Covariance}[settings.method]
     stacks = defaultdict(list)
     for number, group in enumerate(groups):
@@ -561,7 +565,10 @@ def _nothing() -> None:
 
 
 def _deferring_errors(take: Callable[[Any], Callable[[], None]], batch: Any, peers: Peers) -> Callable[[], None]:
-    """`take(batch)`; among several processes an error is raised by what it returns, when all can hear of it."""
+    """`take(batch)`, with any error put off where there are several processes.
+
+    The function returned raises it when all processes can hear of it.
+    """
     if peers.count == 1:
         return take(batch)
     try:
@@ -575,9 +582,10 @@ def _raise(error: Exception) -> None:
 
 
 def _limited(batches: Iterable[Any], most: int, peers: Peers, updates: _Updates, sharded: bool) -> Iterator[Any]:
-    """At most this many batches; among several processes, `_ENDED` in place of a batch until all have run out.
+    """At most this many batches.
 
-    `sharded`: until one has: no process can run the model alone.
+    Among several processes, `_ENDED` takes the place of a batch until all have run out. If the model is `sharded`, the
+    batches end once one process has run out, as no process can run the model alone.
     """
     if peers.count == 1:
         yield from islice(batches, most)
@@ -626,7 +634,7 @@ class _Updates:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def wait(self) -> None:
-        """Until the update that was started is done; raise what it raised."""
+        """Wait until the update that was started is done, and raise what it raised."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()

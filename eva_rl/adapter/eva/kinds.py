@@ -74,7 +74,7 @@ def reader(model: nn.Module, name: str) -> Reader:
 
 
 def readers_of(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Reader], dict[str, str]]:
-    """The readers of the layers that have one; and for each of the others a sentence that says why not."""
+    """The readers of the layers that have one, and for each other layer a sentence that says why it has none."""
     found, refused = {}, {}
     for name in names:
         try:

@@ -24,7 +24,7 @@ PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
-    """The layers with LoRA and their names; only those of this adapter, if one is named."""
+    """The layers with LoRA and their names, or only those of this adapter if one is named."""
     from peft.tuners import lora
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
@@ -48,11 +48,11 @@ def by_pattern(pattern: Mapping[str, T] | None, name: str, usual: T) -> T:
 def load_components(model: nn.Module, components: Mapping[str, Tensor], adapter: str) -> None:
     """Give this adapter's layers their A's rows, (r', ...) by the layers' names in the base, and the rank r'.
 
-    Alpha grows with the rank, unless the config's `adjust_scaling_factors` is off. A layer of rank 0 loses this adapter, and no
-    other. One that is not among the components stays as it is; so do all other adapters.
+    Alpha grows with the rank, unless the config's `adjust_scaling_factors` is off. A layer of rank 0 loses this adapter
+    and no other. A layer that is not among the components stays as it is, and so do all other adapters.
 
     Raises:
-        UserError: if a layer of a model that is sharded would change its rank.
+        UserError: if a layer of a sharded model would change its rank.
     """
     config = config_of(model, adapter)
     made, patterns = copy.copy(config), ({}, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from eva_rl.adapter.eva.peers import Peers
 
 FIRST_ITERATIONS = 2
-"""Power iterations on the first batch, which start from random mixtures of its rows; later ones start near their goal."""
+"""Power iterations on the first batch, started from random mixtures of its rows. Later ones start near their goal."""
 
 NEWCOMERS = 4
 """Random mixtures of some of a batch's rows that join the components in the iteration, for directions orthogonal to all of
@@ -66,7 +66,7 @@ class Moments(ABC):
         self.scratch = torch.empty(0, dtype=self.dtype, device=device)
 
     def room(self, streams: int, rows: int) -> Tensor:
-        """Memory (streams, rows, d) in the arithmetic's precision; every call gives the same."""
+        """Memory (streams, rows, d) in the arithmetic's precision, the same at every call."""
         shape = streams, rows, self.mean.shape[1]
         if self.scratch.numel() < math.prod(shape):
             self.scratch = self.scratch.new_empty(math.prod(shape))
@@ -81,7 +81,10 @@ class Moments(ABC):
         return torch.stack(list(rows)).to(self.mass.device, self.dtype)
 
     def update(self, streams: Tensor, rows: Tensor, weights: Tensor | None = None) -> Change:
-        """Take in rows (A, n, d), which are overwritten, of these streams (A,); weights (A, n) count in place of ones."""
+        """Take in rows (A, n, d) of these streams (A,), and overwrite the rows.
+
+        Each row counts as one, or by its weight if there are weights (A, n).
+        """
         mass = self.mass[streams]
         first = self.variance[streams] == 0
         starting = bool(first.any())
@@ -116,8 +119,11 @@ class Moments(ABC):
         return torch.linalg.qr((mix.to(rows) @ rows).mT).Q.mT
 
     def _joined_by_newcomers(self, basis: Tensor, rows: Tensor, correction: Tensor) -> Tensor:
-        """The basis (A, k, d) and mixtures of the rows, orthonormal together; without them, the iteration would never see
-        rows that are exactly orthogonal to the basis, such as columns silent until now."""
+        """The basis (A, k, d) and mixtures of the rows, orthonormal together.
+
+        Without the mixtures, the iteration would never see rows that are exactly orthogonal to the basis, such as those
+        of columns that were silent until now.
+        """
         count, some = min(NEWCOMERS, rows.shape[2] - basis.shape[1]), rows[:, :: 1 + rows.shape[1] // 128]
         mix = torch.randn(count, some.shape[1] + 1, generator=torch.Generator().manual_seed(self.seed)).to(rows)
         new = mix[:, :-1] @ some + mix[:, -1:] * correction[:, None]  # (A, count, d)
@@ -128,10 +134,10 @@ class Moments(ABC):
         return torch.cat([basis, new], 1)
 
     def _center(self, streams: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Subtract the batch's mean from the rows; return which are finite, and the row (A, d) that makes up for it.
+        """Subtract the batch's mean from the rows, and return which are finite and the row (A, d) that makes up for it.
 
-        The scatter of all rows is that of the rows so far, plus that of the centred batch, plus the outer product of
-        this correction with itself (Chan, Golub & LeVeque 1979; Ross et al. 2008, eq. 4).
+        The scatter of all rows is the sum of that of the rows so far, that of the centred batch, and the outer product
+        of this correction with itself. See Chan, Golub & LeVeque (1979), and eq. 4 of Ross et al. (2008).
         """
         if weights is None:
             mass = torch.full_like(self.mass[streams], rows.shape[1])  # (A,)
@@ -167,14 +173,14 @@ class Moments(ABC):
         return found
 
     def _expect(self, streams: Tensor, quotients: Tensor, values: Tensor, before: Tensor) -> Tensor:
-        """(A, k): the share of variance the first j components will hold of what the best j do once all data are seen.
+        """(A, k): the share of the best j components' variance that the first j will hold once all data are seen.
 
-        On the data so far, the components of a batch ago hold `sum(quotients)` where the present ones hold `sum(values)`.
-        The last batch moved the covariance by D n / (N + n), with D the difference between batch and data so far. As
-        batches are independent, what is left to the limit is N / n times that in the mean square, and so is the loss,
-        which is quadratic in the error of the subspace; it falls as 1 / (N + n). So each batch but the first gives an
-        estimate of `loss * (N + n)`. An estimate scatters about as widely as it is large; the loss reported is that of
-        their mean plus one standard error. 0 before the second batch.
+        On the data so far, the components of a batch ago hold `sum(quotients)` where the present ones hold
+        `sum(values)`. The last batch moved the covariance by D n / (N + n), with D the difference between batch and
+        data so far. As batches are independent, what is left to the limit is N / n times that in the mean square. So is
+        the loss, which is quadratic in the error of the subspace. The loss falls as 1 / (N + n), so each batch but the
+        first gives an estimate of `loss * (N + n)`. An estimate scatters about as widely as it is large. The loss
+        reported is that of their mean plus one standard error. The share is 0 before the second batch.
         """
         best, held = values.cumsum(-1), quotients.cumsum(-1)  # (A, k)
         gained = torch.where(best > 0, 1 - held / best.clamp(min=1e-300), 0).clamp(min=0)
@@ -231,8 +237,8 @@ def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: Tensor) -> tuple[
 
     They are those of the Nystrom approximation `(Q C)^T (Q C Q^T)^-1 (Q C)`, the best one of rank k with these products:
     one power iteration and a Rayleigh-Ritz step for the price of one product with C. A small multiple of the identity,
-    `noise` (A,), is added for stability and taken off again (Tropp et al. 2017, arXiv 1706.05736, algorithm 3); in
-    directions that C leaves empty, it keeps the vectors of the basis.
+    `noise` (A,), is added for stability and taken off again (Tropp et al. 2017, arXiv 1706.05736, algorithm 3). In
+    directions that C leaves empty, this multiple keeps the vectors of the basis.
     """
     shift = noise.clamp(min=1e-200)[:, None]  # (A, 1)
     for _ in range(8):  # some processors round more coarsely than `noise` allows for: ten times as much then
@@ -251,7 +257,7 @@ def nystrom(image: Tensor, core: Tensor, basis: Tensor, noise: Tensor) -> tuple[
 
 
 def orthonormal(rows: Tensor) -> Tensor:
-    """Nearly orthonormal rows (k, d) made so; the largest entry of each becomes positive."""
+    """Nearly orthonormal rows (k, d) made orthonormal, with the largest entry of each positive."""
     rows = torch.linalg.qr(rows.mT).Q.mT
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # (k, 1)
     return rows * torch.where(largest < 0, -1.0, 1.0)

@@ -38,13 +38,18 @@ class Seen:
 
 
 class _Enough(BaseException):
-    """Ends a forward pass whose remaining layers nobody waits for; no `except Exception` of a model holds it up."""
+    """Ends a forward pass whose remaining layers nobody waits for.
+
+    No `except Exception` of a model holds it up.
+    """
 
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and uncompiled, since compiled code calls no hooks; afterwards each module is in the mode it
-    was in, and so is torch's random state."""
+    """The model in evaluation mode and uncompiled, since compiled code calls no hooks.
+
+    Afterwards each module is in the mode it was in, and torch's random state is what it was.
+    """
     training = {module: module.training for module in model.modules()}
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
@@ -62,9 +67,10 @@ def _eager(model: nn.Module) -> AbstractContextManager:
 
 
 def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda name, count: None) -> Rows:
-    """Rows of a layer's input (..., d) where the mask (...) is True; a copy, whatever the model does to the input.
+    """Rows of a layer's input (..., d) where the mask (...) is True.
 
-    Of several masks, a layer's is the one of its input's shape. Inputs (n, d) may also be all tokens in one row after another.
+    They are a copy, whatever the model does to the input. If there are several masks, a layer's is the one of its
+    input's shape. Inputs (n, d) may also be all tokens in one row after another.
     """
     masks = (masks,) if isinstance(masks, Tensor) else masks
     indices: dict[torch.Size | None, Tensor] = {
@@ -94,14 +100,14 @@ def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda nam
 def discover(
     model: nn.Module, readers: Mapping[str, Reader], run: Callable[[], Any], rows: Rows, shared: bool = True
 ) -> tuple[list[Group], dict[str, Seen]]:
-    """Run one forward pass; return the groups of layers that read the same tensors, in the order of reading, and what was seen
-    of each layer. A layer that did not run is a group of its own, at the end.
+    """Run one forward pass, and return the groups of layers that read the same tensors and what was seen of each layer.
 
-    Inputs are the same if they are one tensor object, unchanged in between, not if their values are equal. `shared=False`: each layer is a
-    group of its own.
+    Groups are in the order of reading. A layer that did not run is a group of its own, at the end. Inputs are the same
+    if they are one tensor object, unchanged in between. Equal values do not make them so. With `shared=False`, each
+    layer is a group of its own.
 
     Raises:
-        UserError: if a layer reads something else than floating-point rows of its width.
+        UserError: if a layer reads something other than floating-point rows of its width.
     """
     inputs: list[
         tuple[Any, Any, list[Tensor]]
@@ -139,9 +145,9 @@ def observe(
     rows: Rows,
     cut: bool,
 ) -> dict[str, Seen]:
-    """Run a forward pass; return what was seen of each group's first layer.
+    """Run a forward pass, and return what was seen of each group's first layer.
 
-    `cut`: end the pass once each of them has run; else run it to its end, and count each call.
+    With `cut`, the pass ends once each of these layers has run. Otherwise it runs to its end, and each call is counted.
     """
     collected: dict[str, list[Tensor]] = {group.layers[0]: [] for group in groups}
     calls = dict.fromkeys(collected, 0)
@@ -193,7 +199,7 @@ def gradient_weights(
 ) -> tuple[dict[str, Seen], dict[str, Tensor]]:
     """What was seen of each group's one layer, and the squared norm (n,) of the loss's gradient at its output for each row.
 
-    One forward and one backward pass; no parameter gets a gradient.
+    This takes one forward and one backward pass. No parameter gets a gradient.
     """
     names = [group.layers[0] for group in groups]
     collected, outputs = ({name: [] for name in names} for _ in range(2))
@@ -228,7 +234,7 @@ def gradient_weights(
 
 
 def _squared(gradient: Tensor | None, output: Tensor) -> Tensor:
-    """The squared norms (..., 1) of the gradient (..., d) at an output; zeros where there is none."""
+    """The squared norms (..., 1) of the gradient (..., d) at an output, or zeros where there is none."""
     return torch.zeros_like(output[..., :1]) if gradient is None else gradient.square().sum(-1, keepdim=True)
 
 

@@ -24,16 +24,17 @@ def explained(values: Tensor, rows: float, total: float, ranking: str) -> Tensor
 
 
 def redistribute(worth: Mapping[str, Tensor], budget: int, costs: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Spend `budget` on the components that are worth most; a layer gets 0 to len(worth[layer]) ranks.
+    """Spend `budget` on the components that are worth most.
 
-    Every layer's components must be in descending order. Ties go to the layer named first.
+    A layer gets 0 to len(worth[layer]) ranks. Every layer's components must be in descending order. Ties go to the
+    layer named first.
 
     Args:
-        costs: what a rank of each layer costs, 1 if None; what is left in the end is less than the dearest rank, unless
-            all components are bought.
+        costs: what a rank of each layer costs, 1 if None. What is left in the end is less than the cost of the dearest
+            rank, unless all components are bought.
 
     Raises:
-        UserError: if the components cost less than the budget, all together.
+        UserError: if all components together cost less than the budget.
     """
     costs = costs or dict.fromkeys(worth, 1)
     names = [name for name, values in worth.items() for _ in range(len(values))]  # a tensor is slow to iterate

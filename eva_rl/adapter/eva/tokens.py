@@ -61,10 +61,10 @@ def shapes(batch: Any) -> Any:
 class TokenRows:
     """Chooses the rows that count by what a language model's batch says of its tokens: attention masks and labels.
 
-    `attention_mask`, (B, T), of a decoder also with `labels` of its shape that are not `ignored`. In an encoder-decoder
-    model those of the encoder are its attention mask's; and so are those of what it gave the decoder. The decoder's are
-    by `decoder_attention_mask` and `labels`. Without masks, and in layers whose inputs have another shape, all rows count;
-    of the latter a warning tells.
+    Tokens are chosen by `attention_mask`, (B, T). In a decoder, `labels` of the mask's shape must not be `ignored`
+    either. In an encoder-decoder model, the attention mask chooses the encoder's rows, and also those of what the
+    encoder gave the decoder. `decoder_attention_mask` and `labels` choose the decoder's. Without masks, all rows count.
+    All rows also count in layers whose inputs have another shape, and a warning tells of these layers.
 
     peft's functions for language models choose the same rows, where they can.
     """
@@ -99,7 +99,10 @@ class TokenRows:
         return rows
 
     def masks(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens (B, T) count for an encoder, or None for all; and for a decoder. The same for models without both."""
+        """Which tokens (B, T) count for an encoder and which for a decoder, or None for all.
+
+        They are the same for models that do not have both.
+        """
         if not isinstance(batch, Mapping):
             return None, None
         mask, labels = _matrix(batch.get("attention_mask")), _matrix(batch.get("labels"))
@@ -118,7 +121,7 @@ class TokenRows:
 
     @contextmanager
     def watching(self) -> Iterator[TokenRows]:
-        """While it lasts, layers of the encoder are told from others; at its end, the warning."""
+        """Tell layers of the encoder from others while this lasts, and give the warning at its end."""
         handles = []
         if self.encoder is not None:
             handles.append(self.encoder.register_forward_pre_hook(self._enter))
