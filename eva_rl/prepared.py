@@ -1,7 +1,8 @@
-"""Members of observation spaces that are changed before a model sees them: text into the numbers of its words, large pictures into smaller
-ones; and those that are kept in float64, such as seconds since 1970.
+"""Members of observation spaces that are changed before a model sees them, or that are kept in float64.
 
-How is found from a dataset, and kept with its spaces in a checkpoint: rollouts and policies do the same to what an environment shows.
+Text becomes the numbers of its words, and large pictures become smaller ones. Numbers such as seconds since 1970 are
+kept in float64. How this is done is found from a dataset, and kept with its spaces in a checkpoint. So rollouts and
+policies do the same to what an environment shows.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ PADDING, UNKNOWN = 0, 1
 FIRST = 2
 """The number of the first word."""
 SMALLEST_IMAGE = 32
-"""Pixels a side; smaller pictures of whole numbers are taken for grids of cells."""
+"""Pixels a side. Smaller pictures of whole numbers are taken for grids of cells."""
 LARGEST_PICTURE = 128
-"""Pixels a side; larger pictures are reduced to at most so many."""
+"""Pixels a side. Larger pictures are reduced to at most so many."""
 LARGE = 2.0**20
 """Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 EPISODES_SEEN = 32
-"""Episodes that are read for numbers that float32 can't hold; more would be a second reading of large datasets."""
+"""Episodes that are read for numbers that float32 can't hold. More would be a second reading of large datasets."""
 
 
 class Prepared(gym.Space):
@@ -49,7 +50,7 @@ class Prepared(gym.Space):
 class Words(gym.spaces.Text, Prepared):
     """A Text whose words have numbers: 0 behind its end, 1 for a word that is not among `words`, the others from 2 on.
 
-    Lower and upper case are the same word; punctuation marks are words.
+    Lower and upper case are the same word, and punctuation marks are words.
     """
 
     def __init__(self, text: gym.spaces.Text, words: Iterable[str], length: int):
@@ -68,7 +69,10 @@ class Words(gym.spaces.Text, Prepared):
         return len(self.words) + FIRST
 
     def numbers(self, observations: Any) -> np.ndarray:
-        """A text, or any number along leading axes, as (..., length) int64; words behind `length` are left out."""
+        """A text, or any number along leading axes, as (..., length) int64.
+
+        Words beyond `length` are left out.
+        """
         found = np.asarray(observations)
         if found.dtype.kind not in "UO" or not all(isinstance(text, str) for text in found.ravel().tolist()):
             raise TypeError(f"{found.dtype} is no text")
@@ -90,9 +94,10 @@ class Words(gym.spaces.Text, Prepared):
 
 
 class Smaller(gym.spaces.Box, Prepared):
-    """A Box of bytes, (height, width) or (height, width, channels), whose pictures are reduced: each block of `block` x `block` pixels to its mean.
+    """A Box of bytes whose pictures are reduced: each block of `block` x `block` pixels to its mean.
 
-    Rows and columns that make up no whole block are left out, at the bottom and on the right.
+    The pictures are (height, width) or (height, width, channels). Rows and columns that make up no whole block are left
+    out, at the bottom and on the right.
     """
 
     def __init__(self, box: gym.spaces.Box, block: int):
@@ -127,7 +132,10 @@ class Smaller(gym.spaces.Box, Prepared):
 
 
 class Exact(gym.spaces.Box, Prepared):
-    """A Box whose numbers differ by less than float32 tells apart at their size: they stay float64 until their mean is taken off."""
+    """A Box whose numbers differ by less than float32 tells apart at their size.
+
+    They stay float64 until their mean is taken off.
+    """
 
     def __init__(self, box: gym.spaces.Box):
         super().__init__(box.low, box.high, box.shape, box.dtype.type)
@@ -150,7 +158,7 @@ class Exact(gym.spaces.Box, Prepared):
 
 
 def loses_digits(space: gym.Space, values: Any) -> np.ndarray:
-    """Which of its numbers (size,) differ, over an episode (T, *shape), by less than float32 tells apart at their size."""
+    """Which of its numbers (size,) differ over an episode (T, *shape) by less than float32 resolves at their size."""
     exact = isinstance(space, gym.spaces.Box) and space.dtype in (np.float64, np.int64, np.uint64)
     if not exact or isinstance(space, Prepared):
         return np.zeros(0, bool)
@@ -167,11 +175,13 @@ def words_of(text: str) -> list[str]:
 
 
 def prepared(space: gym.Space, episodes: Callable[[], Iterable[Any]]) -> gym.Space:
-    """The space with its large pictures reduced, its words numbered, the most frequent first, and those numbers kept in float64 that one of
-    the first `EPISODES_SEEN` episodes shows to need it.
+    """The space with its members prepared.
+
+    Large pictures are reduced, and words are numbered, the most frequent first. Numbers are kept in float64 if one of
+    the first `EPISODES_SEEN` episodes shows that they need it.
 
     Args:
-        episodes: makes an iterable of observations with a leading axis; called where there is text, or float64.
+        episodes: makes an iterable of observations with a leading axis. Called where there is text, or float64.
     """
     members = [_reduced(member) for member in members_of(space)]
     if any(isinstance(member, gym.spaces.Box) and member.dtype.itemsize == 8 for member in members):
@@ -182,7 +192,7 @@ def prepared(space: gym.Space, episodes: Callable[[], Iterable[Any]]) -> gym.Spa
 
 
 def prepared_as(space: gym.Space, known: gym.Space) -> gym.Space:
-    """The space prepared as `known`, where that is a space of the same structure; else as it is."""
+    """The space prepared as `known` is, where that has the same structure, or else the space as it is."""
     own, others = members_of(space), members_of(known)
     if len(own) != len(others):
         return space
@@ -191,7 +201,7 @@ def prepared_as(space: gym.Space, known: gym.Space) -> gym.Space:
 
 
 class PreparedEnv:
-    """Makes an environment whose space says how a model sees it; its observations are as they were."""
+    """Makes an environment whose space says how a model sees it, and whose observations stay as they were."""
 
     def __init__(self, make_env: Callable[..., gym.Env], space: gym.Space):
         self.make_env, self.space = make_env, space
@@ -214,7 +224,10 @@ def shape_of(space: gym.Space) -> tuple[int, ...]:
 
 
 def members_of(space: gym.Space) -> list[gym.Space]:
-    """The members of a Dict or Tuple that have no members, in the order of the flat observation; any other space itself."""
+    """The members of a Dict or Tuple that have no members themselves, in the order of the flat observation.
+
+    For any other space, that space itself.
+    """
     return [member for member, _ in leaves(space, None)]
 
 
@@ -275,7 +288,7 @@ def _most_frequent(counts: Counter[str]) -> list[str]:
 
 
 def leaves(space: gym.Space, observation: Any) -> Iterator[tuple[gym.Space, Any]]:
-    """The members that have no members, in the order of the flat observation, and what was observed in them if anything was."""
+    """The innermost members in the order of the flat observation, and what was observed in them, if anything was."""
     if isinstance(space, gym.spaces.Dict):
         for key in sorted(space):
             yield from leaves(space[key], observation and observation[key])

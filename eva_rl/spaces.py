@@ -1,7 +1,7 @@
 """Gymnasium's spaces as a model sees them: the parts of an observation, and observations as flat rows of numbers.
 
-Observations are kept, sent and sampled flat; a model cuts the row into its parts again and embeds each as its kind asks.
-Nothing here needs torch: simulators' processes import it too.
+Observations are kept, sent and sampled flat. A model cuts the row into its parts again and embeds each as its kind
+asks. Nothing here needs torch: simulators' processes import it too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, W
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
 LARGEST = 2**26
-"""Numbers in an observation or action that a text may describe; a damaged one could ask for more than memory holds."""
+"""Numbers in an observation or action that a text may describe. A damaged one could ask for more than memory holds."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Part:
 
     kind: Literal["vector", "image", "grid", "tokens", "choice"]
     shape: tuple[int, ...]
-    """(n,) of a vector or tokens; (channels, height, width) of images and grids; () of a choice."""
+    """(n,) for a vector or tokens, (channels, height, width) for images and grids, and () for a choice."""
     values: int = 0
     """How many values each number of a grid, of tokens or of a choice may take, counted from 0."""
     channels_last: bool = False
@@ -56,7 +56,7 @@ class ActionPart:
     size: int
     """Numbers in the row of an action."""
     choices: tuple[int, ...] = ()
-    """The choices of each of these numbers; empty where they are real."""
+    """The choices of each of these numbers, or empty where they are real."""
 
     @property
     def outputs(self) -> int:
@@ -68,12 +68,15 @@ class ActionPart:
 
 
 def parts_of(space: gym.Space) -> tuple[Part, ...]:
-    """The parts of the space's observations, in the order of their flat form; a Dict's in the order of its sorted keys (Minari keeps no other).
+    """The parts of the space's observations, in the order of their flat form.
 
-    - vector: boxes of real numbers, bytes in one dimension, MultiBinary;
-    - image: bytes in two or three dimensions, at least 32 pixels a side, reduced where the space says so; grid: smaller ones, each number of a cell one of
-      so many values;
-    - tokens: whole numbers from 0 in one dimension, MultiDiscrete, and the words of a text that have numbers; choice: Discrete.
+    A Dict's parts come in the order of its sorted keys (Minari keeps no other).
+
+    - vector: boxes of real numbers, bytes in one dimension, MultiBinary.
+    - image: bytes in two or three dimensions, at least 32 pixels a side, reduced where the space says so.
+    - grid: smaller ones, where each number of a cell is one of so many values.
+    - tokens: whole numbers from 0 in one dimension, MultiDiscrete, and a text whose words have numbers.
+    - choice: Discrete.
 
     Raises:
         UserError: if the space has parts of other kinds.
@@ -117,9 +120,10 @@ def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether a picture's channels are its first axis: where the last two make a square, or else it is shorter than the last.
+    """Whether a picture's channels are its first axis.
 
-    A square tells more than the lengths: a grid may have more kinds of things, a channel each, than rows.
+    They are if the last two axes make a square, or else if the first axis is shorter than the last. A square tells more
+    than the lengths: a grid may have more kinds of things, a channel each, than rows.
     """
     if (shape[0] == shape[1]) != (shape[1] == shape[2]):
         return shape[1] == shape[2]
@@ -127,7 +131,10 @@ def _channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def dtype_of(parts: tuple[Part, ...]) -> str:
-    """The type of flat observations: bytes where they hold all of it, `float64` where a part needs that, `float32` otherwise."""
+    """The type of flat observations.
+
+    Bytes where they hold all of it, `float64` where a part needs that, and `float32` otherwise.
+    """
     if any(part.wide for part in parts):
         return "float64"
     return "uint8" if all(p.kind == "image" or 0 < p.values <= 256 for p in parts) else "float32"
@@ -136,7 +143,8 @@ def dtype_of(parts: tuple[Part, ...]) -> str:
 def flatten(space: gym.Space, observation: Any, parts: tuple[Part, ...] | None = None) -> np.ndarray:
     """One observation, or any number along leading axes, as rows (..., size) of numbers.
 
-    A Dict's observations are a dict, whose values have the same leading axes. `parts` are the space's own, where they are known already.
+    A Dict's observations are a dict, whose values have the same leading axes. `parts` are the space's own, where they
+    are known already.
 
     Raises:
         UserError: if numbers lie outside their space where each of them has an embedding.
@@ -148,7 +156,7 @@ def flatten(space: gym.Space, observation: Any, parts: tuple[Part, ...] | None =
 
 
 def check_values(parts: tuple[Part, ...], rows: np.ndarray) -> None:
-    """Raise a `UserError` unless the numbers of flat observations (..., size) are those that embeddings have rows for."""
+    """Raise a `UserError` unless embeddings have rows for all numbers of these flat observations (..., size)."""
     first = 0
     for part in parts:
         own = rows[..., first : first + part.size]
@@ -177,7 +185,7 @@ def _columns(space: gym.Space, observation: Any) -> list[np.ndarray]:
 
 
 def _check_box(space: gym.spaces.Box, observation: Any) -> None:
-    """Raise a `UserError` unless these are arrays of the space's shape, with any leading axes, and pictures hold bytes."""
+    """Raise a `UserError` unless arrays have the space's shape, after any leading axes, and pictures hold bytes."""
     numbers, shape = np.asarray(observation), shape_of(space)
     if numbers.ndim >= len(shape) and numbers.shape[numbers.ndim - len(shape) :] != shape:
         raise UserError(f"observations of shape {numbers.shape}, where they end in {shape}")
@@ -188,7 +196,7 @@ def _check_box(space: gym.spaces.Box, observation: Any) -> None:
 
 
 def one_number(value: Any) -> float | None:
-    """A number, or an array of one, as a float; None for anything else, NaN included."""
+    """A number, or an array of one, as a float, or None for anything else, NaN included."""
     found = np.asarray(value)
     if found.size != 1 or found.dtype.kind not in "biuf" or np.isnan(found).any():
         return None
@@ -196,13 +204,16 @@ def one_number(value: Any) -> float | None:
 
 
 def solved_in(info: Mapping[str, Any]) -> bool | None:
-    """Whether a step's info says that the task is solved; None where it does not say, or not in one number."""
+    """Whether a step's info says that the task is solved, or None where it does not say, or not in one number."""
     found = next((one_number(info[name]) for name in SUCCESS if name in info), None)
     return None if found is None else found > 0
 
 
 def successes_in(infos: Mapping[str, Any] | None) -> np.ndarray | None:
-    """Of an episode's infos, whether the task is solved in each state (T,); None where they do not say, or not in numbers."""
+    """Whether the task is solved in each state (T,), by an episode's infos.
+
+    None where they do not say, or not in numbers.
+    """
     infos = infos or {}
     for name in SUCCESS:
         if name in infos:
@@ -218,7 +229,9 @@ def first_choice(space: gym.Space) -> Any:
 
 
 def action_choices(space: gym.Space) -> tuple[int, ...]:
-    """How many choices each component of a discrete action has; none for continuous actions, and for those of several parts.
+    """How many choices each component of a discrete action has.
+
+    Empty for continuous actions, and for those of several parts.
 
     Raises:
         UserError: if actions are neither a Box nor choices, nor a Dict or Tuple of those.
@@ -247,7 +260,7 @@ def nested(space: gym.Space) -> TypeGuard[gym.spaces.Dict | gym.spaces.Tuple]:
 
 
 def action_parts(space: gym.Space) -> tuple[ActionPart, ...]:
-    """The parts of a Dict's or Tuple's actions, in the order of their rows; none of other spaces.
+    """The parts of a Dict's or Tuple's actions, in the order of their rows, or none for other spaces.
 
     Raises:
         UserError: see `action_choices`.
@@ -321,7 +334,7 @@ def spaces_to_text(observation_space: gym.Space, action_space: gym.Space) -> str
 
 
 def spaces_from_text(text: str) -> tuple[gym.Space, gym.Space]:
-    """The spaces of observations and actions that `spaces_to_text` wrote; of the kinds it writes, and no others.
+    """The spaces of observations and actions that `spaces_to_text` wrote, of the kinds it writes and no others.
 
     Raises:
         ValueError: if it is not such a text.
@@ -360,14 +373,17 @@ def _to_json(space: gym.Space) -> dict[str, Any]:
 
 
 def _bounds(values: np.ndarray) -> Any:
-    """One bound where all are equal, as in images; infinite ones as text, which JSON has no numbers for."""
+    """The bounds for JSON, as a single one where all are equal, as in images.
+
+    Infinite ones become text, as JSON has no numbers for them.
+    """
     flat = values.ravel()
     kept = flat[:1] if flat.size and (flat == flat[0]).all() else flat
     return [str(value) if np.isinf(value) else value.item() for value in kept]
 
 
 def _numbers(fields: Mapping[str, Any]) -> int:
-    """How many numbers a space holds, by its description; before anything of that size is made."""
+    """How many numbers a space holds, by its description, before anything of that size is made."""
     members = fields.get("members", ())
     members = members.values() if isinstance(members, dict) else members
     own = fields.get("shape", ())

@@ -1,4 +1,5 @@
-"""A user's files -> a Minari dataset; one file a format.
+"""A user's files -> a Minari dataset, with one module for each format.
 
-Nothing is imported here, so that the command answers `--help` at once: `from eva_rl.convert.conversion import convert`.
+Nothing is imported here, so that the command answers `--help` at once. The function is imported with
+`from eva_rl.convert.conversion import convert`.
 """

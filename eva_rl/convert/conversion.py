@@ -49,14 +49,14 @@ def convert(
 
     Args:
         source: a file or folder, or a LeRobot dataset of the Hugging Face Hub.
-        kind: the format; by default the one that the files look like.
-        columns: what is taken for what, where the format's own choice is not meant.
-        actions: `continuous` or `discrete`; by default whole numbers in one column are discrete.
-        environment: the id of a registered environment, whose spaces the data have and which is to be rolled out.
-        skip_bad: leave episodes out that can't be used, instead of refusing all.
+        kind: the format. By default, the one that the files look like.
+        columns: what is taken for what, where the format's own choice is not wanted.
+        actions: `continuous` or `discrete`. By default, whole numbers in one column are discrete.
+        environment: the id of a registered environment, whose spaces the data have. It is to be rolled out.
+        skip_bad: leave out episodes that can't be used, instead of refusing all.
 
     Raises:
-        UserError: if the files can't be read or used, naming file, episode and column; or the dataset is there.
+        UserError: if the files can't be read or used, naming file, episode and column, or if the dataset is there.
     """
     if actions not in (None, "continuous", "discrete"):
         raise UserError(f"actions must be continuous or discrete, got {actions}.")
@@ -92,7 +92,10 @@ def _located(source: str, kind: str | None) -> Path:
 def _episodes(
     path: Path, format: Format, given: Columns, summary: Summary, bad: list[tuple[str, str]] | None
 ) -> Iterator[Taken]:
-    """The episodes that can be used; the others are noted in `bad` or, if it is None, refused."""
+    """The episodes that can be used.
+
+    The others are noted in `bad` or, if that is None, refused.
+    """
     if given.episode and format.columns.episode is None:
         raise UserError(
             f"columns.episode was given, but {format.name} files tell episodes apart themselves: leave it out."
@@ -221,7 +224,10 @@ def _keys(columns: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _box(columns: Mapping[str, Column]) -> gym.spaces.Box:
-    """Pictures of bytes keep them; all else is a vector of real numbers, in float64 where the files have more than float32 holds."""
+    """The space of these columns, in which pictures of bytes stay bytes and all else is a vector of real numbers.
+
+    The vector is in float64 where the files have more than float32 holds.
+    """
     first = next(iter(columns.values()))
     if len(columns) == 1 and first.dtype == np.uint8 and len(first.shape) in (2, 3):
         return gym.spaces.Box(0, 255, first.shape, np.uint8)
@@ -278,7 +284,10 @@ def _in_space(taken: Taken, role: str, columns: Mapping[str, np.ndarray], space:
 
 
 def _within(actions: np.ndarray, space: gym.spaces.Box, what: str) -> np.ndarray:
-    """The actions (T, ...) on or between their bounds; those that rounding alone put beyond are on them."""
+    """The actions (T, ...) on or between their bounds.
+
+    Those that rounding alone put beyond a bound are moved onto it.
+    """
     clipped = np.clip(actions, space.low, space.high)
     beyond = ~np.isclose(actions, clipped, rtol=1e-5, atol=1e-6)
     if beyond.any():

@@ -1,7 +1,7 @@
 """HDF5 of D4RL: all steps end to end, an episode ending where `terminals` or `timeouts` says so. (arXiv 2004.07219)
 
-`observations` (N, ...), `actions` (N, A), `rewards`, `terminals` and mostly `timeouts` (N,); some have `next_observations`. The steps after
-the last end are of an episode that was cut, and are left out.
+A file holds `observations` (N, ...), `actions` (N, A), and `rewards`, `terminals` and mostly `timeouts` (N,). Some
+files have `next_observations`. The steps after the last end belong to an episode that was cut off, and are left out.
 """
 
 from __future__ import annotations

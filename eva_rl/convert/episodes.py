@@ -1,6 +1,6 @@
-"""What every format in this folder gives: episodes as columns by name. And what of them is taken for what.
+"""What every format in this folder gives: episodes as columns by name, and what of them is taken for what.
 
-A new format is one new file with a module-level `FORMAT = Format(...)`; it is found by being here.
+A new format is one new file with a module-level `FORMAT = Format(...)`. To be found, the file only has to be here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ ROLES = ("observations", "actions", "rewards", "terminations", "truncations", "s
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are taken for each role; a pattern such as `obs/*` names several, `a|b` the first of two that is
-    there. None: the format's own; empty: no column."""
+    """The names of the columns that are taken for each role.
+
+    A pattern such as `obs/*` names several columns, and `a|b` names the first of the two that is there. None stands for
+    the format's own columns, and an empty tuple for no column.
+    """
 
     observations: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
@@ -38,7 +41,7 @@ class Columns:
         """From what a file of settings holds.
 
         Raises:
-            UserError: if it names a role that there is not, or holds anything but names.
+            UserError: if it names a role that does not exist, or holds anything but names.
         """
         for role, names in mapping.items():
             if role not in ROLES:
@@ -61,9 +64,9 @@ class Episode:
 
     file: str
     number: str
-    """Its name or number within the file; empty where a file is an episode."""
+    """Its name or number within the file, or an empty text where a file is an episode."""
     columns: Mapping[str, Any]
-    """Arrays (T, ...), by name; those of `after` may have a row more."""
+    """Arrays (T, ...), by name. Those taken for observations or success may have a row more."""
     final: Mapping[str, Any] | None = None
     """What was observed after the last action, by the names of the columns it continues (...)."""
 
@@ -81,7 +84,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Unread:
-    """An episode, or a file of some, that can't be read; the ones after it may be."""
+    """An episode, or a file of episodes, that can't be read, although the ones after it may be readable."""
 
     where: str
     error: UserError
@@ -105,8 +108,9 @@ class Format:
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path, Columns], Iterator[Episode | Unread]]
-    """The episodes at a path, one after the other. Where one alone can't be read, it gives an `Unread` and goes on. Where all can't, it may
-    raise a `UserError`, and `OSError` or `ValueError` for a damaged file."""
+    """The episodes at a path, one after the other.
+    Where one alone can't be read, it gives an `Unread` and goes on. Where none can be read, it may raise a `UserError`,
+    and `OSError` or `ValueError` for a damaged file."""
     columns: Columns
     """What is taken for what, unless the user says."""
     ends_inside: bool = False
@@ -116,7 +120,10 @@ class Format:
 
 
 def matching(names: tuple[str, ...], known: Mapping[str, Any]) -> list[str]:
-    """The columns that names and patterns stand for, in their order. Of alternatives, `a|b`, the first that is there counts."""
+    """The columns that names and patterns stand for, in their order.
+
+    Of alternatives, `a|b`, the first that is there counts.
+    """
     found: dict[str, None] = {}
     for name in names:
         for option in [name] if name in known else name.split("|"):
@@ -137,7 +144,9 @@ def refuse_missing(episode: Episode, role: str, given: tuple[str, ...] | None) -
 
 
 def stacked(episode: Episode, name: str) -> np.ndarray:
-    """A column as one array of numbers (T, ...); pictures that are kept as files within it are opened.
+    """A column as one array of numbers (T, ...).
+
+    Pictures that are kept as files within the column are opened.
 
     Raises:
         UserError: if its rows differ in shape, or hold text or other objects.

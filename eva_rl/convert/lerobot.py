@@ -1,8 +1,9 @@
 """LeRobot's folders, of versions 2 and 3: `meta/info.json`, and Parquet files below `data/`.
 
-A row is a frame; `episode_index` and `frame_index` say of which episode and which of its frames. Version 2 has a file an episode, version 3
-many episodes in a file. Columns are named `observation.<name>`, `action`, `next.reward`, `next.done`, `next.success`. Pictures that are
-stored in the Parquet files are read, videos are not. A name such as `lerobot/pusht` that is no folder is a dataset of the Hugging Face Hub.
+A row is a frame. `episode_index` says which episode it belongs to, and `frame_index` which of its frames it is. Version
+2 has one file for each episode, and version 3 has many episodes in a file. Columns are named `observation.<name>`,
+`action`, `next.reward`, `next.done` and `next.success`. Pictures that are stored in the Parquet files are read, but
+videos are not. A name such as `lerobot/pusht` that is no folder is a dataset of the Hugging Face Hub.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def are_pictures(cells: Any) -> bool:
 
 
 def picture(cell: Any) -> np.ndarray:
-    """A picture that is kept as a file of its own within a cell (height, width, channels), or (height, width) if it is grey.
+    """A picture that is kept as a file of its own within a cell.
+
+    Its shape is (height, width, channels), or (height, width) if it is grey.
 
     Raises:
         ValueError: if the cell holds none that can be read.

@@ -1,7 +1,8 @@
 """HDF5 of robomimic and robosuite: a group `data`, with a group for each demonstration.
 
-`data/demo_0/` holds `actions` (T, A), and where they were extracted `rewards` and `dones` (T,), `obs/<name>` and `next_obs/<name>`
-(T, ...); robosuite's raw recordings hold `states` alone. (robomimic's documentation, "Dataset Structure")
+`data/demo_0/` holds `actions` (T, A). Where they were extracted, it also holds `rewards` and `dones` (T,), and
+`obs/<name>` and `next_obs/<name>` (T, ...). Raw recordings of robosuite hold `states` alone. (robomimic's
+documentation, "Dataset Structure")
 """
 
 from __future__ import annotations

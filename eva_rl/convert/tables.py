@@ -1,9 +1,9 @@
-"""Folders of .npz, .npy, .csv or .parquet files: a file an episode, or a column that says which.
+"""Folders of .npz, .npy, .csv or .parquet files: one file for each episode, or a column that says which episode it is.
 
 - .npz: an array (T, ...) for each column.
-- .npy: a table, its columns being the fields of a structured array or the numbers 0, 1, ... of a plain one; or a folder an episode, with
-  a file for each column.
-- .csv: a line of names, then a line a step.
+- .npy: a table, or a folder for each episode with a file for each column. The columns of a table are the fields of a
+  structured array, or the numbers 0, 1, ... of a plain one.
+- .csv: a line of names, then a line for each step.
 - .parquet: columns of numbers, of lists of numbers, or of pictures as Hugging Face's datasets keep them.
 """
 
@@ -27,7 +27,8 @@ from eva_rl.errors import UserError, in_one_line
 ENDINGS = (".npz", ".npy", ".csv", ".parquet")
 
 BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, TokenError, csv.Error)
-"""What numpy and csv raise for a damaged file; a broken zip's compression is a `RuntimeError`, a broken header a `TokenError`."""
+"""What numpy and csv raise for a damaged file.
+A broken zip's compression raises a `RuntimeError`, and a broken header a `TokenError`."""
 
 EPISODE = ("episode|episode_id|episode_index",)
 """What tells episodes apart, unless the user says."""
@@ -137,7 +138,7 @@ def _runs(whole: Episode, names: list[str]) -> dict[tuple[Any, ...], slice]:
 
 
 def _numbers_of(whole: Episode, name: str) -> np.ndarray:
-    """A column that tells episodes apart (N,); (1,) where one value stands for all of the file."""
+    """A column that tells episodes apart (N,), or (1,) where one value stands for the whole file."""
     column = np.atleast_1d(np.asarray(whole.columns[name]))
     if column.size != len(column):
         raise UserError(
@@ -222,7 +223,10 @@ WORDS = {"true": "1", "false": "0"}
 
 
 def _numbers(cells: list[str]) -> Any:
-    """Cells as whole or real numbers; as they stand where they are neither. Empty ones are NaN."""
+    """Cells as whole or real numbers, or as they stand where they are neither.
+
+    Empty ones are NaN.
+    """
     words = [WORDS.get(cell.lower(), cell) or "nan" for cell in cells]
     for kind in (np.int64, np.float64):
         try:

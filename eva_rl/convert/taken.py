@@ -1,4 +1,7 @@
-"""An episode of the user's files -> what of it is kept, checked; every mistake names file, episode and column."""
+"""An episode of the user's files -> what is kept of it, checked.
+
+Every error names file, episode and column.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,10 @@ class Summary:
         self.returns.append(0.0 if taken.rewards is None else float(taken.rewards.sum()))
 
     def in_order(self, taken: Taken) -> Taken:
-        """An episode that was added, its columns in the order of the first one's: they are joined to vectors in their order."""
+        """An episode that was added, with its columns in the order of the first one's.
+
+        They are joined to vectors in that order.
+        """
         return replace(
             taken,
             observations={name: taken.observations[name] for name in self.columns if name in taken.observations},
@@ -175,7 +181,10 @@ def _of_length(episode: Episode, name: str, values: np.ndarray, lengths: tuple[i
 
 
 def _continued(episode: Episode, name: str, steps: int) -> np.ndarray:
-    """What was observed (T + 1, ...): where the files do not hold what followed the last action, the last observation again."""
+    """What was observed, (T + 1, ...).
+
+    Where the files do not hold what followed the last action, the last observation is repeated.
+    """
     values = _of_length(episode, name, _finite(episode, name), (steps, steps + 1))
     if len(values) == steps + 1:
         return values
@@ -201,7 +210,10 @@ def _flags(episode: Episode, name: str, steps: int) -> np.ndarray:
 
 
 def _success(episode: Episode, name: str, steps: int) -> np.ndarray:
-    """(T + 1,): whether it is solved in each state; one value for all of the episode is taken for the last."""
+    """Whether the task is solved in each state, (T + 1,).
+
+    One value for the whole episode is taken for the last state.
+    """
     value = episode.columns[name]
     if isinstance(value, np.ndarray) and value.ndim == 0:
         episode = replace(episode, columns={name: value[None]})

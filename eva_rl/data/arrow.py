@@ -1,7 +1,7 @@
 """Episodes of Minari's Arrow and Parquet storage, whole.
 
-Minari 0.5.4 takes each batch of rows that pyarrow hands out for an episode, and pyarrow hands out 32,768 rows at most; and it can't read
-infos of one number a step. Here a folder is an episode, whatever its batches.
+Minari 0.5.4 takes each batch of rows from pyarrow for an episode, but pyarrow hands out 32,768 rows at most. Minari
+also can't read infos of one number a step. Here a folder is an episode, whatever its batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eva_rl.spaces import SUCCESS
 
 
 def arrow_episodes(dataset: minari.MinariDataset, count: int) -> Iterator[minari.EpisodeData]:
-    """The first episodes, one after the other; of their infos, those that are used here."""
+    """The first episodes, one after the other, with only those infos that are used here."""
     import pyarrow.dataset
     from minari.dataset._storages.arrow_storage import _decode_space
 

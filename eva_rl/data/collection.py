@@ -43,8 +43,8 @@ class Recipe:
     task: str
     episodes: int = 40
     noise: tuple[float, ...] = (0.0, 0.1, 0.3)
-    """Standard deviations of the Gaussian noise added to the expert's actions, in units of half the action range;
-    episodes take them in turn."""
+    """Standard deviations of the Gaussian noise added to the expert's actions, in units of half the action range.
+    Episodes take them in turn."""
     seed: int = 0
     quality: str = "expert"
     """Who plays: one of the task's `Domain.qualities`."""
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def dataset_id(self) -> str:
-        """The Minari id this recipe's dataset is stored under; equal recipes have equal ids."""
+        """The Minari id this recipe's dataset is stored under, which is equal for equal recipes."""
         noise = "" if self.noise == Recipe.noise else "-noise" + "_".join(f"{100 * s:.12g}" for s in self.noise)
         return f"{self.task}/{self.quality}{noise.replace('.', 'p')}-{self.episodes}-seed{self.seed}-v0"
 
@@ -72,15 +72,15 @@ class Recipe:
 
 
 def collect(recipes: Sequence[Recipe], workers: int = 0) -> list[str]:
-    """Collect each recipe's dataset unless it is there already; return their Minari ids.
+    """Collect each recipe's dataset unless it is there already, and return their Minari ids.
 
     Finished episodes survive an interruption and are not collected again. A dataset appears under its id only when it
-    is whole. Its content does not depend on `workers` (0: one process for each core). Of several processes that collect
-    at once, one does and the others wait for it.
+    is whole. Its content does not depend on `workers` (0: one process for each core). If several processes collect at
+    once, one does the work and the others wait for it.
 
     Raises:
-        UserError: for fewer than 0 workers, or one that dies, as in a script without `if __name__ == "__main__":`; for a quality
-            that a task doesn't have.
+        UserError: if there are fewer than 0 workers, if one dies (as in a script without `if __name__ == "__main__":`),
+            or if a task doesn't have the quality.
     """
     refuse_while_imported()
     if workers < 0:

@@ -1,7 +1,7 @@
-"""The environment that a dataset names -> that environment, as far as nothing runs that the dataset alone brings.
+"""The environment that a dataset names -> that environment, if making it runs nothing that only the dataset brings.
 
-A dataset's metadata may come from a stranger, and a specification in them may name any function of any module. So only what is installed
-here as an environment is made: see `approved`.
+A dataset's metadata may come from a stranger, and a specification in them may name any function of any module. So only
+what is installed here as an environment is made (see `approved`).
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ WRAPPERS = frozenset(
         "TimeLimit",
     ]
 )
-"""Gymnasium's wrappers that do nothing but change what an environment shows and takes; `RecordVideo`, say, writes files."""
+"""Gymnasium's wrappers that only change what an environment shows and takes. `RecordVideo`, say, also writes files."""
 KEPT = ("id", "entry_point", "reward_threshold", "nondeterministic", "max_episode_steps", "order_enforce", "kwargs")
-"""What is read of a specification; the rest is of other versions of gymnasium, or does not matter here."""
+"""What is read of a specification. The rest belongs to other versions of gymnasium, or does not matter here."""
 
 
 @dataclass
 class DatasetEnvironment:
-    """Makes the environment that a dataset is to be evaluated in; what was approved once goes along to other processes."""
+    """Makes the environment that a dataset is to be evaluated in.
+
+    What was approved once goes along to other processes.
+    """
 
     dataset_id: str
     trust: bool = False
@@ -100,7 +103,7 @@ class DatasetEnvironment:
 
 
 def environment_of(dataset_id: str, render_mode: str | None = None, trust: bool = False) -> gym.Env:
-    """The environment that the dataset says it is to be evaluated in; see `DatasetEnvironment`."""
+    """The environment that the dataset says it is to be evaluated in (see `DatasetEnvironment`)."""
     return DatasetEnvironment(dataset_id, trust)(render_mode)
 
 
@@ -113,7 +116,9 @@ def names_environment(dataset_id: str) -> bool:
 
 
 def spec_of(dataset_id: str) -> EnvSpec:
-    """The specification of the environment that the dataset is to be evaluated in; nothing is imported or made.
+    """The specification of the environment that the dataset is to be evaluated in.
+
+    Nothing is imported or made.
 
     Raises:
         UserError: if there is none, or it can't be read.
@@ -145,11 +150,13 @@ def _of_right_types(spec: EnvSpec, wrappers: Sequence[WrapperSpec]) -> bool:
 
 
 def approved(spec: EnvSpec, dataset_id: str, trust: bool = False) -> EnvSpec:
-    """The specification as far as it may be made: an environment registered under its id with that very entry point, or a task of this
-    project's domains; and only wrappers that nothing but change what is seen and done.
+    """The specification, as far as it may be made.
 
-    An installed package that builds on gymnasium is imported, if the entry point is one of its, so that it registers its
-    environments; nothing else is.
+    The environment must be registered under its id with that very entry point, or be a task of this project's domains.
+    Of its wrappers, only those that do nothing but change what is seen and done are kept.
+
+    If the entry point belongs to an installed package that builds on gymnasium, that package is imported, so that it
+    registers its environments. Nothing else is imported.
 
     Raises:
         UserError: for any other environment, unless it is trusted.
@@ -224,7 +231,7 @@ def _registered(spec: EnvSpec) -> EnvSpec | None:
 
 
 def _is_here(entry_point: object) -> bool:
-    """Whether there is a module to take the entry point from; it is not imported."""
+    """Whether there is a module to take the entry point from, without importing it."""
     if not isinstance(entry_point, str):
         return False
     try:
@@ -244,7 +251,10 @@ def _builds_on_gymnasium(package: str) -> bool:
 
 
 def _harmless(wrapper: WrapperSpec, spec: EnvSpec) -> bool:
-    """Whether a wrapper is one of gymnasium's that touch nothing else, or one of the environment's own package, already imported."""
+    """Whether a wrapper is one of gymnasium's that touch nothing else, or one of the environment's own package.
+
+    A wrapper of that package must already be imported.
+    """
     module, _, name = wrapper.entry_point.partition(":")
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, gym.Wrapper)) or wrapper.kwargs is None:

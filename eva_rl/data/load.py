@@ -27,13 +27,14 @@ IN_MEMORY = 256 * 2**20
 def load_dataset(
     dataset_id: str, task: str, demonstrations: int | None = None, expert_labels: bool = False
 ) -> Trajectories:
-    """The episodes of the Minari dataset `dataset_id`, packed; downloaded first if it is not in the local root.
+    """The episodes of the Minari dataset `dataset_id`, packed.
 
-    Only the first `demonstrations` of them, where that is given. Those whose observations take more than `IN_MEMORY` bytes
-    are packed on disk, once, and mapped into memory. The words of text are numbered as these episodes have them, and large
-    pictures reduced, see `eva_rl.prepared`.
+    The dataset is downloaded first if it is not in the local root. If `demonstrations` is given, only the first so many
+    episodes are taken. If their observations take more than `IN_MEMORY` bytes, the episodes are packed on disk, once,
+    and mapped into memory. The words of texts are numbered as these episodes have them, and large pictures are reduced
+    (see `eva_rl.prepared`).
 
-    expert_labels: what is to be predicted is what the expert would have done without the noise, where the dataset says.
+    expert_labels: predict what the expert would have done without the noise, where the dataset says.
 
     Raises:
         UserError: if it is neither here nor to be had, is damaged, or has spaces that no model here can take.
@@ -111,7 +112,7 @@ def _check_length(dataset_id: str, dataset: minari.MinariDataset, number: int, l
 
 
 def _labels(episode: minari.EpisodeData) -> np.ndarray | None:
-    """What the expert would have done in each step (T, ...); None where the episode does not say."""
+    """What the expert would have done in each step (T, ...), or None where the episode does not say."""
     intended = (episode.infos or {}).get(EXPERT_ACTION)
     return None if intended is None else np.asarray(intended)[: len(episode.rewards)]
 

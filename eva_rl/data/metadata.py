@@ -1,4 +1,7 @@
-"""What a dataset says of itself: its metadata.json, read before Minari does, which would build an environment for it."""
+"""What a dataset says of itself: its metadata.json.
+
+The file is read before Minari reads it, because Minari would build an environment for it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ UNREADABLE = (
 
 
 def metadata_of(dataset_id: str) -> dict[str, Any]:
-    """The dataset's metadata, as they stand in its file; it is downloaded first if it is not in the local root.
+    """The dataset's metadata, as they stand in its file.
+
+    The dataset is downloaded first if it is not in the local root.
 
     Raises:
         UserError: if there is none, or its metadata can't be read or do not state both spaces.
@@ -55,7 +60,9 @@ def _is_count(value: object) -> bool:
 
 
 def open_dataset(dataset_id: str) -> minari.MinariDataset:
-    """The dataset; downloaded first if it is not in the local root. No environment is made.
+    """The dataset, which is downloaded first if it is not in the local root.
+
+    No environment is made.
 
     Raises:
         UserError: if it is neither here nor to be had, or can't be read.
@@ -73,7 +80,10 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
 
 
 def unreadable(dataset_id: str, error: Exception) -> UserError:
-    """A sentence for a dataset that can't be read, and what to do; to delete it is advised where it comes back alone."""
+    """The error for a dataset that can't be read, with a sentence on what to do.
+
+    Deleting the dataset is advised only where it comes back by itself.
+    """
     what = f"The dataset '{dataset_id}' in {get_dataset_path(dataset_id)} can't be read ({in_one_line(error)[:300]})"
     if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
         return UserError(f"{what}: another process has it open for writing; wait until that is done.")
@@ -96,7 +106,10 @@ def _collected(dataset_id: str) -> bool:
 
 
 def datasets_below(dataset_id: str) -> Sequence[str]:
-    """The ids of the datasets in folders below the one of this id, as `metaworld/hammer-v3` has those of all its collections."""
+    """The ids of the datasets in folders below the one of this id.
+
+    For example, `metaworld/hammer-v3` has those of all its collections.
+    """
     return [found for found in _local_datasets() if found.startswith(f"{dataset_id.rstrip('/')}/")]
 
 

@@ -23,7 +23,9 @@ class Sampler(Protocol):
 
 
 class MirroredSampler:
-    """Every second window, on average, as its mirror image; batch number n is a pure function of the seed and n, as without it.
+    """Draws windows and shows every second one, on average, as its mirror image.
+
+    Batch number n is a pure function of the seed and n, as it is without the mirror.
 
     Args:
         sampler: whose windows they are.

@@ -35,10 +35,12 @@ def domain_weights(
 ) -> dict[str, float]:
     """The share of the windows that each domain gets: w n^(1 / temperature) over the sum of all, n its transitions.
 
-    A temperature of 1 shares out by size, a high one evenly (Conneau & Lample 2019, section 3.1, with alpha = 1 / temperature).
+    A temperature of 1 shares out by size, and a high one evenly (Conneau & Lample 2019, section 3.1, with
+    alpha = 1 / temperature).
 
     Raises:
-        UserError: if the temperature or a weight is not positive, or a weight is for a domain that is not in the mixture.
+        UserError: if the temperature or a weight is not positive, or a weight is for a domain that is not in the
+            mixture.
     """
     weights = weights or {}
     if not temperature > 0:

@@ -17,7 +17,7 @@ from eva_rl.files import make_folder, replacing, write_arrays
 from eva_rl.spaces import dtype_of, parts_of
 
 COLUMNS = ("actions", "rewards", "returns_to_go", "labels")
-"""What is kept of each step beside its observation; labels where the dataset has them."""
+"""What is kept of each step besides its observation. Labels are kept where the dataset has them."""
 
 
 def pack_on_disk(
@@ -28,12 +28,13 @@ def pack_on_disk(
     observation_space: gym.Space,
     action_space: gym.Space,
 ) -> Trajectories:
-    """As `pack`, with the observations in a file of `folder`, which is made unless it is there and has the same `stamp`.
+    """As `pack`, with the observations in a file of `folder`.
 
-    It appears whole or not at all; no more than one episode is in memory at a time.
+    The folder is made unless it is there and has the same `stamp`. It appears whole or not at all. No more than one
+    episode is in memory at a time.
 
     Raises:
-        UserError: see `pack`; also if the disk is full.
+        UserError: as in `pack`, or if the disk is full.
     """
     stamp = {"format": 1, **stamp}
     spaces = observation_space, action_space
@@ -56,7 +57,7 @@ def pack_on_disk(
 
 
 def _stamp_of(folder: Path) -> Any:
-    """What the packed dataset in this folder says it was made of; None where it does not say."""
+    """What the packed dataset in this folder says it was made of, or None where it does not say."""
     try:
         return json.loads((folder / "stamp.json").read_text())
     except (FileNotFoundError, ValueError):

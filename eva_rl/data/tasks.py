@@ -28,7 +28,7 @@ class TaskSource:
     interface: str
     """The name of the interface its observations and actions go through."""
     dataset_id: str | None
-    """The Minari dataset of its trajectories; None where the task's expert collects one."""
+    """The Minari dataset of its trajectories, or None where the task's expert collects one."""
     make_env: Callable[..., gym.Env]
     """Takes a `render_mode`."""
     score_scale: tuple[float, float] | None
@@ -38,14 +38,20 @@ class TaskSource:
     """The signs of observations and actions in the task's mirror image, where it has one."""
 
     def dataset(self, demonstrations: int | None, seed: int) -> str:
-        """The Minari id of this task's trajectories; a domain's task collects them first if they are not there."""
+        """The Minari id of this task's trajectories.
+
+        A domain's task collects them first if they are not there.
+        """
         if self.dataset_id is not None:
             return self.dataset_id
         return collect([Recipe(self.task, DEMONSTRATIONS if demonstrations is None else demonstrations, seed=seed)])[0]
 
 
 def datasets(sources: Sequence[TaskSource], demonstrations: int, seed: int) -> list[str]:
-    """The Minari ids of these tasks' trajectories; those that are not there are collected together."""
+    """The Minari ids of these tasks' trajectories.
+
+    Those that are not there are collected together.
+    """
     collected = [Recipe(s.task, demonstrations, seed=seed) for s in sources if s.dataset_id is None]
     ids = iter(collect(collected))
     return [next(ids) if source.dataset_id is None else source.dataset_id for source in sources]
@@ -54,8 +60,8 @@ def datasets(sources: Sequence[TaskSource], demonstrations: int, seed: int) -> l
 def find_source(task: str, dataset: str | None = None, trust_environment: bool = False) -> TaskSource:
     """The source of a task such as `metaworld/hammer-v3` or `minari/<any dataset id>`.
 
-    `dataset` names the trajectories of a domain's task where they are not to be collected; `trust_environment` has any environment
-    made that a dataset names.
+    `dataset` names the trajectories of a domain's task where they are not to be collected. With `trust_environment`,
+    any environment that a dataset names is made.
 
     Raises:
         UserError: if there is no such task or dataset.

@@ -1,4 +1,4 @@
-"""Minari dataset -> packed tensors, once; and the statistics a model needs of them."""
+"""Minari dataset -> packed tensors, once, and the statistics that a model needs of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from eva_rl.spaces import (
 COPIED = 2 * 2**30
 """Bytes of observations up to which chosen episodes are copied in memory."""
 SMALL_PART = 0.1
-"""The share of its bounds below which the range of an action is scaled by the data: what is left would be too little to learn from."""
+"""The share of its bounds below which the range of an action is scaled by the data.
+Scaled by the bounds, too little would be left to learn from."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ class Trajectories:
         return self.returns_to_go[self.starts[:-1]]  # (E,)
 
     def best(self, share: float) -> Trajectories:
-        """This share of the episodes, at least one, in their order: those of the highest return, of equal ones the first. (%BC of Chen et al.
-        2021, section 5.1, but for whole episodes)"""
+        """This share of the episodes, at least one: those of the highest return, in their order.
+
+        Of equal ones the first are taken. (%BC of Chen et al. 2021, section 5.1, but for whole episodes)
+        """
         count = max(1, round(share * len(self.lengths)))
         return self._of(self.episode_returns.argsort(descending=True, stable=True)[:count].sort().values)
 
     def successful(self) -> Trajectories:
-        """The episodes that solved the task; all of them where that is unknown, or where none did, which is warned of.
+        """The episodes that solved the task.
+
+        All are taken where success is unknown. Where none succeeded, all are taken too, with a warning.
 
         A clone of failures fails: what is learned from them contradicts the rest. (Filtered cloning)
         """
@@ -110,13 +115,19 @@ class Trajectories:
         )
 
     def _typical_return(self) -> float | None:
-        """The median of the successful episodes' returns, of all where success is unknown; None where none succeeded."""
+        """The median return of the successful episodes, or of all where success is unknown.
+
+        None where none succeeded.
+        """
         returns = self.episode_returns if self.successes is None else self.episode_returns[self.successes]
         return float(returns.median()) if len(returns) else None
 
 
 def _taken(column: Tensor, rows: Tensor) -> Tensor:
-    """A copy of these rows; in a file without a name, and mapped from there, where it takes more than `COPIED` bytes."""
+    """A copy of these rows.
+
+    A copy of more than `COPIED` bytes lies in a file without a name, and is mapped from there.
+    """
     shape, kind = (len(rows), *column.shape[1:]), column[:0].numpy().dtype
     if math.prod(shape) * kind.itemsize <= COPIED:
         return column[rows]
@@ -141,12 +152,12 @@ def returns_to_go(rewards: np.ndarray) -> np.ndarray:
 def pack(
     task: str, episodes: Iterable[Mapping[str, Any]], observation_space: gym.Space, action_space: gym.Space
 ) -> Trajectories:
-    """Join episodes, each of observations (T or T + 1, ...), actions (T, ...), rewards (T,) and success, or None for it.
+    """Join episodes, each of observations (T or T + 1, ...), actions (T, ...), rewards (T,) and success or None.
 
-    Observations are flattened, see `eva_rl.spaces`. One after the last action is dropped: nothing was done there.
+    Observations are flattened (see `eva_rl.spaces`). One after the last action is dropped: nothing was done there.
 
     Raises:
-        UserError: if an episode is empty, of other shapes, or holds NaN or infinite numbers; it names the episode.
+        UserError: if an episode is empty, of other shapes, or holds NaN or infinite numbers. The error names it.
     """
     columns: dict[str, list[np.ndarray]] = {}
     for episode in checked(task, episodes, observation_space, action_space):
@@ -163,7 +174,10 @@ def joined_up(
     observation_space: gym.Space,
     action_space: gym.Space,
 ) -> Trajectories:
-    """The trajectories whose columns were joined; of `columns`, the lengths and successes of the episodes are read."""
+    """The trajectories whose columns were joined.
+
+    Only the lengths and successes of the episodes are read from `columns`.
+    """
     return Trajectories(
         task=task,
         **{name: torch.from_numpy(values) for name, values in joined.items()},
@@ -175,7 +189,10 @@ def joined_up(
 
 
 def _solved(told: Sequence[np.ndarray | None]) -> Tensor | None:
-    """(E,) bool: which episodes were solved. None where none of them says: some environments mention success only where there is one."""
+    """Which episodes were solved, (E,) bool, or None where none of them says.
+
+    Some environments mention success only where there is one.
+    """
     if all(episode is None for episode in told):
         return None
     return torch.tensor([episode is not None and bool((episode > 0).any()) for episode in told])
@@ -214,7 +231,7 @@ def checked(
 def _columns(
     name: str, episode: Mapping[str, Any], observation_space: gym.Space, action_space: gym.Space
 ) -> dict[str, Any]:
-    """One episode's columns, see `checked`; `name` is what a `UserError` calls it."""
+    """One episode's columns (see `checked`), where `name` is what a `UserError` calls it."""
     rewards, actions = np.asarray(episode["rewards"], np.float32), episode["actions"]
     if rewards.ndim == 2 and rewards.shape[1] == 1:  # arrays of one, as some environments return them
         rewards = rewards[:, 0]
@@ -283,7 +300,10 @@ def _checked_labels(name: str, labels: np.ndarray, actions: np.ndarray) -> np.nd
 
 
 def _lost_digits(space: gym.Space, observations: Any) -> Iterator[int]:
-    """The numbers of the flat observation that differ by less than float32 tells apart at their size, such as seconds since 1970."""
+    """The numbers of the flat observation that differ by less than float32 tells apart at their size.
+
+    Seconds since 1970 are an example.
+    """
     first = 0
     for member, values in leaves(space, observations):
         yield from (first + int(at) for at in np.flatnonzero(loses_digits(member, values)))
@@ -291,7 +311,7 @@ def _lost_digits(space: gym.Space, observations: Any) -> Iterator[int]:
 
 
 def _as_kept(actions: Any, space: gym.Space) -> np.ndarray:
-    """Actions (T, ...) as choices counted from 0, or as flat float32; those of several parts as rows of both."""
+    """Actions (T, ...) as choices counted from 0, as flat float32, or, if they have several parts, as rows of both."""
     if action_choices(space):
         return np.asarray(actions).astype(np.int64) - first_choice(space)
     return action_rows(space, actions).astype(np.float32)
@@ -324,12 +344,12 @@ def interface_of(name: str, trajectories: Sequence[Trajectories], std_floor: flo
     """The interface of training trajectories that share their spaces, every task weighing the same.
 
     No observation dimension's standard deviation is taken to be less than `std_floor` times the median over the
-    dimensions that move at all. Without a floor a dimension that rests during pretraining would be divided by nearly
-    zero, and a target task in which it moves would drown every other input: a base for unseen tasks wants a high one
-    (pretraining takes 1.5). A single task's own statistics need one only against division by zero.
+    dimensions that move at all. Without a floor, a dimension that rests during pretraining would be divided by nearly
+    zero. In a target task where it moves, it would then drown every other input. So a base for unseen tasks wants a
+    high floor (pretraining takes 1.5). A single task's own statistics need one only against division by zero.
 
-    Actions of a bounded space are scaled to [-1, 1] by its bounds, others by their mean and standard deviation; so are those that use
-    less than a tenth of their bounds, which is said.
+    Actions of a bounded space are scaled to [-1, 1] by its bounds, and others by their mean and standard deviation.
+    Actions that use less than a tenth of their bounds are also scaled by mean and standard deviation, with a warning.
 
     Raises:
         UserError: if the trajectories' spaces differ, or the floor is not above 0.
@@ -394,7 +414,7 @@ def _moments(trajectories: Sequence[Trajectories], parts: Sequence[Part]) -> tup
 
 
 def _action_scales(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Centre and half-width of the range of each number in an action's row; 0 and 1 of choices."""
+    """Centre and half-width of the range of each number in an action's row, which are 0 and 1 for choices."""
     actions = torch.cat([t.actions for t in trajectories]).double()
     members = members_of(trajectories[0].action_space)
     columns = actions.split([math.prod(shape_of(member)) for member in members], 1)
@@ -411,7 +431,7 @@ def _action_scales(trajectories: Sequence[Trajectories]) -> tuple[tuple[float, .
 
 
 def _action_range(task: str, space: gym.spaces.Box, actions: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and half-width of the range of actions (N, act): from the space where it is bounded, else from the data."""
+    """Centre and half-width of the range of actions (N, act), from the space if it is bounded, else from the data."""
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
     used = (actions.max(0).values - actions.min(0).values).numpy()

@@ -1,4 +1,7 @@
-"""Packed trajectories -> random windows, by indexing alone; batch number n is a pure function of the seed and n."""
+"""Packed trajectories -> random windows, by indexing alone.
+
+Batch number n is a pure function of the seed and n.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ from eva_rl.batch import Batch
 from eva_rl.data.trajectories import Trajectories
 
 UNNAMED = 0.1
-"""The share of windows that do not name their task where they may, so that a model also knows tasks it is not told of."""
+"""The share of windows that do not name their task, where they may.
+So a model also knows tasks that it is not told of."""
 JOINED = 2 * 2**30
 """Bytes of observations up to which a sampler joins its tasks, in memory."""
 
 
 class WindowSampler:
-    """Draws batches of windows: a task uniformly, then one of its transitions' windows, every transition equally likely.
+    """Draws batches of windows: a task uniformly, then a window of one of its transitions, each equally likely.
 
-    A window is any run of `context` consecutive steps that overlaps an episode, cut to the episode: windows that hang
-    over the beginning start at step 0 and are shorter, as histories are early in a rollout; windows that hang over the
-    end are shorter too. The real steps stand first and zeros follow.
+    A window is any run of `context` consecutive steps that overlaps an episode, cut to the episode. Windows that hang
+    over the beginning start at step 0 and are shorter, as histories are early in a rollout. Windows that hang over the
+    end are shorter too. The real steps come first and zeros follow.
 
-    named: whether batches say which of the trajectories a window is of, see `Batch.tasks`; all but `UNNAMED` of their windows do.
+    named: whether batches say which of the trajectories a window is from (see `Batch.tasks`). All but a share of
+    `UNNAMED` of their windows then do.
     """
 
     def __init__(
@@ -66,10 +71,11 @@ class WindowSampler:
         return self.draw(np.random.default_rng((self.seed, number)), self.batch_size)
 
     def spread(self, number: int) -> Batch:
-        """Batch `number` of another endless sequence, whose windows lie across all episodes and along their whole length.
+        """Batch `number` of another endless sequence, whose windows lie across all episodes and their whole length.
 
-        A Latin hypercube (McKay et al. 1979) over episodes and phases: every transition is as likely as in `batch`, but the first
-        batches already hold each phase of an episode, a late one too. For what looks at few batches.
+        The windows are a Latin hypercube (McKay et al. 1979) over episodes and phases. Every transition is as likely as
+        in `batch`, but the first batches already hold each phase of an episode, a late one too. This is meant for what
+        looks at few batches.
         """
         rng, n = np.random.default_rng((self.seed, number, 1)), self.batch_size
         across = (np.arange(n) + rng.random(n)) / n * len(self.task_first)  # (n,) tasks, and places within them

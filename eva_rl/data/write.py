@@ -16,11 +16,11 @@ from eva_rl.errors import UserError
 
 
 def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
-    """Look whether a dataset can be written under this id.
+    """Check that a dataset can be written under this id.
 
     Raises:
-        UserError: if it is no id of Minari's, a dataset of that id is there and is not to be overwritten, or its folder holds anything
-            but one dataset.
+        UserError: if it is no id of Minari's, if a dataset of that id is there and is not to be overwritten, or if its
+            folder holds anything but one dataset.
     """
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
         raise UserError(
@@ -53,12 +53,12 @@ def write_dataset(
     environment: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write episodes, the fields of Minari's `EpisodeBuffer` each, one at a time.
+    """Write episodes one at a time, each given as the fields of Minari's `EpisodeBuffer`.
 
     Pictures are kept as they are, not as JPEG.
 
     Raises:
-        UserError: see `check_new_id`; also if there is no space left.
+        UserError: as in `check_new_id`, or if there is no space left.
     """
     check_new_id(dataset_id, overwrite)
     write_whole(

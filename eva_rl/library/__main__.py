@@ -120,7 +120,7 @@ VERBS = {"add": add, "list": show, "which": which, "remove": remove}
 
 
 def main() -> None:
-    """Run the verb that the command line begins with; the rest are its settings.
+    """Run the verb that the command line begins with, with the rest as its settings.
 
     Raises:
         SystemExit: if it begins with none.

@@ -47,7 +47,7 @@ class Entry:
     name: str
     task: str
     method: str | None
-    """The run's `adapter`; None where no run's result was beside the adapter."""
+    """The run's `adapter`, or None where no run's result was beside the adapter."""
     demonstrations: int
     """Trajectories it was trained on."""
     sketch: bool
@@ -59,7 +59,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """What `library.json` holds; a folder that it does not name is no part of the library."""
+    """What `library.json` holds.
+
+    A folder that it does not name is no part of the library.
+    """
 
     format: str
     base: str
@@ -70,12 +73,12 @@ class Index:
 class Library:
     """Adapters of one base in one folder.
 
-    Every adapter is a folder in peft's format, with a sketch of the base's activations on its task. `library.json` names them. An
-    adapter's folder is renamed into its place before it is named there, so that a process that is killed leaves a library that opens.
-    Processes that change the library wait for each other.
+    Every adapter is a folder in peft's format, with a sketch of the base's activations on its task. `library.json`
+    names them. An adapter's folder is renamed into its place before it is named there, so that a process that is
+    killed leaves a library that opens. Processes that change the library wait for each other.
 
     Args:
-        folder: of the library; it is made when the first adapter is added.
+        folder: the library's, which is made when the first adapter is added.
         base: where the base is now, if it was moved.
 
     Raises:
@@ -85,7 +88,8 @@ class Library:
     def __init__(self, folder: str | Path, base: str | None = None):
         self.folder, self._given_base = Path(folder), base
         self.calibrations: dict[tuple, tuple[float, list[float]]] = {}
-        """What `which` has found of itself: by adapters and number of observations, see `eva_rl.library.which.calibrate`."""
+        """What `which` has found of itself, by adapters and number of observations.
+        See `eva_rl.library.which.calibrate`."""
         if self.folder.is_file():
             raise UserError(f"A library must be a folder, got the file '{folder}'.")
         if self.folder.exists():
@@ -98,7 +102,7 @@ class Library:
         self._index()
 
     def _index(self) -> Index | None:
-        """What is on disk at present; None before the first adapter."""
+        """What is on disk at present, or None before the first adapter."""
         path = self.folder / INDEX
         if not path.is_file():
             return None
@@ -114,7 +118,7 @@ class Library:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The adapters, by name; what other processes have added since is among them."""
+        """The adapters, by name, including what other processes have added since."""
         index = self._index()
         return () if index is None else tuple(sorted(index.entries, key=lambda entry: entry.name))
 
@@ -167,13 +171,15 @@ class Library:
 
         Args:
             run: a fine-tuning run's folder, or an adapter's.
-            name: what to call it; None: the last part of its task's name.
-            trajectories: its demonstrations; None: those of `dataset`.
-            dataset: the Minari id of its demonstrations; None: the one that the run's result names.
-            sketch: False: `which` will not find it, and no demonstrations are needed.
+            name: what to call it. By default, the last part of its task's name.
+            trajectories: its demonstrations. By default, those of `dataset`.
+            dataset: the Minari id of its demonstrations. By default, the one that the run's result names.
+            sketch: whether to sketch the task. Without a sketch, `which` will not find the adapter, and no
+                demonstrations are needed.
 
         Raises:
-            UserError: if there is no whole adapter, it belongs to another base, the name is taken, or its demonstrations are missing.
+            UserError: if there is no whole adapter, it belongs to another base, the name is taken, or its
+                demonstrations are missing.
         """
         from eva_rl.adapter.safe import check_adapter_config
 
@@ -234,12 +240,13 @@ class Library:
         transitions: int | None = None,
         interface: str | None = None,
     ) -> Ranking:
-        """Which adapter is for the task that these come from: see `eva_rl.library.which.rank`.
+        """Which adapter is for the task that the data come from (see `eva_rl.library.which.rank`).
 
         Args:
-            data: trajectories, or observations as the environment gives them, with a leading axis of n; in any order.
-            transitions: look at the first so many; None: at all, or where there are more than 2000 at so many of them.
-            interface: the name of the one that the adapters act through; None: the first that has such observations.
+            data: trajectories, or observations as the environment gives them, with a leading axis of n, in any order.
+            transitions: how many to look at, from the first on. By default, all of them, or 2000 where there are more.
+            interface: the name of the one that the adapters act through. By default, the first that has such
+                observations.
 
         Raises:
             UserError: if no adapter has a sketch, or none of those reads such observations.
@@ -251,7 +258,9 @@ class Library:
     def start(
         self, data: Trajectories | np.ndarray | Mapping[str, Any] | tuple, nearest: int = 1, combination: str = "cat"
     ) -> Start:
-        """A start for `eva_rl.adapter.attach`: the new adapter begins as the nearest one, or as a sum weighted by the shares.
+        """A start for `eva_rl.adapter.attach`.
+
+        The new adapter begins as the nearest one, or as a sum weighted by the shares.
 
         Args:
             data: of the new task, as `which` takes it.
@@ -259,7 +268,8 @@ class Library:
             combination: see `eva_rl.adapter.combine.start_from`.
 
         Raises:
-            UserError: see `which`; or if `nearest` is not from 1 to the number of adapters with a sketch that are plain LoRA.
+            UserError: as in `which`, or if `nearest` is not from 1 to the number of adapters with a sketch that are
+                plain LoRA.
         """
         from eva_rl.adapter.combine import start_from
         from eva_rl.adapter.factors import plain_lora
@@ -303,7 +313,7 @@ class Library:
         trajectories: Trajectories | None,
         dataset: str | None,
     ) -> Sketch | None:
-        """Its sketch; None for observations that the base has no embedder for."""
+        """The adapter's sketch, or None for observations that the base has no embedder for."""
         from eva_rl.data import load_dataset
         from eva_rl.library.sketch import make_sketch
 
@@ -340,7 +350,7 @@ class Library:
 
 
 def _result_of(folder: Path) -> RunResult | None:
-    """The result of the run that the adapter's folder stands in; None where it stands alone.
+    """The result of the run that the adapter's folder stands in, or None where it stands alone.
 
     Raises:
         UserError: if the run has not ended, or its result is damaged.

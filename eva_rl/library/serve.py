@@ -38,7 +38,10 @@ ATTENTION = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class Factors:
-    """A block's factors of K adapters, or of n episodes: transposed, as rows are multiplied by them, and with LoRA's scale in B."""
+    """A block's factors of K adapters, or of n episodes.
+
+    They are transposed, as rows are multiplied by them, and LoRA's scale is in B.
+    """
 
     qkv_a: Tensor  #: (K, d, 3 r)
     qkv_b: Tensor  #: (K, 3, r, d)
@@ -66,14 +69,15 @@ class Adapters:
     blocks: tuple[Factors, ...]
     """With factors of K adapters, in the order of their names."""
     embedder: Embedder
-    """The base's; where it has vectors of tasks, with the adapters' (K, d) in the place of its own."""
+    """The base's embedder. Where it has vectors of tasks, the adapters' vectors (K, d) take the place of its own."""
 
     @classmethod
     def load(cls, library: Library, names: Sequence[str], device: torch.device | str = "cpu") -> Adapters:
         """Read these adapters of a library.
 
         Raises:
-            UserError: if one is not LoRA of the trunk alone, or they act through different interfaces, or one that the base lacks.
+            UserError: if one is not LoRA of the trunk alone, or they act through different interfaces, or through one
+                that the base lacks.
         """
         if not names:
             raise UserError(f"No adapter of '{library.folder}' was named: there must be one at least.")
@@ -151,13 +155,13 @@ def adapters_of(
 
 
 def _vectors(known: Tensor, own: Sequence[Tensor | None]) -> torch.nn.Embedding:
-    """The adapters' vectors (K, d); the known one (d,) for those that brought none."""
+    """The adapters' vectors (K, d), with the known one (d,) for those that brought none."""
     rows = [known.detach() if vector is None else vector.to(known) for vector in own]
     return torch.nn.Embedding.from_pretrained(torch.stack(rows))
 
 
 def _score(entry: Entry) -> tuple[float, float]:
-    """Success rate, then return; less than any where they are unknown."""
+    """Success rate, then return, each counted as lower than any other where it is unknown."""
     rate, value = (-math.inf if own is None else own.mean for own in (entry.success_rate, entry.episode_return))
     return rate, value
 
@@ -191,7 +195,10 @@ def _block(
 
 @dataclass(frozen=True)
 class MixedWeights:
-    """A block's weights, with an adapter for each of n episodes beside them; rows are those of the episodes in their order."""
+    """A block's weights, with an adapter for each of n episodes beside them.
+
+    Rows are those of the episodes in their order.
+    """
 
     base: BlockWeights
     own: Factors
@@ -243,7 +250,7 @@ def _added(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
 
 
 class MixedDecoder(Decoder):
-    """A decoder whose episodes use different adapters of one base; none is merged.
+    """A decoder whose episodes use different adapters of one base, none of which is merged.
 
     An episode's actions do not depend on the adapters beside its own, as each has products of its own.
 
@@ -261,7 +268,10 @@ class MixedDecoder(Decoder):
 
     @torch.inference_mode()
     def use(self, rows: Sequence[int]) -> None:
-        """Go on with these adapters (n,); what past steps have left is computed again, with them, at the next action."""
+        """Go on with these adapters (n,).
+
+        What past steps have left is computed again, with these adapters, at the next action.
+        """
         self.rows = torch.tensor([*rows, *[rows[0]] * (len(self.now.mask) - len(rows))], device=self.tokens.device)
         self._gather()
         self.kept = [0] * len(self.kept)
@@ -316,7 +326,7 @@ class LibraryPolicy(ActingPolicy):
         return cls(Adapters.load(library, names, where), where)
 
     def reset(self, target_return: Any = None, adapter: str | Sequence[str] | None = None) -> None:
-        """Begin an episode, or several, with this adapter, or one for each; else as `ActingPolicy.reset`."""
+        """Begin one or more episodes as `ActingPolicy.reset` does, with this adapter, or one for each episode."""
         self._actor = None  # no episode goes on
         if adapter is not None:
             self.use(adapter)
@@ -332,16 +342,17 @@ class LibraryPolicy(ActingPolicy):
         return found
 
     def act(self, observation: Any, adapter: str | None = None) -> Any:
-        """As `ActingPolicy.act`, from here on with the adapter of this name; None: with the one before.
+        """As `ActingPolicy.act`, with the adapter of this name from here on.
 
-        Within an episode, what the adapter before made of past steps is computed again.
+        If no name is given, the previous adapter stays. Within an episode, what the previous adapter made of past steps
+        is computed again.
         """
         if adapter is not None:
             self.use(adapter)
         return super().act(observation)
 
     def act_batch(self, observations: Any, adapter: str | Sequence[str] | None = None) -> np.ndarray:
-        """As `ActingPolicy.act_batch`; `adapter`: a name for all episodes, or one for each."""
+        """As `ActingPolicy.act_batch`, where `adapter` is a name for all episodes, or one for each."""
         if adapter is not None:
             self.use(adapter)
         return super().act_batch(observations)

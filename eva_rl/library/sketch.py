@@ -33,12 +33,15 @@ BATCH = 250
 KEPT = 200
 """Observations of a task that are kept beside its sketch, which has not seen them: what fits is judged by them."""
 KEPT_BYTES = 2**18
-"""Of those observations at most."""
+"""Bytes of those observations at most."""
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """One task, as the base sees it; the layers are those that read the same tensor, by the first one's name."""
+    """One task, as the base sees it.
+
+    Layers that read the same tensor are taken together, under the first one's name.
+    """
 
     means: dict[str, Tensor]  #: (d,) float32 each
     components: dict[str, Tensor]  #: (k, d) orthonormal rows
@@ -72,9 +75,9 @@ class Sketch:
 def make_sketch(model: DecisionTransformer, interface: str, trajectories: Trajectories) -> Sketch:
     """The sketch of a task from its demonstrations: EVA's components of what every layer of the trunk reads.
 
-    Each observation is seen alone, as the first of its episode, by the model's state tokens: so a sketch knows no order of
-    observations, and needs no actions, rewards or returns. Every fourth episode (of fewer than four, every fourth observation) is
-    left out, and some of its observations are kept as they are.
+    Each observation is seen alone, as the first of its episode, by the model's state tokens. So a sketch knows no order
+    of observations, and needs no actions, rewards or returns. Every fourth episode (of fewer than four, every fourth
+    observation) is left out, and some of its observations are kept as they are.
 
     Raises:
         UserError: if there are fewer than four observations, or they are not the interface's.
@@ -127,7 +130,10 @@ def spread(rows: Tensor, count: int) -> Tensor:
 
 
 def states_alone(model: DecisionTransformer, interface: str, observations: Tensor) -> Tensor:
-    """The trunk's features (n, 1, d) of observations (n, obs), each in a window of its own, by its state token alone."""
+    """The trunk's features (n, 1, d) of observations (n, obs), by their state tokens alone.
+
+    Each observation is in a window of its own.
+    """
     device = next(model.parameters()).device
     observations = observations.to(device)
     n, spec = len(observations), model.interfaces[interface]

@@ -1,4 +1,7 @@
-"""Which adapter is for these observations: the one whose task's subspace explains most of what the base makes of them."""
+"""Which adapter is for these observations.
+
+It is the one whose task's subspace explains most of what the base makes of them.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,11 @@ class Match:
     name: str
     task: str
     share: float
-    """Of the activations' squared distance from the library's mean, what the task's mean and components explain; 1 is all of it, and
-    below 0 the mean of all tasks is nearer."""
+    """How much of the activations' squared distance from the library's mean the task's mean and components explain.
+    At 1 they explain all of it. Below 0 the mean of all tasks is nearer."""
     low: float
     high: float
-    """The share's 95 % interval, as if the observations were independent; those of one episode are not quite."""
+    """The share's 95 % interval, as if the observations were independent. Those of one episode are not quite."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Ranking:
 
     @property
     def best(self) -> Match | None:
-        """The first, if it fits; None: none does."""
+        """The first if it fits, or None if none does."""
         return self.matches[0] if self.matches[0].share >= self.threshold else None
 
 
@@ -86,12 +89,14 @@ def rank(
 ) -> Ranking:
     """Rank a library's adapters for these observations.
 
-    x: what a layer of the base reads of one observation; m_i and V_i: mean and components of task i's sketch in that layer; m: the
-    mean of all m_i. The share that task i explains is 1 - sum |(I - V_i^T V_i)(x - m_i)|^2 / sum |x - m|^2, over the
-    observations, and then the mean over layers. Both sums are over a set: no order matters.
+    Let x be what a layer of the base reads of one observation. Let m_i and V_i be the mean and the components of task
+    i's sketch in that layer, and m the mean of all m_i. The share that task i explains is
+    1 - sum |(I - V_i^T V_i)(x - m_i)|^2 / sum |x - m|^2, with both sums over the observations, and then the mean over
+    layers. Both sums are over a set, so no order matters.
 
-    The threshold is the one that best tells apart what a task's subspace explains of observations it has not seen, and what the best
-    of the other tasks' explains of them, as if that task were unknown.
+    The threshold is the one that best tells two kinds of share apart. One is what a task's subspace explains of
+    observations it has not seen. The other is what the best of the other tasks' subspaces explains of them, as if that
+    task were unknown.
 
     Raises:
         UserError: see `Library.which`.
@@ -121,7 +126,10 @@ def rank(
 
 
 def _deviation(losses: Tensor, known: float) -> float:
-    """The standard deviation of one observation's loss: of those given, and of the task's own, which count for `PRIOR` of them."""
+    """The standard deviation of one observation's loss.
+
+    It combines the losses given with the task's own deviation, which counts for `PRIOR` of them.
+    """
     n = len(losses)
     own = float(losses.var()) if n > 1 else 0.0
     return float(((n - 1) * own + PRIOR * known**2) / (n - 1 + PRIOR)) ** 0.5
@@ -146,7 +154,9 @@ def distances(sketches: Sequence[Sketch], seen: Mapping[str, Tensor]) -> Distanc
 def calibrate(
     sketches: Sequence[Sketch], kept: Sequence[Mapping[str, Tensor]], count: int
 ) -> tuple[float, list[float]]:
-    """The share from which on a task fits `count` observations, and each task's standard deviation of one observation's loss.
+    """The share from which on a task fits `count` observations, and the spread of each task's losses.
+
+    The spread is the standard deviation of one observation's loss.
 
     Args:
         kept: the activations of each task's observations that its sketch has not seen.
@@ -176,11 +186,13 @@ def _part(found: Distances, part: slice) -> Distances:
 
 
 def threshold_between(fitting: np.ndarray, others: np.ndarray) -> float:
-    """The number that best tells the two apart, an error of either kind weighing the same; without others, nearly all that fit.
+    """The number that best tells the two apart, an error of either kind weighing the same.
+
+    Without others, nearly all that fit reach it.
 
     Args:
         fitting: (n,) shares where the task is known.
-        others: (m,) shares of the best where it is not; none in a small library.
+        others: (m,) shares of the best where it is not. Empty in a small library.
     """
     if not len(others):
         return float(np.quantile(fitting, 0.05))
@@ -192,7 +204,10 @@ def threshold_between(fitting: np.ndarray, others: np.ndarray) -> float:
 
 
 def _matching(library: Library, data: Any, asked: str | None = None) -> tuple[dict[str, Sketch], Tensor, str]:
-    """The sketches, by name, of adapters that read such observations; the observations, flat; and their interface, the one asked for."""
+    """The sketches of adapters that read such observations, the observations, and their interface.
+
+    The sketches come by name, and the observations flat. If an interface was asked for, it is that one.
+    """
     from eva_rl.library.index import SKETCH
 
     entries = [entry for entry in library.entries if entry.sketch]
@@ -217,7 +232,9 @@ def _matching(library: Library, data: Any, asked: str | None = None) -> tuple[di
 
 
 def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple, interface: Interface) -> Tensor:
-    """Observations, flat, (n, obs); a tensor is flat already.
+    """Observations as flat rows (n, obs).
+
+    A tensor is flat already.
 
     Raises:
         UserError: if they are not the interface's, there are none, or they are not finite.
@@ -250,7 +267,9 @@ def rows_of(data: Trajectories | Tensor | np.ndarray | Mapping[str, Any] | tuple
 
 
 def losses(library: Library, names: Sequence[str], batches: Sequence[Batch]) -> Tensor:
-    """The loss of each of these adapters in each batch, (A, batches): the other way to choose, which needs actions and runs every adapter.
+    """The loss of each of these adapters in each batch, (A, batches).
+
+    This is the other way to choose, which needs actions and runs every adapter.
 
     Raises:
         UserError: if an adapter can't be loaded.
@@ -267,7 +286,9 @@ def losses(library: Library, names: Sequence[str], batches: Sequence[Batch]) -> 
 
 
 def nearest(library: Library, observations: Tensor) -> list[str]:
-    """For each flat observation (n, obs) by itself, the name of the adapter whose task explains most of it, whether it fits or not.
+    """For each flat observation (n, obs) by itself, the name of the adapter whose task explains most of it.
+
+    The adapter is named whether it fits or not.
 
     Raises:
         UserError: see `Library.which`.
