@@ -16,13 +16,13 @@ class Compared:
     """One method among those that were run under one protocol, on the tasks and seeds that all of them have."""
 
     study: str
-    """In what the protocol differs from those of the other studies; empty if there is one."""
+    """How the protocol differs from those of the other studies. Empty if there is only one study."""
     method: str
     score: str
     """What they are compared by, such as `success_rate`."""
     mean: float
     low: float | None
-    """Of the 95 % interval, as are the next; None where there are too few runs for one."""
+    """The lower end of the 95 % interval. `high` is the upper one. Both are None where there are too few runs."""
     high: float | None
     interquartile_mean: float
     runs: int
@@ -31,7 +31,9 @@ class Compared:
 
 
 def compare(runs: str | Path | Run | Iterable[str | Path | Run]) -> list[Compared]:
-    """The report's table of methods as data, the best first; `python -m eva_rl.report` prints it.
+    """The report's table of methods as data, the best first.
+
+    `python -m eva_rl.report` prints this table.
 
     Args:
         runs: a folder that holds runs, a run, or several of them.

@@ -1,11 +1,11 @@
 """A checkpoint, with or without an adapter, in a task or a split -> its scores, in steps.
 
-asked_for       what the settings mean; mistakes show here, before anything is written
-load            the model, and what is known of its tasks
-jobs_of         the episodes to play
-play            those that ended
-scored          their scores, by task and return asked for
-write, say      the run's result
+- `asked_for`: what the settings mean. Mistakes show here, before anything is written.
+- `load`: the model, and what is known of its tasks.
+- `jobs_of`: the episodes to play.
+- `play`: those that ended.
+- `scored`: their scores, by task and return asked for.
+- `write`, `say`: the run's result.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Place = tuple[str, float]
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Evaluate as the settings say; return the run's folder.
+    """Evaluate as the settings say, and return the run's folder.
 
     Raises:
-        UserError: for settings that make no sense, before anything is written; and whatever a user can mend later on. Episodes
-            that had ended are kept.
-        KeyboardInterrupt: after those that had ended were kept; it says so.
+        UserError: for settings that make no sense, before anything is written, and later on for whatever a user
+            can mend. Episodes that had ended are kept.
+        KeyboardInterrupt: after the episodes that had ended were kept. The message says so.
     """
     asked, clock = asked_for(config), Stopwatch("load", "rollout")
     with clock("load"):
@@ -167,11 +167,14 @@ class Played:
     finished: Mapping[int, tuple]
     """Return, length and successes, by the numbers of their jobs."""
     stopped: UserError | KeyboardInterrupt | None
-    """What the others were broken off by."""
+    """What cut the others short."""
 
 
 def play(asked: Asked, loaded: Loaded, jobs: Sequence[Job]) -> Played:
-    """Play the episodes, those of one interface together; what breaks off keeps those that had ended."""
+    """Play the episodes, those of one interface together.
+
+    If playing breaks off, the episodes that had ended are kept.
+    """
     finished: dict[int, tuple] = {}
     interface_of = {source.task: source.interface for source in asked.sources}
     with Simulators(asked.config.workers) as simulators:
@@ -219,7 +222,11 @@ def write(
     found: Mapping[Place, Scores],
     clock: Stopwatch,
 ) -> Mapping[str, Any]:
-    """Write result.json, TensorBoard, and the films if they were asked for; return the scores by task, as they are written."""
+    """Write result.json, TensorBoard, and the films if they were asked for.
+
+    Returns:
+        The scores by task, as they are written.
+    """
     results: dict[str, Any] = {}
     for (task, target), own in found.items():
         results.setdefault(task, []).append({"target_return": target, **to_json(own)})

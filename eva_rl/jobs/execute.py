@@ -35,7 +35,7 @@ class Run:
         return read_json(path)
 
     def policy(self, task: str | None = None, **options: Any) -> ActingPolicy:
-        """What it trained, as a policy that acts in a loop of your own; see `load_policy`."""
+        """What it trained, as a policy that acts in a loop of your own (see `load_policy`)."""
         from eva_rl.policy import load_policy
 
         return load_policy(self.folder, task, **options)
@@ -47,12 +47,12 @@ def execute(job: Job, *words: str) -> Run:
         run = eva_rl.execute(eva_rl.Finetune(task="metaworld/hammer-v3", adapter="eva"), "adapter.rank=4")
 
     Args:
-        job: `Finetune`, `Pretrain` or `Evaluate`. What it leaves open is as in `configs/`; names of files there may stand for what they
-            hold, such as `adapter="eva"`.
-        words: further settings as on the command line, such as `adapter.rank=4`; they come last.
+        job: `Finetune`, `Pretrain` or `Evaluate`. What it leaves open is as in `configs/`. The name of a file there may
+            stand for what the file holds, as in `adapter="eva"`.
+        words: further settings as on the command line, such as `adapter.rank=4`. They come last.
 
     Raises:
-        UserError: as the command ends: for settings that make no sense, and whatever a user can mend.
+        UserError: where the command would end: for settings that make no sense, and for whatever a user can mend.
     """
     job = completed(job, words)
     if isinstance(job, FinetuneConfig):

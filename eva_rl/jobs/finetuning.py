@@ -1,12 +1,12 @@
 """A pretrained base and a few trajectories -> an adapter and its score, in steps.
 
-asked_for       what the settings mean; mistakes show here, before anything is written
-earlier_result  what a resumed run had got to
-demonstrated    trajectories of the task
-connected       a model that can see the task and act in it, and windows for it
-initialised     its adapter, at the start
-trained         the adapter, trained and saved
-finish          its scores, and the run's result
+- `asked_for`: what the settings mean. Mistakes show here, before anything is written.
+- `earlier_result`: how far a resumed run had got.
+- `demonstrated`: trajectories of the task.
+- `connected`: a model that can see the task and act in it, and windows for it.
+- `initialised`: its adapter, at the start.
+- `trained`: the adapter, trained and saved.
+- `finish`: its scores, and the run's result.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ PATIENCE = 4
 
 
 def finetune(config: FinetuneConfig, simulators: Simulators | None = None) -> Path:
-    """Fine-tune as the settings say; return the run's folder.
+    """Fine-tune as the settings say, and return the run's folder.
 
     Args:
-        simulators: those of several runs one after the other; None: this run's own.
+        simulators: those of several runs that follow one another. None: this run's own.
 
     Raises:
-        UserError: for settings that make no sense, before anything is written; and whatever a user can mend later on.
+        UserError: for settings that make no sense, before anything is written, and later on for whatever a user
+            can mend.
         InUseError: if another process works in the folder, unless this run is to go on with what is there.
     """
     config = replace(config, mirror=config.mirror and has_mirror_image(config.task))
@@ -162,14 +163,18 @@ class Asked:
     start: starts.Start | None
     allocator: Allocator | None
     tokens: str
-    """Those of the model's that EVA looks at."""
+    """Those of the model's tokens that EVA looks at."""
     device: torch.device
     seeds: Sequence[int]
     """Of the rollouts, before and after."""
     target: TargetReturn
 
     def plays_zero_shot(self, fresh: bool) -> bool:
-        """Whether the base is rolled out as it is; `fresh`: whether its embedder and head for the task were never trained."""
+        """Whether the base is rolled out as it is.
+
+        Args:
+            fresh: whether its embedder and head for the task were never trained.
+        """
         method, wanted = self.config.adapter, self.config.zero_shot
         if method.trainable == "none":
             return True
@@ -234,10 +239,10 @@ def training_of(config: FinetuneConfig) -> TrainingConfig:
 
 
 def earlier_result(asked: Asked, base: Base) -> RunResult | None:
-    """The result of the run that this one resumes, as far as it got; None if there is none.
+    """The result of the run that this one resumes, as far as it got, or None if there is none.
 
     Raises:
-        UserError: if the run can't go on with what is in its folder, or its base is none to adapt.
+        UserError: if the run can't go on with what is in its folder, or its base is not one to adapt.
     """
     config, folder = asked.config, asked.run.folder
     if not isinstance(base.model, DecisionTransformer):
@@ -310,7 +315,7 @@ class Learner:
     total_parameters: int
     """Without the adapter's."""
     peft_config: Any
-    """peft's config of the adapter; None where the method has none."""
+    """peft's config of the adapter. None where the method has none."""
 
 
 def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
@@ -341,7 +346,11 @@ def connected(asked: Asked, task: Demonstrated, base: Base) -> Learner:
 def _nearest_task(
     asked: Asked, model: ActionModel, interface: str, sampler: WindowSampler | MirroredSampler
 ) -> tuple[str, ...]:
-    """Begin with the task vector that predicts the demonstrations best; the name of its module, where there are such vectors."""
+    """Begin with the task vector that predicts the demonstrations best.
+
+    Returns:
+        The name of its module, where there are such vectors.
+    """
     vector = task_vector(model, interface)
     if vector:
         with autocast(asked.training.precision, asked.device):
@@ -366,7 +375,7 @@ class Player:
     clock: Stopwatch
 
     def play(self, model: ActionModel) -> Scores:
-        """The scores of all episodes; unknown where none were asked for."""
+        """The scores of all episodes, unknown where none were asked for."""
         if not self.jobs:
             return scores(None, None)
         with self.clock("rollout"):
@@ -392,7 +401,10 @@ def player_of(asked: Asked, task: Demonstrated, learner: Learner, simulators: Si
 
 
 def initialised(asked: Asked, task: Demonstrated, learner: Learner, clock: Stopwatch) -> Adapter | None:
-    """The frozen model's adapter with initialised weights; None where the method has none. What the method trains is trainable."""
+    """The frozen model's adapter with initialised weights, or None where the method has none.
+
+    What the method trains is made trainable.
+    """
     method, model, tokens = asked.config.adapter, learner.model, asked.tokens
     model.requires_grad_(method.trainable == "all")
     if method.trainable == "interface":
@@ -456,7 +468,7 @@ def facts_of(asked: Asked, base: Base, task: Demonstrated, learner: Learner, tar
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the run so far; result.json states it."""
+    """What is known of the run so far, which result.json states."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -561,7 +573,10 @@ def finish(
 
 
 def show_film(asked: Asked, policy: ActionModel, player: Player, tensorboard: TensorBoard) -> None:
-    """Film an episode; one that nobody asked for is short, and is left out where it can't be seen."""
+    """Film an episode.
+
+    A film that nobody asked for is short, and is left out where the episode can't be rendered.
+    """
     config, job = asked.config, player.jobs[0]
     try:
         frames = player.stage.film(policy, player.interface, job, short=not config.video)

@@ -36,7 +36,7 @@ class Stage:
         finished: dict[int, tuple] | None = None,
         make_policy: ForJobs | None = None,
     ) -> Episodes:
-        """One episode for each job, see `rollout`. `make_policy`: None: of the model."""
+        """One episode for each job (see `rollout`). Where `make_policy` is None, the policies are the model's."""
         policies, own = make_policy or policy_of(model, interface), model.interfaces[interface]
         with autocast(self.precision, self.device):
             return rollout(policies, own, jobs, simulators, self.device, label, finished, self.max_steps, self.longest)
@@ -49,7 +49,7 @@ class Stage:
         make_policy: Callable[[int], Policy] | ForJobs | None = None,
         short: bool = False,
     ) -> np.ndarray:
-        """(T, height, width, 3) uint8: the job's episode, see `film`; if `short`, its first steps at most."""
+        """(T, height, width, 3) uint8: the job's episode (see `film`), or its first steps at most if `short`."""
         limit = min(settings.FILM_STEPS, self.max_steps or settings.FILM_STEPS) if short else self.max_steps
         with autocast(self.precision, self.device), warnings.catch_warnings():
             if short:

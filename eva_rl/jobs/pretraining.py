@@ -1,11 +1,11 @@
 """Datasets of many tasks -> a pretrained Decision Transformer, in steps.
 
-asked_for       what the settings mean; mistakes show here, before anything is written
-gather          trajectories of all tasks, collected where they are missing
-mixed           an interface for each family of tasks, and windows of all of them
-begun           the untrained model, and what is said of it
-trained         the model, trained
-finish          the model, saved, and the run's result
+- `asked_for`: what the settings mean. Mistakes show here, before anything is written.
+- `gather`: trajectories of all tasks, collected where they are missing.
+- `mixed`: an interface for each family of tasks, and windows of all of them.
+- `begun`: the untrained model, and what is said of it.
+- `trained`: the model, trained.
+- `finish`: the model, saved, and the run's result.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ from eva_rl.training import (
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pretrain as the settings say, in all processes that a launcher started; return the run's folder.
+    """Pretrain as the settings say, in all processes that a launcher started, and return the run's folder.
 
     Raises:
-        UserError: for settings that make no sense, before anything is written; and whatever a user can mend later on.
+        UserError: for settings that make no sense, before anything is written, and later on for whatever a user
+            can mend.
     """
     with processes(config.device) as group:
         asked = asked_for(config, group)
@@ -131,7 +132,7 @@ def _check_place(config: PretrainConfig, run: Plan, output: Path) -> None:
 
 
 def gather(asked: Asked, group: Processes) -> Sequence[Trajectories]:
-    """Each task's trajectories; those that are not there are collected."""
+    """Each task's trajectories, collected where they are missing."""
     config, expert = asked.config, asked.config.labels == "expert"
     with group.first_alone():
         ids = datasets(asked.sources, config.demonstrations, config.seed)
@@ -208,7 +209,7 @@ def mixed(asked: Asked, trajectories: Sequence[Trajectories]) -> Mixed:
 
 
 def _interface(config: PretrainConfig, name: str, family: Sequence[Trajectories]) -> Interface:
-    """What the tasks of a family share; the settings say which tokens it reads."""
+    """The interface that the tasks of a family share, with the tokens that the settings say it reads."""
     floor = [config.std_floor] if len(family) > 1 else []
     return replace(
         interface_of(name, family, *floor),
@@ -218,7 +219,10 @@ def _interface(config: PretrainConfig, name: str, family: Sequence[Trajectories]
 
 
 def begun(asked: Asked, mixture: Mixed, group: Processes) -> DecisionTransformer:
-    """The model with fresh weights, alike in all processes; the first one says what will be trained on what."""
+    """The model with fresh weights, alike in all processes.
+
+    The first process says what will be trained on what.
+    """
     config, run = asked.config, asked.run
     torch.manual_seed(config.seed)
     model = DecisionTransformer(asked.model, mixture.interfaces).to(asked.device)
@@ -239,7 +243,7 @@ def _count(model: DecisionTransformer) -> int:
 
 
 def trained(asked: Asked, mixture: Mixed, model: DecisionTransformer, group: Processes) -> TrainingResult:
-    """Train the model; the first process logs."""
+    """Train the model, and log in the first process."""
     config, run = asked.config, asked.run
     torch.manual_seed(config.seed + group.index)  # each process its own dropout
     saves, rules = Saves(run.checkpoints, config.resume, run.identity), Rules(asked.recipe)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ActionModel(nn.Module):
-    """Predicts each step's action; each interface has an embedder and a head of its own.
+    """Predicts each step's action, with an embedder and a head of its own for each interface.
 
     Continuous actions: the mean squared error to the dataset's action, in units of the interface's action scale.
     Discrete actions: cross-entropy. Actions of several parts: the sum over the parts.
@@ -58,7 +58,10 @@ class ActionModel(nn.Module):
         return {part.interface: (self._errors(part, found) * part.mask).sum() for part, found in predictions}
 
     def loss(self, batch: Batch | Mixture) -> Tensor:
-        """Mean over the real steps (and action components); padding counts in neither sum nor divisor."""
+        """The mean over the real steps (and action components).
+
+        Padding counts in neither the sum nor the divisor.
+        """
         return torch.stack(list(self.losses(batch).values())).sum() / batch.steps
 
     def _errors(self, batch: Batch, predicted: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ FORMATS = {DecisionTransformer: FORMAT, CloningMLP: "eva_rl.cloning.1"}
 FILES = frozenset({"config.json", "model.safetensors", "README.md"})
 """What a model's folder may hold."""
 LARGEST = 10**6
-"""Of sizes that weights are made for, such as the numbers of a vector; pixels may be a hundred times as many."""
+"""The largest size that weights are made for, such as the numbers of a vector. Of pixels there may be a hundred times
+as many."""
 CHECKPOINTS = Path(str(resources.files("eva_rl.checkpoints"))).resolve()
 
 
@@ -41,7 +42,7 @@ class Base:
     sha256: str
     """That of its weights' file, by which an adapter knows its base again."""
     task: str | None = None
-    """The one it was fine-tuned on; None for a base of many."""
+    """The task it was fine-tuned on. None for a base of many."""
 
     @property
     def transformer(self) -> DecisionTransformer:
@@ -201,7 +202,8 @@ def load_base_of(
 ) -> Base:
     """Load the base that the adapter in `folder` was trained on.
 
-    given: where the base is now, as the command's `setting` says; None: where it was.
+    Args:
+        given: where the base is now, as the command's `setting` says. None: where it was.
 
     Raises:
         UserError: if it can't be loaded, or its weights are not those the adapter was trained on.

@@ -37,7 +37,10 @@ class CloningConfig:
 
 
 class CloningMLP(ActionModel):
-    """Observation -> action by a multilayer perceptron; images, grids and tokens go through the encoders of the base."""
+    """Observation -> action by a multilayer perceptron.
+
+    Images, grids and tokens go through the encoders of the base.
+    """
 
     config: CloningConfig
 
@@ -81,7 +84,7 @@ class Reflexes:
 
     @torch.no_grad()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
-        """(n, obs), (n,) -> actions in the environment's units (n, *action_shape); the returns are not looked at."""
+        """(n, obs), (n,) -> actions in the environment's units (n, *action_shape), ignoring the returns."""
         count = len(observations)
         rows = F.pad(observations, (0, 0, 0, max(self.least - count, 0)))[:, None]  # (rows, 1, obs)
         nothing = torch.zeros(rows.shape[:2], device=rows.device)

@@ -82,7 +82,10 @@ class Trunk(nn.Module):
 
 
 class DecisionTransformer(ActionModel):
-    """Predicts each step's action from the returns-to-go, states and actions before it (and its own return and state). (Chen et al. 2021, section 3 and algorithm 1)"""
+    """Predicts each step's action from the returns-to-go, states and actions before it, and its own return and state.
+
+    See Chen et al. 2021, section 3 and algorithm 1.
+    """
 
     config: ModelConfig
 
@@ -114,15 +117,17 @@ class DecisionTransformer(ActionModel):
         self.heads[interface.name] = head.to(device)
 
     def connect(self, interface: Interface, what: str) -> tuple[str, ...]:
-        """Make the model ready for `interface`; return the names of the modules it had to make for it.
+        """Make the model ready for `interface`, and return the names of the modules that had to be made for it.
 
-        A new one that does not say which tokens it reads gets those of the model's interfaces of its kind of action.
+        A new interface that does not say which tokens it reads gets those of the model's interfaces of its kind of
+        action.
 
-        There are none where the model has an interface of that name: its own statistics stay in force, but the spaces, and what is kept
-        of observations, become those of the newer one, unless its own keep some in float64.
+        No modules are made where the model has an interface of that name. That interface's statistics stay in force,
+        but its spaces, and what is kept of observations, become those of the newer one. Neither changes if the model's
+        own interface keeps some observations in float64.
 
         Raises:
-            UserError: if that interface has other sizes; the sentence names `what`.
+            UserError: if that interface has other sizes. The message names `what`.
         """
         if interface.name in self.embedders:
             own = self.interfaces[interface.name]
@@ -150,9 +155,13 @@ class DecisionTransformer(ActionModel):
         return kind
 
     def predict(self, batch: Batch | Mixture, all_tokens: bool | None = None) -> list[Tensor]:
-        """For each part of the batch, what `forward` returns; they go through the trunk together.
+        """For each part of the batch, what `forward` returns.
 
-        all_tokens: whether layers whose other outputs nobody reads compute the states alone; None: so while training.
+        The parts go through the trunk together.
+
+        Args:
+            all_tokens: False where layers whose other outputs nobody reads compute the states alone. None: False
+                while training, else True.
         """
         all_tokens = not self.training if all_tokens is None else all_tokens
         layouts: dict[tuple[str, ...], list[Batch]] = {}
@@ -175,8 +184,10 @@ class DecisionTransformer(ActionModel):
         return [self.heads[part.interface](own).float() for part, own in zip(parts, states, strict=True)]
 
     def as_trained(self, batch: Batch, kind: str = "all") -> Tensor:
-        """What `forward` returns, with no more rows going through any layer than the training's forward pass sends through it: the last
-        block's queries and all that follows them see states alone. Where tokens of another `kind` are wanted, all tokens go through.
+        """What `forward` returns, with no more rows through any layer than training's forward pass sends through it.
+
+        The last block's queries and all that follows them see states alone. Where tokens of another `kind` are wanted,
+        all tokens go through.
         """
         [predicted] = self.predict(batch, all_tokens=kind not in ("all", "state"))
         return predicted

@@ -33,7 +33,9 @@ def _nothing_yet(rows: int, name: str, interface: Interface, device: torch.devic
 
 
 class Decoder:
-    """Greedy actions for n episodes that step together; `act` and `record` take turns.
+    """Greedy actions for n episodes that step together.
+
+    `act` and `record` take turns.
 
     A token's position is that of its step in the window, so a window that slid would change every key. It grows instead:
     when it holds `context` steps, it starts anew with the later half of them, whose keys and values are computed again.
@@ -47,10 +49,10 @@ class Decoder:
     An episode's actions do not depend on those beside it, bit for bit on CPUs, unless `alone`.
 
     Args:
-        alone: acts in a control loop, where each step's own time counts: no rows are computed beside the episodes', and the
-            window that starts anew is computed ahead, each step's tokens together with those of the window that goes on. The
-            actions are the same but for rounding.
-        tasks: the row of each episode's task vector, see `Batch.tasks`; None: the one in force.
+        alone: acts in a control loop, where each step's own time counts. No rows are computed beside the episodes'. The
+            window that starts anew is computed ahead, each step's tokens together with those of the window that goes
+            on. The actions are the same but for rounding.
+        tasks: the row of each episode's task vector (see `Batch.tasks`). None: the one in force.
     """
 
     @torch.inference_mode()
@@ -151,11 +153,14 @@ class Decoder:
         self.kept = [*self.kept[1:], 0]
 
     def _extend(self, *pieces: tuple[int, Tensor]) -> Tensor:
-        """Run the trunk on the next tokens (n, m, d) of windows, by their numbers, and keep their keys and values; return the features of
-        the first piece's last token, (n, d).
+        """Run the trunk on the next tokens (n, m, d) of windows, by their numbers, and keep their keys and values.
 
-        A step of one episode is over in a millisecond, of which calls that compute nothing would take most: hence few of them. And
-        the weights are read once for all pieces, which takes longer than the products themselves.
+        A step of one episode is over in a millisecond. Calls that compute nothing would take most of it: hence there
+        are few of them. The weights are read once for all pieces, as reading them takes longer than the products
+        themselves.
+
+        Returns:
+            The features of the first piece's last token, (n, d).
         """
         spans = [(self.caches[window], self.kept[window], tokens.shape[1]) for window, tokens in pieces]
         placed = [

@@ -59,7 +59,10 @@ class TaskVector(nn.Module):
 
 
 class Embedder(nn.Module):
-    """One token of each kind a step; normalises with the interface's statistics: (B, T, ...) -> (B, T * kinds, d)."""
+    """One token of each kind a step, from numbers normalised with the interface's statistics.
+
+    (B, T, ...) -> (B, T * kinds, d).
+    """
 
     observation_mean: Tensor
     observation_std: Tensor
@@ -96,7 +99,7 @@ class Embedder(nn.Module):
         self.register_buffer("exact_observation_mean", exact_mean, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        """Actions in the environment's units (..., act) -> the model's units; choices as they are."""
+        """Actions in the environment's units (..., act) -> the model's units, with choices as they are."""
         if not self.interface.action_mean:
             return actions
         return (actions - self.action_mean) / self.action_scale

@@ -9,7 +9,7 @@ from eva_rl.model.action_model import ActionModel
 
 
 def task_vector(model: ActionModel, interface: str) -> tuple[str, ...]:
-    """The name of the module that holds the vector in force; none where the interface has no vectors of tasks."""
+    """The name of the module that holds the vector in force, or none where the interface has no vectors of tasks."""
     return (f"embedders.{interface}.task",) if model.interfaces[interface].tasks else ()
 
 
@@ -20,7 +20,7 @@ def begin_with_nearest(model: ActionModel, batch: Batch) -> str | None:
     The one already there is that of a fine-tuned base's own task, or what pretraining made of windows of no named task.
 
     Returns:
-        The task whose vector it is; None where the one already there is the best, or the interface has none.
+        The task whose vector it is. None where the one already there is the best, or the interface has none.
     """
     embedder, tasks = model.embedder_of(batch.interface), model.interfaces[batch.interface].tasks
     if not tasks:

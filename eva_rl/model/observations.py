@@ -25,7 +25,7 @@ def make_encoder(parts: Sequence[Part], width: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Every part through a network of its own; several of them through two layers that let them meet."""
+    """Every part through a network of its own, and several parts then through two layers that let them meet."""
 
     def __init__(self, parts: Sequence[Part], width: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Image(nn.Module):
 
 
 class Grid(nn.Module):
-    """Each cell is the sum of its channels' embeddings; two convolutions: (n, c h w) whole numbers -> (n, width)."""
+    """Two convolutions over cells, each the sum of its channels' embeddings: (n, c h w) whole numbers -> (n, width)."""
 
     offsets: Tensor
 

@@ -38,10 +38,10 @@ class ForJobs:
 
 
 class Actor:
-    """Acts for n episodes that step together, here in a rollout or there in a user's own loop; `act` and `observe` take turns.
+    """Acts for n episodes that step together, in a rollout or in a user's own loop.
 
-    The policy first asks for the target return; every reward received is subtracted from what it asks for next. (Chen et
-    al. 2021, algorithm 1)
+    `act` and `observe` take turns. The policy first asks for the target return. Every reward received is subtracted
+    from what it asks for next (Chen et al. 2021, algorithm 1).
     """
 
     def __init__(

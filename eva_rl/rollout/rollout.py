@@ -1,4 +1,4 @@
-"""A return-conditioned policy in many environments at once; every episode is decided by its own seed.
+"""A return-conditioned policy in many environments at once, where every episode is decided by its own seed.
 
 torch is imported where it is used: simulators' processes import this package too, and start sooner without it.
 """
@@ -80,16 +80,18 @@ def rollout(
 ) -> Episodes:
     """Run one episode for each job.
 
-    The policy first asks for the job's target return; every reward received is subtracted from what it asks for next
-    (Chen et al. 2021, algorithm 1). Groups of episodes run side by side, each with a policy and a thread of its own, which
-    waits while the group's environments step in their process: so every core has work, be it a model's or a simulator's.
+    The policy first asks for the job's target return. Every reward received is subtracted from what it asks for next
+    (Chen et al. 2021, algorithm 1). Groups of episodes run side by side, each with a policy and a thread of its own.
+    The thread waits while the group's environments step in their process. So every core has work, be it a model's or a
+    simulator's.
 
     Args:
         make_policy: a policy for n episodes that begin, or for these jobs. Policies of several groups act at the same time.
         interface: which the environments' spaces must fit.
-        finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, also if
+        finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, even if
             the rollout breaks off.
-        max_steps: where episodes are cut and scored, which is said; None: where the environment's own time limit ends them.
+        max_steps: where episodes are cut and scored, with a warning. None: where the environment's own time limit ends
+            them.
         longest: the same, where there is no such limit either.
 
     Raises:
@@ -185,7 +187,10 @@ def _play_all(
     play: Callable[[Simulator | LocalSimulator, _Group], None],
     show: Callable[[], None],
 ) -> None:
-    """Play each group on a simulator that is idle; a group whose simulator died is played again on another."""
+    """Play each group on a simulator that is idle.
+
+    A group whose simulator died is played again on another.
+    """
     waiting, busy, deaths = deque(groups), {}, 0
     while waiting or busy:
         while waiting and idle:
@@ -251,7 +256,7 @@ class _Group:
         device: torch.device | str,
         stepped: Callable[[], None],
     ) -> None:
-        """Run the episodes, anew if they had begun; `stepped` is called after every step."""
+        """Run the episodes, anew if they had begun, and call `stepped` after every step."""
         self._begin()
         targets = [job.target_return for job in self.jobs]
         policy = make_policy.make(self.jobs) if isinstance(make_policy, ForJobs) else make_policy(len(self.jobs))
@@ -265,7 +270,11 @@ class _Group:
         del self.actor  # and its memory
 
     def advance(self, board: Board) -> bool:
-        """Take in what the environments did and choose the next actions; False when all episodes have ended."""
+        """Take in what the environments did, and choose the next actions.
+
+        Returns:
+            False when all episodes have ended.
+        """
         alive = self.alive
         self.steps += 1
         self.solved[0, alive] = np.maximum(self.solved[0, alive], board.solved[alive])

@@ -1,4 +1,4 @@
-"""Processes that step environments, a group each; observations and actions cross in shared memory."""
+"""Processes that step environments, a group each, and exchange observations and actions through shared memory."""
 
 from __future__ import annotations
 
@@ -179,7 +179,10 @@ class Simulator:
         theirs.close()  # so that ours ends when the process does
 
     def send(self, message: Sequence[Job] | None) -> None:
-        """Jobs to begin, or None for a step; `receive` returns when it is done."""
+        """Send jobs to begin, or None for a step.
+
+        `receive` returns when it is done.
+        """
         with suppress(BrokenPipeError, ConnectionResetError):  # `receive` will find out
             self.connection.send(message)
 
@@ -201,7 +204,7 @@ class Simulator:
             raise error
 
     def kill(self) -> None:
-        """End its process at once; whoever is waiting in `receive` learns that it died."""
+        """End its process at once, so that whoever is waiting in `receive` learns that it died."""
         self.process.kill()
 
     def close(self) -> None:
@@ -236,7 +239,10 @@ class LocalSimulator:
 
 
 class Simulators:
-    """So many simulators, started when first needed and kept until `close`; 0: one in this process."""
+    """A number of simulators, started when first needed and kept until `close`.
+
+    With 0 workers there is one, in this process.
+    """
 
     def __init__(self, workers: int | None = None):
         refuse_while_imported()
@@ -269,7 +275,10 @@ class Simulators:
         return new
 
     def kill(self) -> None:
-        """End their processes at once, whatever they are at; `close` is still to be called."""
+        """End their processes at once, whatever they are doing.
+
+        `close` must still be called.
+        """
         for simulator in self.running:
             simulator.kill()
 

@@ -22,9 +22,14 @@ SWEEP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class TargetReturn:
-    """`auto` (None too): the median return of the task's successful trajectories, of all where success is unknown, and the best
-    one where none succeeded; `max`: the best, as in EVA's experiment, which may be that of a failure; `q0.9`: that quantile of all
-    returns; a number; `sweep`: several, from below their mean to beyond the best.
+    """What return to ask for, as the settings say it.
+
+    - `auto` (None too): the median return of the task's successful trajectories. Where success is unknown, the median
+      of all, and where none succeeded, the best one.
+    - `max`: the best, as in EVA's experiment. This may be that of a failure.
+    - `q0.9`: that quantile of all returns.
+    - A number.
+    - `sweep`: several, from below their mean to beyond the best.
 
     Raises:
         UserError: if it is none of these.
@@ -57,7 +62,9 @@ class TargetReturn:
         return self._given() is not None
 
     def wanted(self, task: str, statistics: TaskStatistics | None, tokens: Sequence[str]) -> list[float]:
-        """`returns` for a model that reads these tokens; where it reads no returns and nothing is known of them, 0, which it ignores.
+        """`returns` for a model that reads these tokens.
+
+        Where the model reads no returns and nothing is known of them, this is 0, which the model ignores.
 
         Raises:
             UserError: if it reads returns, and nothing is known of the task's.
@@ -66,7 +73,7 @@ class TargetReturn:
         return [0.0] if ignored else self.returns(task, statistics)
 
     def returns(self, task: str, statistics: TaskStatistics | None) -> list[float]:
-        """What to ask for in a task whose trajectories have these statistics; one return unless this is a sweep.
+        """What to ask for in a task whose trajectories have these statistics: one return, unless this is a sweep.
 
         Raises:
             UserError: if the statistics do not say.

@@ -17,7 +17,7 @@ DRAWS = 2000
 """Bootstrap samples of an interval, and exchanges of a permutation test."""
 
 Runs = Mapping[str, Sequence[float] | np.ndarray]
-"""Each task's scores, a run each; those of two methods that are compared in the same order of seeds."""
+"""Each task's scores, one for each run. Two methods that are compared have theirs in the same order of seeds."""
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(scores (..., n), weights (n,)) -> (...)."""
 
@@ -28,7 +28,10 @@ def average(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def interquartile_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean of the middle half of the scores (..., n), by weight; those at its ends by the part that lies within."""
+    """The mean of the middle half of the scores (..., n), by weight.
+
+    Scores at the ends of that half count by the part that lies within.
+    """
     order = np.argsort(scores, -1, kind="stable")
     ends = np.cumsum(weights[order], -1)  # (..., n): the share of weight up to and with each score
     ends = np.concatenate([np.zeros_like(ends[..., :1]), ends], -1) / weights.sum()
@@ -37,11 +40,12 @@ def interquartile_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def stratified(runs: Runs, statistic: Statistic = average, seed: int = 0) -> Estimate:
-    """A statistic of all runs and its interval; tasks of fewer than two runs add no width to it.
+    """A statistic of all runs and its interval, to which tasks of fewer than two runs add no width.
 
-    A bootstrap of n runs has a spread too small by the square root of (n - 1) / n, and its percentiles are those of a
-    normal where a spread of so few degrees of freedom asks for Student's: deviations are scaled up by both. The degrees of
-    freedom are those of the sum of the tasks' variances (Welch 1947): tasks that all runs solve contribute none.
+    A bootstrap of n runs has a spread that is too small by the square root of (n - 1) / n. Its percentiles are those of
+    a normal distribution, where a spread of so few degrees of freedom asks for Student's. Deviations are scaled up by
+    both factors. The degrees of freedom are those of the sum of the tasks' variances (Welch 1947). Tasks that all runs
+    solve contribute none.
     """
     rng, parts = np.random.default_rng(seed), []
     several = [scores for scores in runs.values() if len(scores) > 1]
@@ -82,10 +86,10 @@ def difference(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
 
 
 def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estimate:
-    """How likely a run of one method scores more than the other's of the same task and seed, the mean over tasks; ties count half.
+    """How likely a run of one method is to score more than the other's of the same task and seed, the mean over tasks.
 
-    The interval is `stratified`'s, within 0 and 1. Where on each task all pairs compare alike it has none: such runs don't say
-    how far the probability may be from what they show.
+    Ties count half. The interval is `stratified`'s, within 0 and 1. There is none where all pairs on each task compare
+    alike: such runs don't say how far the probability may be from what they show.
 
     Raises:
         ValueError: if the runs are not in pairs.
@@ -98,10 +102,11 @@ def probability_of_improvement(runs: Runs, others: Runs, seed: int = 0) -> Estim
 
 
 def permutation_test(runs: Runs, others: Runs, seed: int = 0) -> float:
-    """The two-sided p-value of two methods being the same: how often pairs of runs of one task and seed, each exchanged at random,
-    make a mean difference as large (the mean over tasks).
+    """The two-sided p-value of two methods being the same.
 
-    Runs are exchanged within their pair alone: demonstrations and goals that are harder for both are then noise in neither.
+    This is how often pairs of runs of one task and seed, each exchanged at random, make a mean difference as large (the
+    mean over tasks). Runs are exchanged within their pair alone: demonstrations and goals that are harder for both are
+    then noise in neither.
 
     Raises:
         ValueError: if the runs are not in pairs.
@@ -123,5 +128,5 @@ def _pairs(runs: Runs, others: Runs) -> list[tuple[str, np.ndarray, np.ndarray]]
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(n,) whether the first (n,) is larger; a tie is half a win."""
+    """(n,) whether the first (n,) is larger, with a tie as half a win."""
     return (x > y) + 0.5 * (x == y)

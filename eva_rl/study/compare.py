@@ -54,9 +54,9 @@ def compared(results: Sequence[RunResult], left_out: Sequence[str] = ()) -> Comp
 def studies(runs: Sequence[Labelled]) -> list[Study]:
     """The protocols among these runs, each with its methods.
 
-    Methods of one name are told apart by the settings in which they differ. Left out and named are runs on tasks or seeds
-    that not all methods of a protocol have, runs without the score that the others have, and of three methods or more those
-    with less than half of the median number of runs.
+    Methods of one name are told apart by the settings in which they differ. Runs are left out, and named, if they are
+    on tasks or seeds that not all methods of a protocol have, or lack the score that the others have. Of three methods
+    or more, those with less than half of the median number of runs are left out and named too.
     """
     protocols: dict[str, list[Labelled]] = {}
     for run in runs:
@@ -121,7 +121,11 @@ def _cells(runs: Sequence[Labelled], score: str) -> tuple[dict[str, Cells], list
 
 
 def _without_small_ones(cells: dict[str, Cells]) -> list[str]:
-    """Take out methods with less than half of the median number of runs, of three or more; a sentence each."""
+    """Take out methods with less than half of the median number of runs, if there are three methods or more.
+
+    Returns:
+        A sentence for each.
+    """
     counts = [len(own) for own in cells.values()]
     usual = median_high(counts) if len(counts) > 2 else min(counts, default=0)
     return [
@@ -148,7 +152,7 @@ def _missing(cells: Mapping[str, Cells], shared: set[tuple[str, int]]) -> list[s
 
 
 def _about_curves(study: Study) -> list[str]:
-    """Why there are no learning curves of some methods, or nothing to measure them by; a sentence each."""
+    """Why there are no learning curves of some methods, or nothing to measure them by, a sentence each."""
     found, bare = [], []
     for name, runs in study.methods.items():
         if any(run.zero_shot[study.score] is None for run in runs):
@@ -184,7 +188,7 @@ class Varied:
     lines: dict[str, list[tuple[float, Estimate]]]
     """Each method's mean score at every value, in order."""
     left_out: str
-    """The tasks and seeds that not all values have; empty if all have the same."""
+    """The tasks and seeds that not all values have. Empty if all have the same."""
 
 
 def varied(studies: Sequence[Study]) -> Varied | None:

@@ -28,6 +28,6 @@ def steps_to(curve: Sequence[tuple[int, float]], level: float) -> float | None:
 
 
 def steps_in_words(curve: Sequence[tuple[int, float]], level: float) -> str:
-    """As `steps_to`, for a table; beyond the last step where the level is not reached."""
+    """`steps_to` in words for a table: beyond the last step where the level is not reached."""
     steps = steps_to(curve, level)
     return f"> {curve[-1][0]}" if steps is None else f"{steps:.0f}"

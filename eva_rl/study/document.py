@@ -131,7 +131,9 @@ def _is_own(hparams: Path) -> bool:
 def document(comparison: Comparison, pictures: Sequence[Sequence[str]] | None = None, kind: Picture = "png") -> str:
     """The report as Markdown: for each protocol its methods, then all runs.
 
-    `pictures`: the names of each study's; without them it is shortened to what a terminal should show.
+    Args:
+        pictures: the names of each study's pictures. Without them the report is shortened to what a terminal should
+            show.
     """
     left_out, parts = comparison.left_out, []
     if comparison.varied:

@@ -64,7 +64,10 @@ def _protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_method(name: str) -> bool:
-    """Whether a setting is part of what makes a method; the others but task and seed are the protocol."""
+    """Whether a setting is part of what makes a method.
+
+    The other settings, except task and seed, are the protocol.
+    """
     if name.endswith(SEEDS):  # some methods draw numbers of their own, from the run's seed
         return False
     if name == "training.learning_rate" or name.startswith(("optimizer.", "allocator.")):
@@ -102,7 +105,10 @@ def _telling(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str | N
 
 
 def _is_derived(name: str, values: Sequence[Any]) -> bool:
-    """Whether these may follow from the rank or the layers, as numbers and lists do; words and switches are chosen."""
+    """Whether these values may follow from the rank or the layers, as numbers and lists do.
+
+    Words and switches are chosen.
+    """
     return name.startswith(DERIVED) and {type(value) for value in values} <= {int, float, list}
 
 
@@ -118,5 +124,8 @@ def in_words(settings: Mapping[str, Any]) -> str:
 
 
 def _value(settings: Mapping[str, Any], name: str) -> str:
-    """A setting's value as text; one that is not set is no value, not even null."""
+    """A setting's value as text.
+
+    A setting that is not set has no value, not even null.
+    """
     return json.dumps(settings[name]) if name in settings else MISSING

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing matplotlib takes seconds
     from matplotlib.image import AxesImage
 
 LONGEST = 60
-"""Characters of a label; the tables have it whole."""
+"""Characters of a label. The tables show it whole."""
 
 
 def plots(study: Study) -> Mapping[str, Figure]:
@@ -79,7 +79,10 @@ def curves_plot(study: Study) -> Figure:
 
 
 def pareto_plot(study: Study) -> Figure:
-    """Mean score against trainable weights and against seconds; a line joins the methods that none beats in both."""
+    """Mean score against trainable weights and against seconds.
+
+    A line joins the methods that no other beats in both score and cost.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -145,8 +148,10 @@ def varied_plot(found: Varied) -> Figure:
 
 
 def improvement_plot(study: Study) -> Figure:
-    """How likely the row's method scores more than the column's on the same task; bold where a permutation test tells them
-    apart at 5 %, not corrected for the number of pairs."""
+    """How likely the row's method is to score more than the column's on the same task.
+
+    Numbers are bold where a permutation test tells the two apart at 5 %, not corrected for the number of pairs.
+    """
     from matplotlib.figure import Figure
 
     names = study.ranked()
@@ -163,7 +168,7 @@ def improvement_plot(study: Study) -> Figure:
 
 
 def _spread(found: Sequence[Estimate]) -> np.ndarray:
-    """How far the intervals reach below and above their means, (2, n); 0 where there is none."""
+    """How far the intervals reach below and above their means, (2, n), or 0 where there is none."""
     ends = [(e.mean, e.mean) if e.low is None or e.high is None else (e.low, e.high) for e in found]
     return np.array([[e.mean - low, high - e.mean] for e, (low, high) in zip(found, ends, strict=True)]).T.clip(0)
 

@@ -52,9 +52,12 @@ def read_results(folders: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
 
 
 def pack(folder: Path) -> list[str]:
-    """Add the finished runs below a folder to its `runs.jsonl`, each to the nearest one there is; a sentence for each file.
+    """Add the finished runs below a folder to its `runs.jsonl`, or to a nearer one if there is one.
 
     Runs' folders stay as they are. A report and `resume=true` need no more of them than the row.
+
+    Returns:
+        A sentence for each file.
 
     Raises:
         UserError: if a folder does not exist, or there is a `runs.jsonl` with a line that is no row.
@@ -78,7 +81,7 @@ def pack(folder: Path) -> list[str]:
 
 
 def _contents(folder: Path) -> tuple[dict[Path, Any], list[str]]:
-    """What result.json says of each run below a folder, by its place; and a sentence for what is amiss among its rows."""
+    """What result.json says of each run below a folder, by its place, and a sentence for what is amiss in its rows."""
     rows, amiss = _rows(folder)
     found = {place: row.content for place, row in rows.items()}
     for run in _runs_below(folder):
@@ -117,7 +120,7 @@ def _result(content: Any, run: str) -> tuple[RunResult | None, str]:
 
 
 def _read(run: Path) -> Any:
-    """What the result.json of a run says; None where there is none, or it is not JSON."""
+    """What the result.json of a run says, or None where there is none or it is not JSON."""
     try:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -180,7 +183,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """All folders, each with the names of its files; runs may be under way, so that these come and go."""
+    """All folders, each with the names of its files.
+
+    Runs may be under way, so that these come and go.
+    """
 
     def unless_gone(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):

@@ -34,7 +34,7 @@ class Study:
     methods: dict[str, list[RunResult]]
     """Each method's runs on the tasks and seeds that all methods have."""
     title: str = ""
-    """In what its protocol differs from those of the other studies."""
+    """How its protocol differs from those of the other studies."""
     amiss: list[str] = field(default_factory=list)
     """What was left out, a sentence each."""
 
@@ -85,7 +85,7 @@ class Study:
         return self._by_task(method, lambda run: area(self.curve(run) or ()))
 
     def curve(self, run: RunResult) -> list[tuple[int, float]] | None:
-        """(steps, score) from zero-shot to the end; None where the run has no zero-shot score."""
+        """(steps, score) from zero-shot to the end, or None where the run has no zero-shot score."""
         before = run.zero_shot[self.score]
         if before is None:
             return None

@@ -71,7 +71,10 @@ def task_table(study: Study) -> str:
 
 
 def improvement_table(study: Study) -> str:
-    """The probability that the row's method scores more than the column's on the same task and seed; bold where they can be told apart."""
+    """The probability that the row's method scores more than the column's on the same task and seed.
+
+    Numbers are bold where the two can be told apart.
+    """
     names = study.ranked()
 
     def cell(row: str, column: str) -> str | None:

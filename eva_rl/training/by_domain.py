@@ -14,12 +14,13 @@ from eva_rl.batch import Batch, Mixture
 def by_domain(
     domains: Mapping[str, str], loss: Callable[[Mixture], Tensor], shared: Sequence[nn.Parameter]
 ) -> Callable[[Batch | Mixture], dict[str, float]]:
-    """A function that tells a batch's loss in each domain, and each domain's share of the gradient's length.
+    """A function that returns a batch's loss in each domain, and each domain's share of the gradient's length.
 
     Args:
         domains: each interface's domain.
         loss: the mean over a batch's real steps.
-        shared: the parameters that all domains train; a domain's gradient is that of its part of the batch's loss in them.
+        shared: the parameters that all domains train. A domain's gradient is that of its part of the batch's loss with
+            respect to them.
     """
     return partial(_by_domain, domains, loss, shared)
 

@@ -59,7 +59,9 @@ class TrainingState:
 
 
 def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any] | None = None) -> None:
-    """Refuse what could not be trained; entry points call it before they write or compute anything.
+    """Refuse what could not be trained.
+
+    Entry points call this before they write or compute anything.
 
     Raises:
         UserError: for negative steps, a folder whose checkpoints a run without `resume` would overwrite, or one whose
@@ -96,7 +98,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "
 
 
 def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> Path:
-    """Write `folder/step-N.safetensors`, N being the number of losses; drop all but the newest checkpoints."""
+    """Write `folder/step-N.safetensors`, where N is the number of losses, and drop all but the newest checkpoints."""
     tensors = {f"parameter.{name}": p.detach() for name, p in state.parameters.items()}
     own, rest = pack(state.optimizer, state.parameters)
     tensors |= {f"optimizer.{name}": value for name, value in own.items()}
@@ -123,7 +125,10 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
 
 
 def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
-    """Read the newest whole checkpoint into `state`; return the losses (steps,) and the seconds so far, else none and 0.
+    """Read the newest whole checkpoint into `state`.
+
+    Returns:
+        The losses (steps,) and the seconds so far, or no losses and 0 where there is no such checkpoint.
 
     Raises:
         UserError: if the checkpoint holds the weights of another model.
@@ -150,7 +155,8 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
 def restore(tensors: Mapping[str, Tensor], rest: Any, state: TrainingState, path: Path) -> None:
     """Copy weights, optimiser state and random states from a checkpoint's tensors.
 
-    `rest`: what else the optimiser's state holds, see `pack`; None: nothing, as in AdamW's of former versions.
+    Args:
+        rest: what else the optimiser's state holds (see `pack`). None: nothing, as in AdamW's state of former versions.
     """
     saved = {name.removeprefix("parameter."): t for name, t in tensors.items() if name.startswith("parameter.")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in state.parameters.items()}:

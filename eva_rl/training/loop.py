@@ -34,14 +34,17 @@ class TrainingResult:
     """Wall time of all steps, those before an interruption included, without the evaluations."""
 
     def tenths(self) -> list[float]:
-        """The mean loss of each tenth of the steps; none where there are fewer than ten."""
+        """The mean loss of each tenth of the steps, or none where there are fewer than ten steps."""
         n = len(self.losses)
         parts = [self.losses[n * i // 10 : n * (i + 1) // 10] for i in range(10)] if n >= 10 else []
         return [sum(part) / len(part) for part in parts]
 
 
 def learning_rate_at(step: int, steps: int, config: TrainingConfig, constant: bool = False) -> float:
-    """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`; or no fall, if `constant`."""
+    """Linear warm-up from 0, then half a cosine down to the final learning rate at step `steps`.
+
+    If `constant`, the rate does not fall.
+    """
     highest = _highest_rate(config)
     if step < config.warmup:
         return highest * (step + 1) / config.warmup
@@ -103,11 +106,12 @@ class Saves:
 
     folder: Path
     resume: bool = False
-    """Continue from the newest state there. With the same machine and thread count the losses are those of an uninterrupted
-    run, bit for bit (one process, on a CPU; some CUDA kernels are not deterministic). Dropout draws from torch's global
-    generators, whose states are saved; several processes draw anew."""
+    """Continue from the newest state there. With the same machine and thread count, the losses are those of an
+    uninterrupted run, bit for bit. This holds for one process on a CPU, as some CUDA kernels are not deterministic.
+    Dropout draws from torch's global generators, whose states are saved. Several processes draw anew."""
     identity: Mapping[str, Any] | None = None
-    """What must be the same for a resumed run to continue this one, such as its task and seed; None: the training settings."""
+    """What must be the same for a resumed run to continue this one, such as its task and seed. If None, the settings of
+    training."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Rules:
     rates: Mapping[str, float] = field(default_factory=dict)
     """Modules, by name, whose parameters learn at a rate of their own in its place."""
     companion: Companion | None = None
-    """What else takes part; its penalty is not part of the losses returned and logged."""
+    """What else takes part. Its penalty is not part of the losses returned and logged."""
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that training does not change and that a resumed run might not make again bit for bit."""
 
@@ -133,7 +137,7 @@ class Hooks:
     log: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None
     """Receives scalars by step."""
     evaluate: Callable[[int], Mapping[str, float]] | None = None
-    """Called every `evaluate_every` steps, in evaluation mode; its scalars are logged."""
+    """Called every `evaluate_every` steps, in evaluation mode. The scalars it returns are logged."""
     inspect: Callable[[Batch | Mixture], Mapping[str, float]] | None = None
     """What else is worth logging of a batch, every `INSPECT` logs."""
 
@@ -152,11 +156,11 @@ def train(
     """Make `steps` optimiser steps on the parameters of `model` that require gradients.
 
     Args:
-        batches: batch number n, a pure function of n, so that a resumed run sees what an uninterrupted one sees; called
-            in a thread, one step ahead.
+        batches: returns batch number n, as a pure function of n, so that a resumed run sees what an uninterrupted one
+            sees. Called in a thread, one step ahead.
         loss: the scalar to minimise, a mean over the batch's real steps.
-        processes: those that share the work; `batches` gives each the whole batch, of which it takes its part. The losses
-            are those of one process with the same batches, up to rounding and dropout.
+        processes: those that share the work. `batches` gives each the whole batch, of which it takes its part. The
+            losses are those of one process with the same batches, up to rounding and dropout.
 
     Raises:
         UserError: if the loss stops being finite, or the checkpoint to resume from belongs to other settings.
@@ -262,14 +266,14 @@ class _Loop:
             save(self.folder, self.state, torch.tensor(self.losses, dtype=torch.float64), self.seconds)
 
     def set_rates(self, step: int) -> float:
-        """Give each group of parameters its learning rate at this step; return the schedule's own."""
+        """Give each group of parameters its learning rate at this step, and return the schedule's own."""
         constant = self.rules.recipe.constant
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.steps, with_rate(self.config, group["rate"]), constant)
         return learning_rate_at(step, self.steps, self.config, constant)
 
     def backward(self, step: int, batch: Batch | Mixture) -> Tensor:
-        """Clipped gradients of the whole batch's mean loss; return their norm before.
+        """Compute the clipped gradients of the whole batch's mean loss, and return their norm before clipping.
 
         Raises:
             UserError: if the loss or the norm is not finite.
@@ -304,7 +308,10 @@ class _Loop:
         self.waited, self.since = 0.0, now
 
     def evaluate(self, done: int) -> None:
-        """Log what the evaluation says of the model as it is; its seconds are no training."""
+        """Log what the evaluation says of the model as it is.
+
+        The seconds it takes do not count as training.
+        """
         assert self.hooks.evaluate is not None
         _set_mode(self.model, self.state.optimizer, training=False)
         paused = time.perf_counter()

@@ -39,8 +39,8 @@ def resolved(precision: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context the forward pass runs in: `float32`, `bfloat16`, or `auto`.
 
-    `auto` takes bfloat16 where the processor multiplies it in hardware (CUDA from Ampere on; CPUs with AMX or AVX-512
-    BF16) and float32 elsewhere, where emulated bfloat16 is several times slower.
+    `auto` takes bfloat16 where the processor multiplies it in hardware: CUDA from Ampere on, and CPUs with AMX or
+    AVX-512 BF16. Elsewhere it takes float32, as emulated bfloat16 is several times slower there.
     """
     check_precision(precision)
     return torch.autocast(device.type, torch.bfloat16) if resolved(precision, device) == "bfloat16" else nullcontext()

@@ -36,9 +36,9 @@ class Processes:
             yield
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Sum the gradients and the loss over all processes; return that sum of the losses.
+        """Sum the gradients and the loss over all processes, and return the sum of the losses.
 
-        A parameter without a gradient in every process keeps none, as in a single one.
+        A parameter that has no gradient in any process keeps none, as in a single one.
         """
         if self.count == 1:
             return loss

@@ -28,7 +28,7 @@ class Recipe:
     """How the optimiser is made."""
 
     make: Callable[..., torch.optim.Optimizer]
-    """From groups of parameters and `lr=`; with `pairs`, from `pairs=` too."""
+    """Makes the optimiser from groups of parameters and `lr=`, and with `pairs`, from `pairs=` too."""
     name: str = "adamw"
     pairs: bool = False
     """Whether it works on LoRA's factors in pairs."""
@@ -56,12 +56,12 @@ def make_optimizer(
     Each of its groups has a `rate`, the learning rate that the loop's schedule starts from.
 
     Args:
-        weight_decay: of matrices; biases and norms are left alone.
+        weight_decay: of matrices. Biases and norms are left alone.
         ratios: parameters whose names contain this word learn at this multiple of the learning rate.
         rates: modules, by name, whose parameters learn at a rate of their own in its place.
 
     Raises:
-        UserError: if a ratio is for parameters that there are not, or the optimiser does not fit the model.
+        UserError: if a ratio is for parameters that do not exist, or the optimiser does not fit the model.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     extra = {}

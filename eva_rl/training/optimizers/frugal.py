@@ -17,7 +17,7 @@ def frugal(
     """AdamW on the gradient's part in its `rank` leading singular directions, signSGD on the rest (algorithm 1).
 
     Args:
-        interval: steps between new directions; Adam's moments then start anew.
+        interval: steps between new directions. Adam's moments start anew with them.
         sign_rate: the rest learns at this multiple of the rate.
     """
 

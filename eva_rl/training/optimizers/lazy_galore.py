@@ -21,11 +21,11 @@ def lazy_galore(
     growth: float = 2.0,
     **adamw: Any,
 ) -> torch.optim.Optimizer:
-    """AdamW in a gradient's `rank` leading singular directions, renewed the less often the less they change (section 3.2).
+    """AdamW in a gradient's `rank` leading singular directions, renewed less often the less they change (section 3.2).
 
     Each matrix has an interval of its own. It grows by `growth` when the leading direction's cosine with the one before
     it has been at least `threshold`, in the mean over the last `memory` renewals. The cosine is taken without its sign,
-    which a singular vector does not have; the authors' code takes it as it comes.
+    as a singular vector has none. The authors' code takes it as it comes.
 
     Args:
         interval: steps between renewals, at first.

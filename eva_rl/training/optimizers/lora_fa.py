@@ -12,9 +12,9 @@ from eva_rl.training.optimizers.build import LoraPair, damped_inverse, on_gradie
 def lora_fa(
     groups: list[dict[str, Any]], lr: float, pairs: list[LoraPair], damping: float = 1e-8, **adamw: Any
 ) -> torch.optim.Optimizer:
-    """AdamW on g_B <- g_B (A A^T)^-1 / scale^2, as peft's `create_lorafa_optimizer`; A must be frozen.
+    """AdamW on g_B <- g_B (A A^T)^-1 / scale^2, as in peft's `create_lorafa_optimizer`.
 
-    Of all changes of B this one moves scale B A nearest to W's gradient.
+    Of all changes of B, this one moves scale B A nearest to W's gradient. A must be frozen.
     """
 
     def precondition(_: torch.optim.Optimizer) -> None:

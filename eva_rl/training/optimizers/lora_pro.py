@@ -18,7 +18,7 @@ def lora_pro(
 
     The factors' gradients are adjusted, Adam's direction is taken of the equivalent gradient of W (out, in), and the
     factors' changes are those that come nearest to it. The authors' code has the scale of rank 8 and alpha 16 written into
-    it; here it is the layer's own. Other parameters are AdamW's.
+    it. Here the scale is the layer's own. Other parameters are AdamW's.
     """
 
     def step(optimizer: torch.optim.Optimizer) -> None:
@@ -45,8 +45,8 @@ def equivalent(pair: LoraPair, change_a: Tensor, change_b: Tensor) -> Tensor:
 def adjusted(pair: LoraPair, gradient_a: Tensor, gradient_b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The changes of A (r, in) and B (out, r) whose equivalent gradient is nearest to that of W (theorems 2.1 and 2.3).
 
-    (B^T B)^-1 g_A / s^2 + X A  and  (I - B (B^T B)^-1 B^T) g_B (A A^T)^-1 / s^2 - B X, where X does not change the
-    equivalent gradient and makes the changes nearest to the gradients: B^T B X + X A A^T = -(B^T B)^-1 g_A A^T / s^2.
+    They are (B^T B)^-1 g_A / s^2 + X A  and  (I - B (B^T B)^-1 B^T) g_B (A A^T)^-1 / s^2 - B X. X does not change the
+    equivalent gradient, and makes the changes nearest to the gradients: B^T B X + X A A^T = -(B^T B)^-1 g_A A^T / s^2.
     """
     a, b, g_a, g_b = (t.double() for t in (pair.a, pair.b, gradient_a, gradient_b))
     g_a, g_b = g_a / pair.scale**2, g_b / pair.scale**2

@@ -23,6 +23,9 @@ def adam_direction(state: MutableMapping[str, Any], gradient: Tensor, betas: Seq
 
 
 def move(parameter: nn.Parameter, group: dict[str, Any], direction: Tensor) -> None:
-    """One step of the group's learning rate against `direction`, with decoupled weight decay; the gradient is used up."""
+    """Take one step of the group's learning rate against `direction`, with decoupled weight decay.
+
+    The gradient is used up.
+    """
     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
     parameter.grad = None

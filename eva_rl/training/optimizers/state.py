@@ -37,8 +37,8 @@ def unpack(
 ) -> None:
     """The inverse of `pack`, into an optimiser made with the same settings.
 
-    Some optimisers keep objects of their own, such as GaLore's projectors. They come to be in a step whose gradients are
-    zero, and then get their values; the caller restores the weights after that.
+    Some optimisers keep objects of their own, such as GaLore's projectors. These are made in a step whose gradients are
+    zero, and then get their values. The caller restores the weights after that.
     """
     if any(_has_object(value) for own in rest["state"].values() for value in own.values()):
         for p in parameters.values():
