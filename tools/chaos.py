@@ -1,12 +1,13 @@
-"""Commands killed at random moments and given again: the same files as without, and nothing left over.
+"""Commands killed at random moments and run again: the same files as without, and nothing left over.
 
     python -m tools.chaos --moments 100 --seed 0       # `make chaos`
     python -m tools.chaos --moments 5 --actions collect report
 
-Each action is a command on a small task. It runs once whole. Then, for each moment, in new folders: the command starts, at a random time
-of its length a signal ends it (SIGKILL; SIGTERM; SIGINT; SIGINT twice), and the command is given again. What counts as found: the
-second command fails, its files differ from those of the whole run (but for times and TensorBoard's events), a process outlives it,
-or a lock or a half-written file is left. `--first` makes one moment again.
+Each action is a command on a small task. The command first runs once whole. Then, for each moment, it starts in new
+folders, a signal (SIGKILL, SIGTERM, SIGINT, or SIGINT twice) ends it at a random time of its length, and it is run
+again. What counts as found: the second command fails, its files differ from those of the whole run, a process outlives
+it, or a lock or a half-written file is left. Times and TensorBoard's events may differ. `--first` makes one moment
+again.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _heed_interrupts() -> None:
 
 
 def interrupt(process: subprocess.Popen[bytes], after: float, signals: Sequence[int]) -> bool:
-    """Send these signals after so many seconds; whether the process was still there, and has ended within `GRACE`."""
+    """Send these signals after so many seconds and return whether the process was still there.
+
+    If it was, it has ended within `GRACE`.
+    """
     try:
         process.wait(after)
         return False
@@ -117,7 +121,10 @@ def _alive(group: int) -> list[int]:
 
 
 def contents(place: Path) -> dict[str, str]:
-    """Each file's digest, but for what tells times; hidden ones, that a kill may leave and nobody reads, are left out."""
+    """Each file's digest, but for what tells times.
+
+    Hidden files are left out, since a kill may leave them and nobody reads them.
+    """
     found = {}
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = path.relative_to(place).as_posix()
