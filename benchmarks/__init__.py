@@ -1,1 +1,1 @@
-"""Measurements that are committed with the command that made them; none of them runs in the tests."""
+"""Measurements that are committed with the command that made them, none of which runs in the tests."""

@@ -41,11 +41,11 @@ PAPER = {
 }
 
 PAPER_AT_RANK_8 = {"lora": 0.79, "eva": 0.85, "eva_dora": 0.91}
-"""Means over the ten tasks at our rank; the rows above have the best rank of each entry."""
+"""Means over the ten tasks at our rank. The rows above have the best rank of each entry."""
 
 
 def beside(study: Study) -> str:
-    """Two rows a method, ours with the interval of its mean; a column for each task that the study has."""
+    """Two rows a method, ours with the interval of its mean, and a column for each task that the study has."""
     columns = {task: f"metaworld/{task}-v3" for task in TASKS if f"metaworld/{task}-v3" in study.tasks}
     rows = []
     for method in (name for name in PAPER if name in study.methods):

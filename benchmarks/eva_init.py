@@ -4,15 +4,16 @@
     python -m benchmarks.eva_init --preset paper
     python -m benchmarks.eva_init --model llama-1b --device cuda
 
-`small` is the shipped base; `paper` the 12-million-parameter Decision Transformer of EVA's experiment with random weights
-and fewer windows a batch, so that both have about as many tokens in one. Batches are windows of real trajectories of a task
-the base has not seen, collected on first use; peft goes through the list again when it ends.
+`small` is the shipped base. `paper` is the 12-million-parameter Decision Transformer of EVA's experiment, with random
+weights. It has fewer windows in a batch, so that a batch of either has about as many tokens. Batches are windows of
+real trajectories of a task the base has not seen, collected on first use. When the list ends, peft goes through it
+again.
 
-Every measurement is a process of its own: load, warm up, initialise once. The engines take turns, and medians are reported.
-`captured` is the variance that A's rows hold of all rows of all batches, as a share of what the best subspace of the same rank
-holds (an eigendecomposition in float64), in the worst and in the mean layer. `x forward` is the time over that of as many full
-forward passes, measured in the same process. The row `as good` takes as many batches, without
-a rule of convergence (tau = 1), as the streaming engine needs to capture what peft does in the worst layer.
+Every measurement is a process of its own: load, warm up, initialise once. The engines take turns, and medians are
+reported. `captured` is the variance that A's rows hold of all rows of all batches, in the worst and in the mean layer.
+It is a share of what the best subspace of the same rank holds (an eigendecomposition in float64). `x forward` is the
+time over that of as many full forward passes, measured in the same process. The row `as good` takes as many batches as
+the streaming engine needs to capture what peft does in the worst layer, without a rule of convergence (tau = 1).
 
 `--model` takes a language model of random weights in place of a Decision Transformer, see `benchmarks/language_model.py`.
 """
@@ -69,7 +70,7 @@ class Job:
     rho: float
     tau: float
     batches: int
-    """The most to be taken; peft takes what it wants."""
+    """The most to be taken, but peft takes what it wants."""
     device: str
 
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.eva_kinds
 
-Models are tiny, with random weights made from configs; peft's `initialize_lora_eva_weights` and our `attach` get the same model,
-config and batches, and no functions of their own. Where peft fails so, it gets what a user could write: a forward function that
-gives the model its batch, and all rows of a layer's first input. What either says when it fails is cut short in the table. peft has five
-seconds of processor time: it goes on for ever where a batch has fewer rows than components.
+Models are tiny, and made from configs with random weights. Both peft's `initialize_lora_eva_weights` and our `attach`
+get the same model, config and batches, and no functions of their own. Where peft fails this way, it gets what a user
+could write: a forward function that gives the model its batch, and all rows of a layer's first input. What either says
+when it fails is cut short in the table. Each call of peft has five seconds of processor time, because it goes on for
+ever where a batch has fewer rows than components.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def pefts(kind: Kind, **functions: Any) -> None:
 
 
 def best_of_pefts(kind: Kind) -> str:
-    """What peft says by itself; or with a user's functions, where that is better."""
+    """What peft says by itself, or with a user's functions where that is better."""
     found = outcome(lambda: pefts(kind))
     if found.startswith("yes") or "for ever" in found:
         return found

@@ -2,9 +2,9 @@
 
     python -m benchmarks.first_gradient
 
-On the shipped base and trajectories of a task it has not seen: the mean over batches of the Frobenius norm over all layers, on
-the batches that the initialisation saw and on as many fresh ones. EVA's ranks are not shared out (rho = 1) and alpha = r, so
-that every method has the same layers, ranks and scale.
+The model is the shipped base, on trajectories of a task it has not seen. The figure is the mean over batches of the
+Frobenius norm over all layers, on the batches that the initialisation saw and on as many fresh ones. EVA's ranks are
+not shared out (rho = 1) and alpha = r, so that every method has the same layers, ranks and scale.
 """
 
 from __future__ import annotations

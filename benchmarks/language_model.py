@@ -5,12 +5,13 @@
 It needs torch, peft and transformers alone. `python -m benchmarks.eva_init --model llama-1b` is the same.
 
 `llama-1b` has the form of a model of 1.2 billion parameters, `llama-tiny` the same in small. Weights are random, from a
-config; batches are token ids whose frequencies fall as in texts (Zipf's law). All linear layers but the output's have an
-adapter. peft is stopped at its first forward pass after the cap, and then has no result to be judged.
+config. Batches are token ids whose frequencies fall as in texts (Zipf's law). All linear layers but the output's have
+an adapter. After the cap, peft is stopped at its first forward pass, and then has no result to be judged.
 
-`captured` is as in `eva_init`, over all rows of all batches, for two layers of the first, the middle and the last block: one
-reads as many numbers as the model is wide, one as the feed-forward layer is. The best subspace of the same rank is that of a
-subspace iteration on the scatter in float64, to the end. `MiB` are in use at the peak beyond the weights.
+`captured` is as in `eva_init`, over all rows of all batches, for two layers of the first, the middle and the last
+block. One of the two reads as many numbers as the model is wide, the other as many as the feed-forward layer is. The
+best subspace of the same rank is that of a subspace iteration on the scatter in float64, to the end. `MiB` are in use
+at the peak beyond the weights.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def captured(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[flo
 def initialise(
     engine: str, case: Case, model: nn.Module, batches: list[dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor] | None, int]:
-    """A's rows for each layer, or None if the time was up; and how many forward passes that took."""
+    """A's rows for each layer, or None if the time was up, and how many forward passes that took."""
     tau = EvaSettings.tau
     config = LoraConfig(
         r=case.rank,
@@ -213,7 +214,7 @@ def describe(case: Case) -> str:
 
 
 def tabulate(cases: Sequence[Case], results: Path) -> None:
-    """Compare in each case; print the table, and write it so far after each."""
+    """Compare in each case, write the table so far after each, and print the whole."""
     rows: list[list] = []
     first = cases[0]
     ranks, rhos = sorted({case.rank for case in cases}), sorted({case.rho for case in cases})

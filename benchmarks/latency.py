@@ -4,14 +4,15 @@
 
 - ours: `policy.act` and `policy.observe` of a model of the preset's size with Meta-World's interface: the environment's observation
   in, the environment's action out, keys and values kept.
-- gpt2: what one would write with `transformers`: a GPT-2 of that size from a config, the tokens of a step embedded, keys and
-  values kept by the library (`past_key_values`); when the window is full, it starts anew with the later half, in one pass.
+- gpt2: what one would write with `transformers`: a GPT-2 of that size from a config, the tokens of a step embedded,
+  keys and values kept by the library (`past_key_values`). When the window is full, it starts anew with the later half,
+  in one pass.
 - gpt2, whole window: the same without kept keys and values, the last `context` steps at every step, as Hugging Face's Decision
   Transformer is used.
 
-Weights are random; all in float32; the three take turns at each repeat. Milliseconds over all steps: of wall time, and of the
-process's own time on its core, which leaves out what other work on the machine takes; `longest` is the longest step of the calmest
-repeat.
+Weights are random, and all is in float32. The three take turns at each repeat. Times are in milliseconds, over all
+steps: wall time, and the process's own time on its core, which leaves out what other work on the machine takes.
+`longest` is the longest step of the calmest repeat.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Plain(nn.Module):
 
 
 def milliseconds(step: Step, steps: int) -> np.ndarray:
-    """Of each step, (2, steps): wall time, and the process's own; observations are new at each."""
+    """The wall time of each step, and the process's own, (2, steps), with new observations at each."""
     rng, taken = np.random.default_rng(0), np.zeros((2, steps))
     observations = rng.normal(size=(WARM + steps, OBSERVATION))
     for number, observation in enumerate(observations):

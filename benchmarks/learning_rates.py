@@ -3,9 +3,9 @@
     python -m eva_rl.finetune study=learning_rates
     python -m benchmarks.learning_rates
 
-The first command runs, the second reads. A rate's figure is its training loss, averaged over the last tenth of the steps, over that of
-the best rate on the same task and seed, and of this the mean over tasks and seeds. Where the best rate is the first or the last of
-those tried, the command that runs the next one is printed.
+The first command runs, the second reads. The training loss of a rate is averaged over the last tenth of the steps, and
+divided by that of the best rate on the same task and seed. The rate's figure is the mean of this over tasks and seeds.
+Where the best rate is the first or the last of those tried, the command that runs the next one is printed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m benchmarks.oracle --tasks metaworld/cw10 --episodes 50 --seeds 0 1 2
 
-Who clones the script without error scores as much. It plays without noise; goals are those of `finetune` at these seeds.
+A clone of the script without error scores as much. The script plays without noise, on the goals of `finetune` at
+these seeds.
 """
 
 from __future__ import annotations

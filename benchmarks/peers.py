@@ -2,12 +2,13 @@
 
     python -m benchmarks.peers --tasks metaworld/cw10 --demonstrations 1 5 40 --seconds 45
 
-BC, TD3+BC and Decision Transformer as d3rlpy ships them, with its own scaler of observations (and of returns, for its
-transformer, by 1/1000 as in its own reproduction scripts), from scratch, for so many seconds of one core's time. Goals,
-simulators, demonstrations and the return that is asked for (`auto`) are those of `python -m eva_rl.finetune`.
+BC, TD3+BC and Decision Transformer are as d3rlpy ships them, with its own scaler of observations. Its transformer
+has its scaler of returns, too, by 1/1000 as in its own reproduction scripts. Each trains from scratch, for so many
+seconds of one core's time. Goals, simulators, demonstrations and the return that is asked for (`auto`) are those of
+`python -m eva_rl.finetune`.
 
-d3rlpy asks for an older gymnasium than Meta-World does; it works with the newer one: `pip install --no-deps d3rlpy`,
-then `pip install structlog colorama dataclasses-json scikit-learn gym`.
+d3rlpy asks for an older gymnasium than Meta-World does, but works with the newer one. To install it, run
+`pip install --no-deps d3rlpy`, then `pip install structlog colorama dataclasses-json scikit-learn gym`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def make(name: str, longest: int) -> LearnableBase:
 
 
 def buffer_of(trajectories: Trajectories) -> ReplayBuffer:
-    """d3rlpy's dataset of the same steps; episodes end because time is over."""
+    """d3rlpy's dataset of the same steps, in which episodes end because time is over."""
     from d3rlpy.dataset import MDPDataset
 
     ends = np.zeros(len(trajectories.rewards), np.float32)

@@ -8,8 +8,8 @@
 - plain: what one would write with Hugging Face's `DecisionTransformerModel` of that size: one environment as it ships, the whole
   window computed again for every step, in float32.
 
-Weights are random; every episode lasts 200 steps whatever the actions. Medians of the repeats, the four in turn. Resets
-count; making the environments does not.
+Weights are random, and every episode lasts 200 steps whatever the actions. Figures are medians of the repeats, the four
+in turn. Resets count, but making the environments does not.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
     python -m benchmarks.serving
 
-- one merged model: the fifty episodes with a single adapter in its weights, the speed to come near;
-- mixed batch: 1, 10 and 50 adapters in the batch, as `evaluate library=...` acts (`eva_rl.library.serve.MixedDecoder`);
-- one after the other: each adapter merged in turn, the episodes of each in a batch of their own (loading and merging are not counted);
+- one merged model: the fifty episodes with a single adapter in its weights, the speed to come near.
+- mixed batch: 1, 10 and 50 adapters in the batch, as `evaluate library=...` acts (`eva_rl.library.serve.MixedDecoder`).
+- one after the other: each adapter merged in turn, the episodes of each in a batch of their own (loading and merging
+  are not counted).
 - peft: the same windows through peft's forward pass with `adapter_names`, one name a row. It keeps no keys and values, so each step
   costs its whole window. `peft, merged` is that pass without adapters: the part that peft's mixing does not explain.
 
-Random LoRA of rank 8 on all layers of the trunk of the default base; random observations; one core. The ways take turns at each
-repeat, and the best repeat counts. Memory is that of the weights, the base's counted once.
+Adapters are random LoRA of rank 8 on all layers of the trunk of the default base. Observations are random, and
+everything runs on one core. The ways take turns at each repeat, and the best repeat counts. Memory is that of the
+weights, the base's counted once.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     python -m benchmarks.training
 
-- ours: `DecisionTransformer.loss` with AdamW, in float32 and in the precision that `auto` chooses here;
+- ours: `DecisionTransformer.loss` with AdamW, in float32 and in the precision that `auto` chooses here.
 - Hugging Face: `DecisionTransformerModel` of the same width, depth, window and batch, in float32 and under the same
-  autocast, with the masked mean squared error of the actions, as its own guide trains it;
+  autocast, with the masked mean squared error of the actions, as its own guide trains it.
 - d3rlpy: its Decision Transformer of that size, as it is run (`update`), where it is installed.
 
-All with dropout 0.1, AdamW and clipping by the global norm. The arithmetic of a step is 6 multiplications and additions a
-weight of the trunk and token; its share of the peak is that over the speed of the best of a few large matrix products in
-the same type, timed in the same run. Medians of the repeats, all in turn.
+All have dropout 0.1, AdamW and clipping by the global norm. The arithmetic of a step is 6 multiplications and additions
+a weight of the trunk and token. Its share of the peak is its speed over that of the best of a few large matrix products
+in the same type, timed in the same run. Figures are medians of the repeats, all in turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from eva_rl.training import autocast
 TASK = "metaworld/push-back-v3"
 BATCH_SIZES = {"small": 64, "paper": 32}
 TOKENS = ("return", "state", "action")
-"""Theirs; so ours has as many."""
+"""Theirs, so that ours has as many."""
 LONGEST = 200  # steps of an episode
 STEPS = 3
 """Optimiser steps of one timing."""

@@ -2,16 +2,17 @@
 
     python -m benchmarks.which
 
-Each of Meta-World's fifty tasks is sketched from its first demonstrations (20, or 1), as a library does when an adapter is added;
-nothing is fine-tuned. Runs of 1, 10, 50 and 200 neighbouring steps of other episodes are then to be told apart:
+Each of Meta-World's fifty tasks is sketched from its first demonstrations (20, or 1), as a library does when an adapter
+is added. Nothing is fine-tuned. Runs of 1, 10, 50 and 200 neighbouring steps of other episodes are then to be told
+apart:
 
-- share: what `Library.which` ranks by, the share of activations that a task's mean and components explain;
-- nearest mean: the same without components;
+- share: what `Library.which` ranks by, the share of activations that a task's mean and components explain.
+- nearest mean: the same without components.
 - nearest mean of observations: of the normalised observations themselves.
 
-"None fits": a library of every other task; runs of its own tasks and of the tasks it does not have. The threshold is the
-library's own, from observations that its sketches have not seen. Needs the datasets that `python -m eva_rl.finetune` and
-`pretrain` collect (200 episodes of the base's forty tasks, 40 of the others).
+"None fits" has a library of every other task, with runs of its own tasks and of the tasks it does not have. The
+threshold is the library's own, from observations that its sketches have not seen. The command needs the datasets that
+`python -m eva_rl.finetune` and `pretrain` collect (200 episodes of the base's forty tasks, 40 of the others).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from eva_rl.table import markdown
 BASE, INTERFACE = "mt40-small", "metaworld"
 DEMONSTRATIONS = (20, 1)
 EPISODES = (20, 25)
-"""The episodes that runs are taken from; no sketch has seen them."""
+"""The episodes that runs are taken from, which no sketch has seen."""
 TRANSITIONS = (1, 10, 50, 200)
 RUNS = 20
 """Of each task and number of transitions."""
@@ -77,7 +78,10 @@ def without_components(sketch: Sketch) -> Sketch:
 
 
 def runs(sizes: Sequence[Sequence[int]], count: int) -> list[tuple[int, slice]]:
-    """(task, rows) of runs of so many steps within an episode, evenly spread; the tasks' rows stand one after the other."""
+    """(task, rows) of runs of so many steps within an episode, evenly spread.
+
+    The tasks' rows stand one after the other.
+    """
     found, first = [], 0
     for task, episodes in enumerate(sizes):
         starts = []

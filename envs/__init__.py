@@ -21,7 +21,7 @@ def find_task(task: str) -> tuple[Domain, str]:
     """The domain of `task` and the task's name within it, for an id such as `metaworld/hammer-v3`.
 
     Raises:
-        UserError: if there is no such task; the sentence offers the nearest right names.
+        UserError: if there is no such task. The sentence offers the nearest right names.
     """
     domain_name, _, name = task.partition("/")
     domain = domains().get(domain_name)

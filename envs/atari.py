@@ -1,13 +1,13 @@
 """Atari 2600 games (Bellemare et al. 2013, https://ale.farama.org) in the usual preprocessing.
 
 Observations: the last four frames, grey, 84 x 84, each the pixelwise maximum of the last two screens of a step.
-Actions: the console's 18, the same for every game. Rewards: points of the game, unclipped. A step is four screens; an
-episode ends with the game, not with a life, and is cut after 1000 steps (67 seconds of play), so that one takes seconds
-to play and its observations 28 MB to store.
+Actions: the console's 18, the same for every game. Rewards: points of the game, unclipped. A step is four screens. An
+episode ends with the game, not with a life, and is cut after 1000 steps (67 seconds of play). An episode therefore
+takes seconds to play, and its observations take 28 MB to store.
 
 Sticky actions (Machado et al. 2018): at each screen the console repeats its last input with probability 0.25. The games
-themselves are deterministic, so that without it there were one episode for each number of no-ops at the start, thirty
-in all, and evaluations would replay the training data. With it every seed is an episode of its own.
+themselves are deterministic. Without sticky actions there would be one episode for each number of no-ops at the start,
+thirty in all, and evaluations would replay the training data. With them, every seed is an episode of its own.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def _overlaps(length: int, size: int) -> np.ndarray:
 def play_pong(ram: np.ndarray, executed: list[int]) -> int:
     """Hit a slow ball with the button pressed, which doubles its speed, and with the paddle's end, which makes it steep.
 
-    Memory 51: the right paddle; 49 and 54: the ball; 58 and 56: its speed in pixels a screen, leftwards and down. The
-    computer's paddle is too slow for a steep ball, mostly if its way crosses the whole court.
+    Memory 51 holds the right paddle, 49 and 54 the ball, and 58 and 56 its speed in pixels a screen, leftwards and
+    down. The computer's paddle is too slow for a steep ball, mostly if the ball's way crosses the whole court.
     """
     x, y, paddle = (int(ram[address]) for address in (49, 54, 51))
     right, down = -int(ram[58].astype(np.int8)), int(ram[56].astype(np.int8))
@@ -168,10 +168,10 @@ def play_pong(ram: np.ndarray, executed: list[int]) -> int:
 
 
 def play_breakout(ram: np.ndarray, executed: list[int]) -> int:
-    """Be where the ball comes down; serve if there is none.
+    """Be where the ball comes down, and serve if there is none.
 
-    Memory 72: the paddle's left end; 99 and 101: the ball; 105 and 103: its speed in pixels a screen, leftwards and
-    down, with the fractions in 106 and 102.
+    Memory 72 holds the paddle's left end, 99 and 101 the ball, and 105 and 103 its speed in pixels a screen, leftwards
+    and down. The fractions of the speed are in 106 and 102.
     """
     x, y, paddle = (int(ram[address]) for address in (99, 101, 72))
     if y == 0:
@@ -188,8 +188,8 @@ def play_breakout(ram: np.ndarray, executed: list[int]) -> int:
 def play_freeway(ram: np.ndarray, executed: list[int]) -> int:
     """The quickest way to the top, by dynamic programming over the chicken's heights in the next steps.
 
-    Memory 14: the chicken's height; 108 to 117: where the cars of the ten lanes are, from the lowest lane to the
-    highest. The screen is 160 pixels wide and wraps around.
+    Memory 14 holds the chicken's height. Memory 108 to 117 holds where the cars of the ten lanes are, from the lowest
+    lane to the highest. The screen is 160 pixels wide and wraps around.
     """
     height = np.arange(178)
     lane = (height - 13) // 16  # in which a car would hit the chicken
@@ -208,7 +208,7 @@ def play_freeway(ram: np.ndarray, executed: list[int]) -> int:
 def play_boxing(ram: np.ndarray, executed: list[int]) -> int:
     """Close in from above or below, where a punch lands, with the button held.
 
-    Memory 32 and 34: one's own place; 33 and 35: the computer's.
+    Memory 32 and 34 hold one's own place, 33 and 35 the computer's.
     """
     right, down = int(ram[33]) - int(ram[32]), int(ram[35]) - int(ram[34])
     right -= int(np.copysign(8, right))

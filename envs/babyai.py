@@ -1,9 +1,9 @@
 """BabyAI (Chevalier-Boisvert et al. 2019, https://minigrid.farama.org): instructions in a small language, in grid worlds.
 
-Observations: the 7 x 7 cells in front of the agent, each a triple of object, colour and state; the direction the agent
-faces; the mission, as token ids. Actions: turn left, turn right, forward, pick up, drop, toggle, done (which does
-nothing). Reward: 1 - 0.9 t / T when the mission is done at step t of at most T, else 0. A task is a level of BabyAI
-without its prefix; which T a level allows may depend on the mission drawn.
+Observations: the 7 x 7 cells in front of the agent (each a triple of object, colour and state), the direction the agent
+faces, and the mission as token ids. Actions: turn left, turn right, forward, pick up, drop, toggle, done (which does
+nothing). Reward: 1 - 0.9 t / T when the mission is done at step t of at most T, else 0. The T that a level allows may
+depend on the mission drawn. A task is a level of BabyAI without its prefix.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ VOCABULARY = (
     "blue", "green", "grey", "purple", "red", "yellow",
     "behind", "front", "in", "left", "of", "on", "right", "your",
 )  # fmt: skip
-"""The words of BabyAI's missions; a word's token id is its place here, and 0 fills a mission up to its length."""
+"""The words of BabyAI's missions. A word's token id is its place here, and 0 pads a mission to `MISSION_LENGTH`."""
 
 MISSION_LENGTH = 24  # tokens; "go to a red ball and go to ..., then go to ... and go to ..." has them all
 
@@ -215,7 +215,7 @@ class _RobustBot:
         return np.int64(action)
 
     def _replan(self, action_taken: int | None) -> int | None:
-        """The planner's action; None, and no planner any more, where it has none to offer."""
+        """The planner's action, or None where it has none to offer and is discarded."""
         self._bot.stack.looks = 0
         try:
             action = self._bot.replan(action_taken)

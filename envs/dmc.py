@@ -1,12 +1,12 @@
 """DeepMind Control Suite (Tassa et al. 2018, https://arxiv.org/abs/1801.00690): ten tasks of nine small simulated bodies.
 
-Observations: the task's own observations, concatenated in the suite's order (3 to 24 numbers; positions in metres and
-radians, velocities per second). Actions: 1 to 6 motor torques or forces, scaled to [-1, 1]. Rewards: 0 to 1 a simulator
-control step, summed over the steps an action is repeated for, so that an episode's return lies between 0 and 1000. The
-suite defines no success, so `info` has none.
+Observations: the task's own observations, concatenated in the suite's order (3 to 24 numbers). Positions are in metres
+and radians, velocities per second. Actions: 1 to 6 motor torques or forces, scaled to [-1, 1]. Rewards: 0 to 1 a
+simulator control step, summed over the steps an action is repeated for. An episode's return therefore lies between 0
+and 1000. The suite defines no success, so `info` has none.
 
-The suite ships no experts. Those here are controllers of the textbook where there is one, and plan with the simulator
-itself where there is none; they read the true state, so that noise on the executed actions does not mislead them.
+The suite ships no experts. Those here are textbook controllers where there is one, and plan with the simulator itself
+where there is none. They read the true state, so noise on the executed actions does not mislead them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ ACTION_REPEATS = {  # those of PlaNet (Hafner et al. 2019, https://arxiv.org/abs
 }
 
 HELD_OUT = ("cartpole-swingup", "reacher-easy", "walker-walk")
-"""One task whose body is trained on with another aim (the cart-pole balances), one of a new body with familiar dynamics
-(two more motors on a plane, like the point mass), one of a new body that walks, like none but the cheetah and hopper."""
+"""The first task's body is trained on with another aim (the cart-pole balances). The second has a new body with
+familiar dynamics (two more motors on a plane, like the point mass). The third has a new body that walks, as only the
+cheetah and hopper do."""
 
 
 class DMControl(Domain):
@@ -72,7 +73,7 @@ class DMControl(Domain):
 
 
 class SeededDMControl(gym.Env):
-    """A task of the suite whose episode follows from `reset(seed=...)`; `physics` is its simulator."""
+    """A task of the suite whose episode follows from `reset(seed=...)`, with its simulator as `physics`."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
@@ -167,7 +168,7 @@ class Pendulum:
 
 
 class Cartpole:
-    """The swing-up is planned; LQR about the upright takes over where the motor has the force for it."""
+    """A planned swing-up, from which LQR about the upright takes over where the motor has the force for it."""
 
     RATE = np.sqrt(1.5 * 9.81)  # 1/s, at which the angle of an inverted rod of 1 m grows
 
@@ -231,10 +232,10 @@ Score = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 class Planner:
     """Predictive sampling (Howell et al. 2022, https://arxiv.org/abs/2212.00541) with the simulator as its model.
 
-    The plan is a spline of `knots` points through the next `horizon` actions. A call moves the last plan on by one action,
-    simulates it and `samples` - 1 noisy copies of it from the true state, and keeps the copy that `score` rates highest on
-    average. `timestep` is that of the simulation, in seconds, where it may be coarser than the environment's; only every
-    `every`-th call plans.
+    The plan is a spline of `knots` points through the next `horizon` actions. A call moves the last plan on by one
+    action, simulates it and `samples` - 1 noisy copies of it from the true state, and keeps the copy that `score` rates
+    highest on average. `timestep` is that of the simulation, in seconds, where it may be coarser than the
+    environment's. Only every `every`-th call plans.
     """
 
     def __init__(
@@ -290,7 +291,7 @@ class Planner:
 
 
 class BallInCup:
-    """Planned until the ball lies in the cup; the cup then comes to rest, slowly so that the ball stays in it."""
+    """Planned until the ball lies in the cup, which then comes to rest slowly, so that the ball stays in it."""
 
     def __init__(self, env: SeededDMControl):
         self.physics = env.physics
@@ -347,7 +348,7 @@ def stand_score(qpos: np.ndarray, qvel: np.ndarray, sensors: np.ndarray, actions
 def lqr(env: SeededDMControl, qpos: np.ndarray, state_cost: tuple[float, ...], control_cost: float) -> np.ndarray:
     """The gain K (act_dim, state_dim) of u = -K (x - x*), x = (qpos, qvel), for the equilibrium at `qpos`.
 
-    The discrete dynamics x' = A x + B u of one action are finite differences of the simulator's own; the gain follows
+    The discrete dynamics x' = A x + B u of one action are finite differences of the simulator's own. The gain follows
     from iterating their Riccati equation.
     """
     mujoco = import_module("mujoco")

@@ -44,8 +44,8 @@ def time_limit(registered: str) -> int:
 class Domain(ABC):
     """A family of tasks that share a simulator.
 
-    Environments of a domain follow Gymnasium's API; `reset(seed=s)` decides everything random in the episode, and
-    `info["success"]`, where tasks have such a notion, says whether the task is solved in the state reached.
+    Environments of a domain follow Gymnasium's API. `reset(seed=s)` decides everything random in the episode. Where
+    tasks have a notion of success, `info["success"]` says whether the task is solved in the state reached.
     """
 
     name: ClassVar[str]
@@ -54,11 +54,11 @@ class Domain(ABC):
     tasks: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, tuple[str, ...]]]
     shared_spaces: ClassVar[bool] = True
-    """Whether all tasks go through one interface; otherwise each has its own."""
+    """Whether all tasks go through one interface. Otherwise each has its own."""
 
     @abstractmethod
     def make(self, name: str, render_mode: str | None = None) -> gym.Env:
-        """The environment of task `name`, truncated after so many steps; its `spec` recreates it."""
+        """The environment of task `name`, truncated after so many steps, with a `spec` that recreates it."""
 
     @abstractmethod
     def expert(self, name: str, env: gym.Env) -> Policy:
@@ -92,7 +92,10 @@ class Domain(ABC):
         return self.expert(name, env)
 
     def interface(self, name: str) -> str:
-        """The name of the interface that task `name` goes through; tasks of one interface share their spaces."""
+        """The name of the interface that task `name` goes through.
+
+        Tasks of one interface share their spaces.
+        """
         return self.name if self.shared_spaces else f"{self.name}_{name.replace('-', '_')}"
 
     def mirror(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -103,7 +106,10 @@ class Domain(ABC):
         return None
 
     def reference_scores(self, name: str) -> ReferenceScores | None:
-        """The score scale of task `name`, from `<domain>_scores.json` beside the domain's file; None if not measured."""
+        """The score scale of task `name`, from `<domain>_scores.json` beside the domain's file.
+
+        None if it was not measured.
+        """
         path = Path(__file__).with_name(f"{self.name}_scores.json")
         table: dict[str, dict[str, Any]] = json.loads(path.read_text())["tasks"] if path.is_file() else {}
         row = table.get(name)

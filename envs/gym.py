@@ -1,7 +1,7 @@
 """Gymnasium's own control tasks (https://gymnasium.farama.org): classic control, and walking and landing in Box2D.
 
 Each task has observations and actions of its own, so each goes through an interface of its own. The Box2D tasks need the
-extra; the classic ones come with Gymnasium.
+extra. The classic ones come with Gymnasium.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class GymnasiumTask(gym.Env):
 
 
 def acrobot(observation: np.ndarray) -> int:
-    """Push the joint the way that adds energy, read off the links' angles and speeds; the gains were found by search."""
+    """Push the joint the way that adds energy, read off the links' angles and speeds, with gains found by search."""
     _, sine_1, _, sine_2, speed_1, speed_2 = observation
     return 2 if -0.57 * speed_1 + 0.11 * speed_2 - 0.75 * sine_1 - 0.32 * sine_2 > 0 else 0
 
@@ -138,11 +138,11 @@ def cartpole(observation: np.ndarray) -> int:
 
 
 def lunar_lander(observation: np.ndarray) -> int:
-    """Lean against the drift, and sink along a funnel above the pad; the stronger of the two needs chooses the engine.
+    """Lean against the drift, and sink along a funnel above the pad.
 
-    Gymnasium's own heuristic gives up steering at the first touch of a leg, and slides down slopes beside the pad: it
-    lands four episodes of five. This one steers until it touches the pad, and lands nearly all. The gains were found by
-    search.
+    The stronger of the two needs chooses the engine. Gymnasium's own heuristic gives up steering at the first touch of
+    a leg, and slides down slopes beside the pad. It lands four episodes of five. This one steers until it touches the
+    pad, and lands nearly all. The gains were found by search.
     """
     x, y, speed_x, speed_y, angle, angular_speed, left_leg, right_leg = observation.tolist()
     lean = min(max(0.47 * x + 0.91 * speed_x, -0.36), 0.36)  # radians
@@ -158,7 +158,10 @@ def lunar_lander(observation: np.ndarray) -> int:
 
 
 def mountain_car(observation: np.ndarray) -> int:
-    """Push along the velocity, which adds energy; the curve, fitted by search, saves a swing where one is enough."""
+    """Push along the velocity, which adds energy.
+
+    The curve, fitted by search, saves a swing where one is enough.
+    """
     position, velocity = observation
     x = position + 0.5  # from the valley's floor
     return 2 if velocity > -0.0006 + 0.0214 * x - 0.0176 * x**3 else 0
@@ -172,7 +175,7 @@ def mountain_car_continuous(observation: np.ndarray) -> np.ndarray:
 
 
 def pendulum(observation: np.ndarray) -> np.ndarray:
-    """Pump energy until it is that of the upright pose (Åström and Furuta 2000); near that pose, hold it by PD control."""
+    """Pump energy up to that of the upright pose (Åström and Furuta 2000), and hold that pose by PD control near it."""
     cosine, sine, speed = observation
     hold = -12.0 * math.atan2(sine, cosine) - 3.0 * speed
     if cosine > 0 and abs(hold) < 4.0:  # twice the largest torque: close enough for holding to work

@@ -1,7 +1,7 @@
 """Meta-World (Yu et al. 2019, https://meta-world.github.io): fifty manipulation tasks of one simulated robot arm.
 
-Observations: 39 numbers (hand, gripper, two objects, now and one step ago; the goal). Actions: 4 numbers in [-1, 1]
-(hand displacement, gripper). Rewards: 0 to 10 a step. The goal is part of the observation.
+Observations: 39 numbers (hand, gripper and two objects, now and one step ago, and the goal). Actions: 4 numbers in
+[-1, 1] (hand displacement, gripper). Rewards: 0 to 10 a step. The goal is part of the observation.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MT40 = (  # the other forty
 DEV = ("box-close-v3", "coffee-push-v3", "handle-pull-side-v3", "stick-push-v3", "sweep-into-v3")
 """Five of MT40 on which recipes are chosen, with a base that has seen the other thirty-five (the split `mt35`).
 
-They are of the kinds that CW10 has: something to be placed, pushed, pulled by a handle, moved with a tool, and swept; each has a relative
-among the thirty-five, as CW10's tasks have among MT40.
+They are of the kinds that CW10 has: something to be placed, pushed, pulled by a handle, moved with a tool, and swept.
+Each has a relative among the thirty-five, as CW10's tasks have among MT40.
 """
 
 
@@ -53,7 +53,7 @@ SCALAR_LAST = {
     "push-v3", "push-wall-v3", "reach-v3", "reach-wall-v3", "shelf-place-v3", "soccer-v3", "stick-pull-v3", "stick-push-v3",
     "sweep-into-v3",
 }  # fmt: skip
-"""Tasks whose quaternions are (x, y, z, w), as SciPy has them; those of the others are (w, x, y, z), as MuJoCo has them."""
+"""Tasks whose quaternions are (x, y, z, w), as SciPy has them. Those of the others are (w, x, y, z), as in MuJoCo."""
 
 
 class MetaWorld(Domain):
@@ -111,7 +111,7 @@ def compiled_once(environment: type[SawyerXYZEnv]) -> type[SawyerXYZEnv]:
 
 @lru_cache(maxsize=1)
 def compiled(path: str) -> Any:
-    """The model of this XML file; environments change theirs, so each takes a copy."""
+    """The model of this XML file, of which each environment takes a copy, because it changes its own."""
     return import_module("mujoco").MjModel.from_xml_path(path)
 
 
@@ -119,7 +119,7 @@ class SeededMetaWorld(gym.Env):
     """A Meta-World task whose goal and object positions follow from `reset(seed=...)`.
 
     Meta-World's own environments ignore that seed and draw from numpy's global state or from a list of fifty fixed
-    goals; here every seed is a goal of its own.
+    goals. Here every seed is a goal of its own.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 80}  # noqa: RUF012

@@ -3,8 +3,9 @@
 Observations: 9 to 23 numbers, the simulator's positions and velocities, as Gymnasium gives them, in float32. Actions: 1 to 7 torques.
 Each task goes through an interface of its own. The tasks define no success.
 
-Scores of HalfCheetah, Hopper and Walker2d are normalised by the returns of D4RL (Fu et al. 2020, https://arxiv.org/abs/2004.07219),
-which were measured on version 2 of these tasks; the others by the returns of random actions and of the expert here.
+Scores of HalfCheetah, Hopper and Walker2d are normalised by the returns of D4RL (Fu et al. 2020,
+https://arxiv.org/abs/2004.07219), which were measured on version 2 of these tasks. The other tasks' scores are
+normalised by the returns of random actions and of the expert here.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ class MuJoCoTask(gym.Env):
 
 
 def reacher(observation: np.ndarray) -> np.ndarray:
-    """Pull the fingertip to the target through the transposed Jacobian, and damp the joints; the gains were found by search.
+    """Pull the fingertip to the target through the transposed Jacobian, and damp the joints.
 
-    A linear policy can't: which way a joint moves the fingertip depends on the arm's pose.
+    The gains were found by search. A linear policy can't do this, because which way a joint moves the fingertip depends
+    on the arm's pose.
     """
     cosine, cosine_2, sine, sine_2, _, _, speed, speed_2, *from_target = observation.tolist()
     both_cosine, both_sine = cosine * cosine_2 - sine * sine_2, sine * cosine_2 + cosine * sine_2  # of the angles' sum

@@ -78,7 +78,7 @@ class FlatPointMaze(gym.Env):
 
     The robotics package's own observation is a dictionary that names the position twice. Its own task goes on at the
     goal for the rest of the time limit. Here every step of an episode is one on the way, and the return is 1 for every
-    episode that gets there, from wherever it started; so one return-to-go can be asked for in all of them.
+    episode that gets there, from wherever it started. One return-to-go can therefore be asked for in all of them.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 100}  # noqa: RUF012

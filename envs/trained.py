@@ -1,8 +1,9 @@
 """Trained policies that ship with the domains: `experts/<domain>.<task>.safetensors`, each a few snapshots of one training.
 
-A file holds `weights` (K, act, obs) and `biases` (K, act) of K linear policies in the order of training, each an action for an observation:
-clip(W o + b). `returns` (K,) are their mean undiscounted episode returns. The last is the expert; the metadata's `medium` is the number
-of the one about halfway in return between random actions and the expert. Where none is, a file holds the expert alone. `python -m tools.experts` makes these files.
+A file holds `weights` (K, act, obs) and `biases` (K, act) of K linear policies in the order of training, each an action
+for an observation: clip(W o + b). `returns` (K,) are their mean undiscounted episode returns. The last is the expert.
+The metadata's `medium` is the number of the one about halfway in return between random actions and the expert. Where
+none is, a file holds the expert alone. `python -m tools.experts` makes these files.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def path_of(domain: str, name: str) -> Path:
 
 @cache
 def load(domain: str, name: str) -> Snapshots | None:
-    """The trained policies of a task; None where it has none."""
+    """The trained policies of a task, or None where it has none."""
     path = path_of(domain, name)
     if not path.is_file():
         return None

@@ -1,7 +1,7 @@
 """Adapt a pretrained Decision Transformer to a new task from a handful of trajectories.
 
-In a checkout `envs/`, `configs/` and `checkpoints/` stand beside this package; in a wheel they are inside it. They are imported as
-`eva_rl.envs`, `eva_rl.configs` and `eva_rl.checkpoints`.
+In a checkout `envs/`, `configs/` and `checkpoints/` stand beside this package. In a wheel they are inside it. They are
+imported as `eva_rl.envs`, `eva_rl.configs` and `eva_rl.checkpoints`.
 
 The names in `__all__` are the Python API. Each is imported when it is first asked for: torch takes seconds.
 """

@@ -29,7 +29,7 @@ def untrained(
     """A network with fresh weights for these trajectories alone, normalised by their own statistics.
 
     Args:
-        network: `mlp`, a perceptron that sees one observation; `fresh`, the transformer that the base is.
+        network: `mlp`, a perceptron that sees one observation, or `fresh`, the transformer that the base is.
         like: the base's architecture.
         name: of the interface.
     """
@@ -42,7 +42,7 @@ def untrained(
 def _scaled_by_bounds(space: gym.Space, interface: Interface) -> bool:
     """Whether what a tanh reaches is all that the environment takes, as where no action was scaled by the data instead.
 
-    Discrete actions have no bounds to leave; what those of several parts are predicted by goes through no tanh.
+    Discrete actions have no bounds to leave. The outputs that predict actions of several parts go through no tanh.
     """
     if not isinstance(space, gym.spaces.Box):
         return not nested(space)

@@ -13,7 +13,7 @@ from torch import Tensor
 class Batch:
     """Windows of T consecutive steps, each starting at position 0 and padded with zeros at its end.
 
-    Under a causal mask no real token attends to padding on its right, so models ignore `mask`; losses do not.
+    Under a causal mask no real token attends to padding on its right, so models ignore `mask`. Losses do not.
     """
 
     #: (B, T, obs) flat: float32, uint8 where bytes hold all of it, or float64 where float32 doesn't
@@ -68,7 +68,7 @@ class Mixture:
         return Mixture(tuple(part.to(device) for part in self.parts))
 
     def share(self, index: int, count: int) -> Mixture:
-        """As `Batch.share`; the parts' remainders are dealt out in turn, so that shares are of equal size."""
+        """As `Batch.share`, with the parts' remainders dealt out in turn, so that shares are of equal size."""
         shares, first = [], index
         for part in self.parts:
             shares.append(part.share(first % count, count))

@@ -22,7 +22,10 @@ def available_cores() -> int:
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The cores' worth of time that Linux control groups, of either version, leave this process; None where they set no limit."""
+    """The cores' worth of time that Linux control groups, of either version, leave this process.
+
+    None where they set no limit.
+    """
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:  # another system
@@ -65,8 +68,11 @@ def refuse_while_imported() -> None:
 
 @contextmanager
 def one_core_each() -> Iterator[None]:
-    """Processes started within compute with one thread, as several on as many cores should: the matrix products of an
-    environment, small as they are, would have each process wait for the threads of the others."""
+    """Have processes started within compute with one thread each, as several on as many cores should.
+
+    Otherwise the matrix products of an environment, small as they are, would have each process wait for the threads of
+    the others.
+    """
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:

@@ -46,7 +46,7 @@ REFUSALS = ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EIS
 
 
 def refused_path(error: BaseException) -> str:
-    """A sentence for an error in which the system refuses a file's or folder's name, or access to it; else empty."""
+    """A sentence for an error in which the system refuses a file's or folder's name or access to it, else empty."""
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in REFUSALS and error.filename is not None:
         return f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
     return ""

@@ -27,7 +27,10 @@ os.umask(UMASK)
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; what is written there, a file or a folder, becomes `target` on success."""
+    """Yield a temporary path beside `target`.
+
+    What is written there, a file or a folder, becomes `target` on success.
+    """
     make_folder(target.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     new = scratch / target.name
@@ -149,14 +152,16 @@ def read_json(path: Path) -> Any:
 
 
 def from_json(kind: Any, value: Any, place: str = "") -> Any:
-    """`value`, as JSON has it, as a dataclass or another type of its fields: the one place where what is read from disk is checked.
+    """Turn `value`, as JSON has it, into a dataclass or another type of its fields.
 
-    Lists become tuples, whole numbers floats where these are declared.
+    This is the one place where what is read from disk is checked. Lists become tuples, and whole numbers become floats,
+    where these are declared.
 
     kind: a dataclass, int, float, str, bool, Literal, tuple[X, ...], dict[str, X], or one of those or None.
 
     Raises:
-        TypeError: if the value, or one within it, is not of its type, or a number not finite; it names the place.
+        TypeError: if the value, or one within it, is not of its type, or a number is not finite. The message names the
+            place.
     """
     if kind is Any:
         return value
@@ -211,5 +216,5 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first of these tensors that holds NaN or infinite numbers; None where all are finite."""
+    """The name of the first of these tensors that holds NaN or infinite numbers, or None where all are finite."""
     return next((name for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()), None)

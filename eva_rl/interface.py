@@ -18,9 +18,11 @@ OBSERVATION_CLIP = 10.0
 class Interface:
     """The observations, actions and returns of a domain or a dataset, with the statistics that normalise them.
 
-    Discrete actions are numbered from 0; `action_size` is then the number of choices of all their components, and
-    `action_mean` and `action_scale` are empty. An action of several parts, a Dict's or Tuple's, is a row of real numbers and choices;
-    `action_size` counts what predicts them, and mean and scale are those of the row: 0 and 1 of choices.
+    Discrete actions are numbered from 0. `action_size` is then the number of choices of all their components, and
+    `action_mean` and `action_scale` are empty.
+
+    An action of several parts, a Dict's or Tuple's, is a row of real numbers and choices. `action_size` then counts the
+    outputs that predict them. `action_mean` and `action_scale` are those of the row, with 0 and 1 for choices.
     """
 
     name: str
@@ -29,22 +31,23 @@ class Interface:
     action_kind: Literal["continuous", "discrete", "multi_discrete", "parts"]
     action_size: int
     observation_mean: tuple[float, ...]
-    """Of the numbers in vectors; images, grids, tokens and choices have none."""
+    """Of the numbers in vectors. Images, grids, tokens and choices have none."""
     observation_std: tuple[float, ...]
     action_mean: tuple[float, ...]
     action_scale: tuple[float, ...]
     return_scale: float
     reward_scale: float
     parts: tuple[Part, ...] = ()
-    """What an observation consists of; by default one vector."""
+    """What an observation consists of, by default one vector."""
     choices: tuple[int, ...] = ()
-    """The choices of each component of a discrete action; by default `action_size` of one."""
+    """The choices of each component of a discrete action, by default `action_size` for a single one."""
     tokens: tuple[str, ...] = ()
-    """Those of the model's tokens that it reads, in the model's order; by default all."""
+    """Those of the model's tokens that it reads, in the model's order. By default it reads all."""
     tasks: tuple[str, ...] = ()
     """Those that have a vector of their own in the model, in the order of its rows."""
     spaces: str = ""
-    """The environment's spaces of observations and actions, as `eva_rl.spaces.spaces_to_text` writes them; empty if unknown."""
+    """The environment's spaces of observations and actions, as `eva_rl.spaces.spaces_to_text` writes them. Empty if
+    unknown."""
     action_parts: tuple[ActionPart, ...] = ()
     """What an action consists of, where it is one of several parts."""
 
@@ -55,7 +58,7 @@ class Interface:
             object.__setattr__(self, "choices", (self.action_size,))
 
     def number_of(self, task: str) -> int:
-        """The row of the task's vector; -1 where it has none."""
+        """The row of the task's vector, or -1 where it has none."""
         return self.tasks.index(task) if task in self.tasks else -1
 
     @property
@@ -131,9 +134,9 @@ class TaskStatistics:
     """The best undiscounted episode return: the return a rollout asks for."""
     return_mean: float
     success_rate: float | None
-    """Share of the episodes that solved the task; None where the dataset does not say."""
+    """Share of the episodes that solved the task. None where the dataset does not say."""
     return_deciles: tuple[float, ...] = ()
     """(11,) the quantiles 0, 0.1, ..., 1 of the episodes' returns."""
     return_typical: float | None = None
-    """The median return of the successful episodes, of all where success is unknown; None where none succeeded, or where the
-    checkpoint is older than this."""
+    """The median return of the successful episodes, or of all where success is unknown. None where none succeeded, or
+    where the checkpoint is older than this field."""

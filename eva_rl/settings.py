@@ -1,7 +1,7 @@
 """All settings and their defaults: what commands, the Python API and the engines take, as frozen dataclasses.
 
-It imports neither torch nor Hydra. A file in configs/ holds a command's settings with a line on each; where it says otherwise than
-here, it overrides.
+This module imports neither torch nor Hydra. A file in configs/ holds a command's settings, with a line on each. Where
+the two differ, the file overrides this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ FILM_EVERY = 10
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The trunk's size. `context` is in environment steps; each has one token of every kind in `tokens`, in order."""
+    """The trunk's size.
+
+    `context` is in environment steps. Each step has one token of every kind in `tokens`, in that order.
+    """
 
     layers: int = 4
     heads: int = 4
@@ -107,19 +110,19 @@ class TrainingConfig:
     learning_rate: float | None = 1e-3
     """None: the adapter's own, where there is one."""
     final_learning_rate: float = 0.0
-    """At the last step; half a cosine leads there."""
+    """The learning rate at the last step, reached along half a cosine."""
     warmup: int = 20
     """Optimiser steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
-    """Applied to matrices; biases and norms are left alone."""
+    """Applied to matrices, but not to biases and norms."""
     gradient_clip: float = 0.25
-    """The global norm above which gradients are scaled down; inf: none is."""
+    """The global norm above which gradients are scaled down. With inf, none is."""
     precision: str = "auto"
     """`auto`, `float32` or `bfloat16`."""
     checkpoint_every: int = 200
-    """Optimiser steps between checkpoints; one more is written at the end."""
+    """Optimiser steps between checkpoints. One more is written at the end."""
     evaluate_every: int = 0
-    """Optimiser steps between evaluations while training; 0: none."""
+    """Optimiser steps between evaluations while training. With 0, there are none."""
     log_every: int = 10
     """Optimiser steps between logs."""
     accumulate: int = 1
@@ -159,34 +162,36 @@ class EvaChoices:
     """How long EVA looks at activations, what it makes of them, and how it chooses among their components."""
 
     rho: float = 2.0
-    """A layer may get up to rho times its nominal rank; 1 keeps all ranks equal."""
+    """A layer may get up to rho times its nominal rank. With 1, all ranks stay equal."""
     tau: float = 0.99
     """A layer has converged when its `convergence` measure is at least this."""
     convergence: str = "subspace"
-    """`subspace`: the share of variance that the layer's subspace is expected to capture of what the best one would,
-    for the data the batches are drawn from. Estimated from how much the last batch improved on the subspace of the
-    batch before; nearly equal singular values do not disturb it. It speaks of data like the batches seen: draw the first of them
-    from all parts of the data. `components`: the least cosine between a component and
-    its predecessor a batch ago, peft's rule. Both look at as many components as the layer's present rank."""
+    """`subspace` is the variance that the layer's subspace is expected to capture, as a share of what the best one
+    would, for the data the batches are drawn from. The share is estimated from how much the last batch improved on the
+    subspace of the batch before. Nearly equal singular values do not disturb it. The estimate holds for data like the
+    batches seen, so draw the first of them from all parts of the data. `components` is the least cosine between a
+    component and its predecessor a batch ago, which is peft's rule. Both look at as many components as the layer's
+    present rank."""
     max_batches: int = 64
     method: str = "streaming"
-    """`streaming` or `covariance`, see `StreamingSvd` and `Covariance`. Streaming is the default by measurement: after as
-    many batches its worst layer captures what exact covariances do to within 0.0002, in half the time, of which most is
-    then the forward passes' (`benchmarks/results/`); and its memory does not grow with the square of the width."""
+    """`streaming` or `covariance`, see `StreamingSvd` and `Covariance`. Measurements made streaming the default
+    (`benchmarks/results/`). After the same number of batches, its worst layer captures what exact covariances do to
+    within 0.0002, in half the time. Most of that time is then spent in the forward passes. The memory it needs does not
+    grow with the square of the width."""
     center: bool = True
-    """Components about the mean, as published; False: about zero, the `Sigma = E[x x^T]` of theorem 3.2."""
+    """Components about the mean, as published. With False, about zero, the `Sigma = E[x x^T]` of theorem 3.2."""
     weighting: str = "none"
-    """`gradient`: a row counts by the squared norm of the gradient that arrives at the layer's output for it. For one
-    row, dL/dB = g (A x)^T; so with center=False the components maximise `Tr(A E[|g|^2 x x^T] A^T) = E|dL/dB|_F^2`
-    without the independence of g and x that theorem 3.2 assumes."""
+    """With `gradient`, a row counts by the squared norm of the gradient that arrives at the layer's output for it. For
+    one row, dL/dB = g (A x)^T. With center=False the components therefore maximise
+    `Tr(A E[|g|^2 x x^T] A^T) = E|dL/dB|_F^2`, without the independence of g and x that theorem 3.2 assumes."""
     ranking: str = "ratio"
     """What components are worth when ranks are shared out: `ratio` or `paper`, see `explained`."""
     budget: str = "ranks"
     """What stays the same when ranks are shared out: their sum (`ranks`, as published), or the number of weights in A and B
     (`weights`), of which a rank costs wide layers more."""
     components: str = "leading"
-    """`minor` (those of least variance; needs method=covariance) and `random` (orthonormal) are the paper's ablations:
-    other directions at the ranks that the leading ones would get."""
+    """`minor` and `random` are the paper's ablations, which take other directions at the ranks that the leading ones
+    would get. `minor` takes those of least variance and needs method=covariance. `random` takes orthonormal ones."""
     rotation: bool = False
     """Mix A's rows by a random rotation: the same subspace, no component on its own axis."""
     permutation: bool = False
@@ -299,10 +304,10 @@ class AllocatorSettings:
 
     name: str
     config: dict[str, Any] | None
-    """What makes the allocator and its `_target_`; None: the ranks stay the adapter's."""
+    """The settings that make the allocator, with its `_target_`. With None, the ranks stay the adapter's."""
 
     def allocator(self) -> Any:
-        """The `eva_rl.adapter.allocators.Allocator`; None: there is none.
+        """The `eva_rl.adapter.allocators.Allocator`, or None if there is none.
 
         Raises:
             UserError: if its settings make no sense.
@@ -323,7 +328,10 @@ T = TypeVar("T")
 if TYPE_CHECKING:
 
     class Chosen(Generic[T]):
-        """A group of settings; in Python it may be given as a file's name or as a mapping of what is not as in its file."""
+        """A group of settings.
+
+        In Python it may be given as a file's name, or as a mapping of those settings that differ from its file.
+        """
 
         def __get__(self, instance: object, owner: Any = None) -> T: ...
 
@@ -364,7 +372,7 @@ class PretrainConfig:
     model: Chosen[ModelConfig] = SMALL
     """In Python also the name of a file of `configs/model/`, or some of its settings in a dict."""
     training: Chosen[TrainingConfig] = OWN
-    """In Python also a dict of those that are not as in `configs/pretrain.yaml`."""
+    """In Python also a dict of those that differ from `configs/pretrain.yaml`."""
     steps: int = 4000
     seed: int = 0
     device: str = "auto"
@@ -404,7 +412,7 @@ class AdapterSettings:
     batch_size: int
     """Windows in a batch, where the run does not say."""
     network: str
-    """`base`, with the weights it was pretrained to; `fresh`, the same with fresh weights; `mlp`, a perceptron."""
+    """`base` has the weights it was pretrained to. `fresh` is the same with fresh weights. `mlp` is a perceptron."""
 
     def __post_init__(self) -> None:
         if self.network not in ("base", "fresh", "mlp") or (self.network != "base" and self.trainable != "all"):
@@ -448,7 +456,7 @@ class AdapterSettings:
         return instantiate((self.config or {}) | grown)
 
     def start_function(self) -> Callable[..., Any] | None:
-        """The function that initialises it; None: as its peft config says.
+        """The function that initialises the adapter, or None where its peft config says how.
 
         Raises:
             UserError: if there is no such function.
@@ -469,26 +477,28 @@ class FinetuneConfig:
     dataset: str | None = None
     demonstrations: int | None = None
     filter: str = "successful"
-    """Which demonstrations are learned from: `successful`, those that solved the task, where that is known of any; `all`; or a share such as
-    `0.1`, those of the highest return."""
+    """Which demonstrations are learned from. The choices are `successful`, `all`, and a share such as `0.1`.
+    `successful` takes those that solved the task, where that is known of any. A share takes those of the highest
+    return.
+    """
     mirror: bool = True
     """Show half of the windows as in a mirror, where the task's domain knows its mirror image."""
     base: str = "mt40-small"
     adapter: Chosen[AdapterSettings] = EVA
     """In Python also the name of a file of `configs/adapter/`."""
     training: Chosen[TrainingConfig] = OWN
-    """In Python also a dict of those that are not as in `configs/finetune.yaml`."""
+    """In Python also a dict of those that differ from `configs/finetune.yaml`."""
     fresh_learning_rate: float = 3e-3
     """Of an embedder and head that the base does not have, whatever the method."""
     steps: int = OWN
-    """Optimiser steps; the adapter's own unless given."""
+    """Optimiser steps, by default the adapter's own."""
     seed: int = 0
     episodes: int = 20
     zero_shot: bool | None = None
-    """Score the base as it is, too; None: where it has an embedder and a head for the task."""
+    """Score the base as it is, too. With None, only where it has an embedder and a head for the task."""
     target_return: str | None = "auto"
     video: bool | None = None
-    """Film an episode of the fine-tuned policy; None: its first steps, where it can be rendered."""
+    """Film an episode of the fine-tuned policy. With None, only its first steps, where it can be rendered."""
     max_episode_steps: int | None = None
     trust_environment: bool = False
     workers: int | None = None

@@ -11,7 +11,7 @@ def counted(number: int, what: str) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; None is shown as a dash."""
+    """A Markdown table with aligned columns, in which None is shown as a dash."""
     cells = [["–" if cell is None else str(cell).replace("|", r"\|") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [

@@ -1,7 +1,8 @@
 """A fine-tuned policy in a loop of your own: `python examples/control_loop.py RUN ENVIRONMENT [EPISODES]`.
 
-RUN is a run's folder or a merged checkpoint, ENVIRONMENT the id of the environment it was fine-tuned for. With a robot, what stands
-for `env.step` here is your driver: an observation comes in, an action goes out; where nothing is earned, leave out `observe`.
+RUN is a run's folder or a merged checkpoint, ENVIRONMENT the id of the environment it was fine-tuned for. With a robot,
+your driver takes the place of `env.step`: an observation comes in, an action goes out. Where nothing is earned, leave
+out `observe`.
 """
 
 import sys

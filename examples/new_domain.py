@@ -1,4 +1,4 @@
-"""A domain of your own: walk to a goal on a line. Copied to `envs/`, it is complete; `python examples/new_domain.py` tries it."""
+"""A domain of your own, complete once in `envs/`: walk to a goal on a line. Try `python examples/new_domain.py`."""
 
 import gymnasium as gym
 import numpy as np

@@ -10,7 +10,10 @@ from eva_rl.data import load_dataset, write_dataset
 
 
 def episodes(count: int = 8, steps: int = 30) -> Iterator[dict]:
-    """A point that is driven to the middle; yours come from your logs. One observation more than actions: what followed the last."""
+    """Episodes of a point that is driven to the middle, in place of yours, which come from your logs.
+
+    There is one observation more than actions: what followed the last.
+    """
     rng = np.random.default_rng(0)
     for _ in range(count):
         position = [rng.uniform(-1, 1, 2)]

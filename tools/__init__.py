@@ -1,1 +1,1 @@
-"""What makes or measures files of the repository; no part of the package."""
+"""What makes or measures files of the repository, but is no part of the package."""

@@ -1,13 +1,14 @@
 """Damaged and random inputs: each is used rightly, or refused in one sentence.
 
-    python -m tools.fuzz --inputs 10000 --seed 0                # all targets; `make fuzz`
+    python -m tools.fuzz --inputs 10000 --seed 0                # all targets, as `make fuzz`
     python -m tools.fuzz --inputs 200 --targets checkpoint run
 
-An input is a folder as the project writes it with one to three random changes: bytes flipped, cut or removed, values of a JSON
-file replaced by others, tensors renamed, dropped, reshaped or filled with NaN; or a command line of random settings. Input number n
-of a seed is always the same, and made again by `--first n --inputs 1`. What counts as found: a traceback, more than ten seconds of computing, more
-than two gigabytes, a process that dies. Each target works in a process of its own, which is started again where it dies. An
-input that is used may hold other numbers of the right kind than the whole one did: that is counted as `used`, and can't be known wrong.
+An input is a command line of random settings, or a folder as the project writes it with one to three random changes. A
+change flips, cuts or removes bytes, replaces values of a JSON file by others, renames, drops or reshapes tensors, or
+fills them with NaN. Input number n of a seed is always the same, and made again by `--first n --inputs 1`. What counts
+as found: a traceback, more than ten seconds of computing, more than two gigabytes, a process that dies. Each target
+works in a process of its own, which is started again where it dies. An input that is used may hold other numbers of the
+right kind than the whole one did. That is counted as `used`, and can't be known to be wrong.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ VALUES: tuple[Any, ...] = (
 
 
 class Hang(BaseException):
-    """An input took longer than it may; no `except Exception` holds it up."""
+    """An input took longer than it may, which no `except Exception` catches."""
 
 
 def damaged(folder: Path, rng: np.random.Generator) -> str:
-    """Change one file below the folder; return in a few words what was done."""
+    """Change one file below the folder and return in a few words what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         return "nothing left"
@@ -198,7 +199,7 @@ def work(target: str, log: Path, first: int, last: int, seed: int) -> None:
 
 
 def campaign(target: str, first: int, count: int, seed: int) -> Counter[str]:
-    """Run so many inputs of a target in processes of their own; how many had which outcome."""
+    """Run so many inputs of a target in processes of their own and count how many had which outcome."""
     with tempfile.TemporaryDirectory() as place:
         log, begun = Path(place) / "log.jsonl", first
         while begun < first + count:

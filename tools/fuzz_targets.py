@@ -240,7 +240,10 @@ COMMANDS = ("collect", "pretrain", "finetune", "merge", "evaluate", "tasks")
 
 
 def draw_words(rng: np.random.Generator) -> list[str]:
-    """A command and one to four settings of it, with values of any kind; now and then something that is no setting."""
+    """A command and one to four settings of it, with values of any kind.
+
+    Now and then there is something that is no setting.
+    """
     from eva_rl import config
 
     command = COMMANDS[rng.integers(len(COMMANDS))]

@@ -2,7 +2,8 @@
 
     python -m tools.model_card runs/card/*
 
-Takes the folders of `python -m eva_rl.evaluate`; random and expert returns are those of envs/<domain>_scores.json.
+The command takes the folders of `python -m eva_rl.evaluate`. Random and expert returns are those of
+envs/<domain>_scores.json.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def changes(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def mutants_of(path: Path, tests: tuple[str, ...]) -> Iterator[Mutant]:
-    """Every mutant of a file, within functions; annotations, messages of errors and documentation stay."""
+    """Every mutant of a file, within functions, but not of annotations, messages of errors and documentation."""
     source = path.read_text()
     lines = source.splitlines(keepends=True)
     for function in ast.walk(ast.parse(source)):

@@ -1,7 +1,7 @@
-"""How long the sentences are that a user reads: `python -m tools.prose [FILE ...]`; README, docs and docstrings by default.
+"""How long the sentences are that a user reads: `python -m tools.prose [FILE ...]`.
 
-Counted is prose alone: no code blocks, tables, headings or comments. A code span counts as one word, and an item of a list as
-a sentence where it has no full stop.
+By default these are README, docs and docstrings. Only prose is counted: no code blocks, tables, headings or comments. A
+code span counts as one word, and an item of a list as a sentence where it has no full stop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = 35
-"""Words; a sentence of more is hard to read."""
+"""Words. A sentence of more is hard to read."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ SEED = 1000
 
 
 def measure(task: str, episodes: int) -> dict[str, float | list[float | None] | None]:
-    """Mean episode returns with their intervals, and how often the expert succeeds; those of `medium`, too, where there is one."""
+    """Mean episode returns with their intervals, and how often the expert succeeds.
+
+    The returns include those of `medium` where there is one.
+    """
     domain, name = envs.find_task(task)
     env = domain.make(name)
     played = ["random", "expert", *(quality for quality in domain.qualities(name) if quality == "medium")]

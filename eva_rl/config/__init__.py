@@ -1,4 +1,4 @@
-"""Hydra's YAML -> typed, frozen dataclasses; mistakes on the command line -> one sentence.
+"""Hydra's YAML -> typed, frozen dataclasses, and mistakes on the command line -> one sentence.
 
 This package alone knows Hydra. It is imported before anything heavy, so that `--help` answers at once.
 """

@@ -35,7 +35,7 @@ def entry_point(
     splits: the tasks that a word after `task=` stands for in a grid, each a run of its own.
 
     A `UserError`, a misspelt key, a wrong value or a launcher that fails ends the process with one sentence on stderr and
-    status 1; Ctrl-C with 130. Anything else is a bug and keeps its traceback.
+    status 1. Ctrl-C ends it with status 130. Anything else is a bug and keeps its traceback.
     """
     return lambda main: _Command(main, schema, name, folder, splits).run
 
@@ -77,7 +77,7 @@ class _Command:
             self._interrupted(str(interruption), in_grid)
 
     def task(self, config: DictConfig) -> None:
-        """One run; Hydra calls it with what it composed."""
+        """Do one run, called by Hydra with what it composed."""
         self.composed = True
         in_grid = HydraConfig.get().mode == RunMode.MULTIRUN
         if in_grid:  # a launcher's own would be unknown to processes started here

@@ -18,7 +18,7 @@ REFERENCE = re.compile(r"\$\{(share:)?[\w.,\[\] -]*\}")
 
 
 def _calls(text: str) -> bool:
-    """Whether a text holds interpolations that do more than refer to other settings; those within others count, too."""
+    """Whether a text holds interpolations, even within others, that do more than refer to other settings."""
     while text != (shorter := REFERENCE.sub("0", text)):
         text = shorter
     return "${" in text

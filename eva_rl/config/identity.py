@@ -24,7 +24,7 @@ class Plan:
     identity: dict[str, Any]
     """The settings that must be the same for one run to continue another."""
     protocol: dict[str, Any]
-    """The settings that decide a fine-tuning run's result, as result.json states them; none of other runs."""
+    """The settings that decide a fine-tuning run's result, as result.json states them. Other runs have none."""
 
     @property
     def checkpoints(self) -> Path:
@@ -33,7 +33,10 @@ class Plan:
 
 
 def plan(config: Any, what: str, how: str | None = None) -> Plan:
-    """The run that these settings describe; `what` and `how` name its folder where they don't, see `run_folder`."""
+    """The run that these settings describe.
+
+    `what` and `how` name its folder where the settings don't, see `run_folder`.
+    """
     return Plan(
         run_folder(config.run_dir, what, how),
         to_yaml(config),

@@ -13,7 +13,7 @@ from eva_rl.errors import UserError, did_you_mean, in_one_line, refused_path
 
 
 def mistake(error: Exception, schema: type) -> str:
-    """One sentence for an error that is a user's mistake; empty for any other."""
+    """One sentence for an error that is a user's mistake, and an empty text for any other."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -24,9 +24,10 @@ def mistake(error: Exception, schema: type) -> str:
 
 
 def of_plugin(error: Exception) -> str:
-    """One sentence for what a launcher of Hydra's could not do, such as reach its cluster; empty for any other error.
+    """One sentence for what a Hydra launcher could not do, such as reach its cluster, and an empty text otherwise.
 
-    The runs it launches say themselves what they failed of, and end in a `UserError`: what else leaves a launcher is its own.
+    The runs it launches say themselves why they failed, and end in a `UserError`. Any other error that leaves a
+    launcher is the launcher's own.
     """
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     name = next((module.split(".")[1] for module in modules if module.startswith("hydra_plugins.")), None)

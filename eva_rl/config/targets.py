@@ -13,10 +13,10 @@ from eva_rl.errors import UserError, in_one_line
 
 
 def instantiate(config: dict[str, Any]) -> Any:
-    """The peft config or optimiser that `_target_` and its settings describe; nested ones, such as EVA's, too.
+    """The peft config or optimiser that `_target_` and its settings describe, with nested ones such as EVA's.
 
-    A run's settings may be a stranger's, so that no other name in them is imported. Hydra would resolve interpolations once more, and
-    what `oc.create` makes of one is called unchecked: these settings may hold none.
+    A run's settings may be a stranger's, so no other name in them is imported. Hydra would resolve interpolations once
+    more and call what `oc.create` makes of one without a check. These settings may therefore hold none.
 
     Raises:
         UserError: if `_target_` names anything else, an interpolation is left, or nothing can be made of these settings.

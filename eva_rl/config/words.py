@@ -31,9 +31,10 @@ COMMANDS: Mapping[type, tuple[str, str]] = {
 
 
 def completed(job: Job, words: Sequence[str] = ()) -> Job:
-    """The job with all that it leaves to the files in `configs/`; the words are more of its settings, as on the command line.
+    """The job with all that it leaves to the files in `configs/`.
 
-    A job that has its adapter's settings is one that was read from such files, and stays as it is.
+    The words are more of its settings, as on the command line. A job that has its adapter's settings was read from such
+    files, and stays as it is.
 
     Raises:
         UserError: if its settings make no sense, as the command says.
@@ -65,7 +66,7 @@ def words_of(job: Job) -> list[str]:
 
 
 def _words(name: str, value: Any, section: bool) -> Iterator[str]:
-    """`name=value`; for the settings of a section, a word each."""
+    """`name=value`, or such a word for each setting of a section."""
     if section and is_dataclass(value):  # all of it
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if section and isinstance(value, Mapping):

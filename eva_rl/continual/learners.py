@@ -56,7 +56,7 @@ class Lessons:
     ewc: float
     seed: int
     folder: Path
-    """Of the run; a learner writes what it knows after each task below it."""
+    """The run's. A learner writes what it knows after each task below it."""
 
     def beginner(self, number: int) -> DecisionTransformer:
         """A copy of the base, with the vector of its task that is nearest to this one, where it has such vectors."""
@@ -79,7 +79,7 @@ class Lessons:
         score: Callable[[], float],
         companion: Any = None,
     ) -> list[tuple[int, float]]:
-        """Train for one task; its scores on the way, by steps done."""
+        """Train for one task and return its scores on the way, by steps done."""
         curve: list[tuple[int, float]] = []
 
         def evaluate(step: int) -> dict[str, float]:
@@ -100,13 +100,13 @@ class Learner(Protocol):
     """What learns the tasks of a sequence in their order."""
 
     def learn(self, number: int) -> list[tuple[int, float]]:
-        """Train on task `number`; its scores on the way."""
+        """Train on task `number` and return its scores on the way."""
         ...
 
     def scores(self, number: int, before: list[float]) -> list[float]:
         """The scores of all tasks now that task `number` is learned.
 
-        before: those after the task before; what can't have changed since is taken from there.
+        before: those after the task before. What can't have changed since is taken from there.
         """
         ...
 
@@ -234,7 +234,10 @@ class Alone:
 
 
 class Apart:
-    """An adapter for each task, in a library; the base stays as it is, and so does every adapter."""
+    """An adapter for each task, in a library.
+
+    The base stays as it is, and so does every adapter.
+    """
 
     def __init__(self, lessons: Lessons):
         self.lessons, self.library = lessons, Library(lessons.folder / "library", str(lessons.base.path))

@@ -20,8 +20,10 @@ def average_performance(matrix: np.ndarray) -> float:
 
 
 def forgetting(matrix: np.ndarray) -> float:
-    """F: the mean over all N tasks of the score when the task's own training ended, less that at the end of the sequence; below 0
-    where tasks got better afterwards."""
+    """F: the mean over all N tasks of the score when the task's own training ended, less that at the sequence's end.
+
+    F is below 0 where tasks got better afterwards.
+    """
     return float((np.diag(matrix) - matrix[-1]).mean())
 
 

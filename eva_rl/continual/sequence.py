@@ -1,4 +1,4 @@
-"""Tasks one after the other: learn, score all, write; what is written is where an interrupted run goes on."""
+"""Tasks one after the other: learn one, score all, write, and go on from what is written if the run is interrupted."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run_sequence(lessons: Lessons, facts: Mapping[str, Any], reference: Sequence
     """Learn all tasks of `lessons.stage`, from where `result.json` says that an earlier run of the same `facts` stopped.
 
     Returns:
-        The result, as `result.json` has it: `matrix` (N, N), row i the scores of all tasks after task i; `before` (N,), those of the
-        base; `curves`, each task's scores while it was trained; and the measures.
+        The result, as `result.json` has it, with the measures. Row i of `matrix` (N, N) holds the scores of all tasks
+        after task i, and `before` (N,) those of the base. `curves` holds each task's scores while it was trained.
 
     Raises:
         UserError: if the folder holds another run.

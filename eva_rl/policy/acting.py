@@ -59,11 +59,12 @@ class ActingPolicy:
         return self._returns(TargetReturn())
 
     def reset(self, target_return: float | str | Sequence[float] | None = None) -> None:
-        """Begin an episode, or as many as observations come next.
+        """Begin an episode, or as many as the next call has observations.
 
         Args:
-            target_return: what to ask for, in the task's undiscounted reward: a number, or one for each episode; a word
-                that `python -m eva_rl.evaluate` takes as `target_return`; None: what it asks for unless told.
+            target_return: what to ask for, in the task's undiscounted reward. This is a number, one for each episode,
+                or a word that `python -m eva_rl.evaluate` takes as `target_return`. With None, it is what the policy
+                asks for unless told.
 
         Raises:
             UserError: if that is no return, or nothing is known of the task's and none was given.
@@ -111,7 +112,7 @@ class ActingPolicy:
         """What the last action earned: a number, or one (n,) for each episode.
 
         Args:
-            action: what was done in the end, where that is not what `act` said; a batch of it after `act_batch`.
+            action: what was done in the end, where that is not what `act` said. After `act_batch`, a batch of it.
 
         Raises:
             UserError: if the reward is not finite, or there was no action.
@@ -127,7 +128,7 @@ class ActingPolicy:
         self._done = None
 
     def keep(self, episodes: Sequence[int]) -> None:
-        """Go on with these of the running episodes, by their numbers; the others have ended.
+        """Go on with these of the running episodes, by their numbers, because the others have ended.
 
         Raises:
             UserError: if they are not some of those running.

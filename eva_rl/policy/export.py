@@ -22,16 +22,17 @@ from eva_rl.spaces import first_choice, nested
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 NOTES = "eva_rl.json"
-"""The extra file of a `.pt2` that holds what `export_notes` says; in ONNX it is the model's metadata."""
+"""The extra file of a `.pt2` that holds what `export_notes` says. In ONNX, the model's metadata hold this."""
 
 
 class Window(nn.Module):
     """The greedy action for the newest step of a window that the caller keeps, in the environment's units, shape and type.
 
-    Inputs are arrays over `context` steps, of which those behind `step` are not looked at: one for each array of an observation,
-    `observations` or, in a Dict or Tuple, `observations.<key>`; and those of `actions` (or `actions.<key>`), `rewards` and
-    `returns_to_go` that the model reads. There is one output for each array of an action, `action` or `action.<key>`. All are as the
-    environment has them, but for text and large pictures, which come as `eva_rl.prepared` makes them.
+    Inputs are arrays over `context` steps, of which those after `step` are not looked at. There is one for each array
+    of an observation: `observations` or, in a Dict or Tuple, `observations.<key>`. The others are those of `actions`
+    (or `actions.<key>`), `rewards` and `returns_to_go` that the model reads. There is one output for each array of an
+    action: `action` or `action.<key>`. All are as the environment has them, except for text and large pictures, which
+    come as `eva_rl.prepared` makes them.
     """
 
     def __init__(self, policy: ActingPolicy):
@@ -126,7 +127,11 @@ def _type(space: gym.Space) -> torch.dtype:
 
 
 def export_notes(policy: ActingPolicy) -> dict[str, str]:
-    """What the caller has to know: the inputs' names in order, the window's size, the steps that are kept when it is full, the return to ask for, the spaces."""
+    """What the caller has to know.
+
+    That is the inputs' names in order, the window's size, the steps that are kept when it is full, the return to ask
+    for, and the spaces.
+    """
     config, statistics = policy.model.config, policy.statistics
     typical = None if statistics is None else policy.typical_return
     return {

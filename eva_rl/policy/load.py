@@ -44,7 +44,7 @@ def load_policy(
     Args:
         path: a run's folder, an adapter's, a checkpoint such as `python -m eva_rl.merge` writes, the name of a shipped one, or
             a Hugging Face repository of an adapter or a checkpoint. Checkpoints need neither peft nor Hydra nor a simulator.
-        task: such as `metaworld/push-v3`; by default the one that the run or checkpoint was fine-tuned on.
+        task: such as `metaworld/push-v3`. By default, this is the one that the run or checkpoint was fine-tuned on.
         base: where an adapter's base is now, if it was moved.
         device: `cpu`, `cuda` or `auto`.
         observation_space, action_space: the environment's, where the checkpoint does not know them, as older ones do not.
@@ -61,7 +61,7 @@ def load_policy(
 
 
 def find_trained(path: str | Path, task: str | None = None, base: str | None = None) -> Trained:
-    """What `load_policy` acts with; see there.
+    """What `load_policy` acts with (see there).
 
     Raises:
         UserError: see there.
@@ -95,7 +95,7 @@ def find_trained(path: str | Path, task: str | None = None, base: str | None = N
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder of a run's adapter or model, or the one named itself; of that path, name or repository.
+    """The folder that this path, name or repository stands for, or that of the adapter or model within a run's folder.
 
     Raises:
         UserError: if there is none.
@@ -112,7 +112,9 @@ def find_folder(path: str | Path) -> Path:
 
 
 def _interface_of(task: str, model: ActionModel, known: bool) -> str:
-    """The name of the task's interface; a model of a single one has no other for what it knows.
+    """The name of the task's interface.
+
+    A model with a single interface has no other for the tasks that it knows.
 
     Raises:
         UserError: if there is no such task.

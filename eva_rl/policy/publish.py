@@ -26,12 +26,12 @@ class Card:
 
     repo: str
     base: str | None
-    """The base an adapter belongs to; None for a whole model."""
+    """The base an adapter belongs to. None for a whole model."""
     tasks: tuple[str, ...]
     sees: str
     """Its observations and actions, in words."""
     result: Mapping[str, Any]
-    """The run's result.json; empty where there is none."""
+    """The run's result.json. Empty where there is none."""
 
     def __str__(self) -> str:
         from huggingface_hub import ModelCardData
@@ -88,7 +88,9 @@ def _in_words(estimate: Mapping[str, Any] | None) -> str | None:
 
 @contextmanager
 def staged(path: str, repo: str, base: str | None) -> Iterator[Path]:
-    """A temporary folder of what is to be published, the model card among it. It loads what is there, so that it is whole.
+    """A temporary folder of what is to be published, with the model card.
+
+    What is there is loaded first, to make sure that it is whole.
 
     base: where others find an adapter's base, if that is not where this run found it.
 
@@ -138,7 +140,7 @@ def _copy(folder: Path, target: Path, names: tuple[str, ...]) -> None:
 
 
 def publish(path: str, repo: str, base: str | None = None, private: bool = False) -> str:
-    """Push a run's adapter or model, or a checkpoint, to the Hugging Face repository `owner/name`; return its address.
+    """Push a run's adapter or model, or a checkpoint, to the Hugging Face repository `owner/name`, and return its URL.
 
     Raises:
         UserError: if there is nothing whole to publish, or the Hub refuses it.

@@ -77,7 +77,10 @@ def _colour(axes: Axes, table: np.ndarray) -> None:
 
 
 def _spectra(inputs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """A line of cumulative variance for each input, a colour for each kind of layer; the dot is the rank of the layer that reads it."""
+    """A line of cumulative variance for each input, with a colour for each kind of layer.
+
+    A dot marks the rank of the layer that reads the input.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run writes to result.json, typed; and what it says at its end."""
+"""What a fine-tuning run writes to result.json, typed, and what it says at its end."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ class RunResult:
     total_parameters: int
     settings: Settings
     zero_shot: Scores
-    """Before training; all None where the base was not rolled out."""
+    """Before training. All are None where the base was not rolled out."""
     seconds: dict[str, float]
     """By phase, `init` and `train` among them."""
     status: Literal["complete", "partial"]
     scores: Scores = field(default_factory=lambda: dict.fromkeys(SCORES))
-    """After training; all None while it goes on."""
+    """After training. All are None while it goes on."""
     curve: dict[str, Scores] = field(default_factory=dict)
     """The scores while training, by optimiser steps."""
     loss: tuple[float, ...] = ()
     """The mean training loss of each tenth of the steps."""
     learned_from: int | None = None
-    """Of the demonstrations, those that it was trained on; None in older results, which don't say."""
+    """How many of the demonstrations it was trained on. None in older results, which don't say."""
     peak_memory_mib: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     base_sha256: str | None = None
@@ -63,14 +63,16 @@ class RunResult:
     device: str | None = None
     precision: str | None = None
     run: str = ""
-    """Its folder, below the one it was looked for in; not part of result.json."""
+    """Its folder, below the one it was looked for in. This is not part of result.json."""
 
     @classmethod
     def from_json(cls, content: Any, run: str = "") -> RunResult:
-        """A result as result.json has it. What other versions have besides is left aside.
+        """A result as result.json has it.
+
+        Anything else that other versions write is left aside.
 
         Raises:
-            TypeError: if it is not as a run writes it; it names the place.
+            TypeError: if it is not as a run writes it. The message names the place.
         """
         if not isinstance(content, dict):
             raise TypeError("it is no section")
@@ -131,7 +133,10 @@ LATER = ("success_at_end",)
 
 
 def _of_scores(found: Any) -> Any:
-    """The scores among what a section of result.json holds; anything else as it is, for its type to be refused."""
+    """The scores among what a section of result.json holds.
+
+    Anything that is no section is returned as it is, for its type to be refused.
+    """
     return {name: found[name] for name in SCORES if name in found} if isinstance(found, dict) else found
 
 
@@ -165,10 +170,10 @@ def run_result(
     losses: Sequence[float] = (),
     curve: Mapping[str, Scores] | None = None,
 ) -> RunResult:
-    """The result of a run; `tuned` is None while it is under way.
+    """The result of a run.
 
-    `facts`: the fields of `RunResult` that are known before training. `losses`: the mean training loss of each tenth of the
-    steps. `curve`: the scores while training, by optimiser steps.
+    `facts`: the fields of `RunResult` that are known before training. `tuned`: None while the run is under way.
+    `losses`: the mean training loss of each tenth of the steps. `curve`: the scores while training, by optimiser steps.
     """
     curve = curve or {}
     before, *after = failures_counted([zero_shot, *([tuned] if tuned else []), *curve.values()])
@@ -186,7 +191,9 @@ def run_result(
 
 
 def read_earlier(run_dir: Path, settings: Mapping[str, Any], base_sha256: str) -> RunResult | None:
-    """The result.json of a run that is to be resumed, as far as it got, or its row in a `runs.jsonl`; None if it has neither.
+    """The result.json of a run that is to be resumed, as far as it got, or its row in a `runs.jsonl`.
+
+    None if the run has neither.
 
     Raises:
         UserError: if it is that of a run with other settings, or on other weights of the base.

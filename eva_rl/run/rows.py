@@ -24,9 +24,9 @@ class Row:
 
     file: Path
     run: str
-    """The run's folder below the file's; what is there may be gone."""
+    """The run's folder below the file's. What was in it may be gone."""
     content: Any
-    """As in result.json, not checked; None where the line is no row."""
+    """As in result.json, not checked. None where the line is no row."""
 
     @property
     def place(self) -> Path:
@@ -72,7 +72,7 @@ def rows_at(folder: Path) -> Iterator[Row]:
 
 
 def find_row(run_dir: Path) -> Row | None:
-    """The row of one run, in whichever of its folder's parents a `runs.jsonl` has it; None where none has."""
+    """The row of one run in the `runs.jsonl` of any of its folder's parents, or None where none has it."""
     return next((row for row in rows_at(run_dir) if row.place == run_dir.resolve() and row.content is not None), None)
 
 

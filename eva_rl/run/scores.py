@@ -13,7 +13,7 @@ from eva_rl.run.intervals import Estimate, mean, proportion
 SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
 RATES = SCORES[:2]
 Scores = dict[str, Estimate | None]
-"""By name; None where the environment or the missing scale does not define a score, or nothing was rolled out."""
+"""Scores by name. None where the environment does not define one, its scale is missing, or nothing was rolled out."""
 
 
 class Played(Protocol):
@@ -58,7 +58,10 @@ def failures_counted(found: Sequence[Scores]) -> list[Scores]:
 
 
 def _failures(own: Scores, others: Sequence[Scores]) -> Scores:
-    """The rates that these scores lack and others of the same task have, as 0; none where nothing was rolled out."""
+    """The rates that these scores lack and others of the same task have, as 0.
+
+    There are none where nothing was rolled out.
+    """
     played = own["episode_return"]
     if played is None:
         return {}

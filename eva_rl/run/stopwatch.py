@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Adds up the wall time spent in named phases; a phase within another does not count for the outer one."""
+    """Adds up the wall time spent in named phases.
+
+    Time in a phase within another does not count for the outer one.
+    """
 
     def __init__(self, *phases: str):
         self._open: list[str] = []
@@ -44,7 +47,7 @@ class Stopwatch:
 
 
 def peak_memory() -> int | None:
-    """The most memory (MiB) this process has had in use: on CUDA once it is used there, else in RAM; None on Windows."""
+    """The most memory (MiB) this process has used, on CUDA once it uses any there, else in RAM (None on Windows)."""
     import torch
 
     if torch.cuda.is_initialized():

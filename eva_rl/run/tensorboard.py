@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoard:
-    """Writes scalars of a run to `<run>/events.out.tfevents...`; use it as a context manager."""
+    """A context manager that writes scalars of a run to `<run>/events.out.tfevents...`."""
 
     def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
@@ -30,7 +30,7 @@ class TensorBoard:
             self.writer.add_figure(name, figure, step)
 
     def animation(self, name: str, step: int, gif: bytes, size: tuple[int, int]) -> None:
-        """An animated GIF of this width and height; the browser plays it among the images."""
+        """Log an animated GIF of this width and height, which the browser plays among the images."""
         # protobuf makes the class when it is imported.
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 

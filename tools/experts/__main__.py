@@ -21,7 +21,7 @@ from tools.experts.ship import ship
 
 
 def train(task: str, folder: Path, seed: int, steps: int, every: int) -> None:
-    """Search until so many environment steps were made; every few iterations the policy is kept, scored and saved."""
+    """Search until so many environment steps were made, and every few iterations keep, score and save the policy."""
     domain, name = envs.find_task(task)
     env, search = domain.make(name), SEARCHES[task]
     path = folder / f"{task.replace('/', '.')}-seed{seed}.npz"

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Search:
-    """Settings of the search; the names in brackets are those of the paper's algorithm 2."""
+    """Settings of the search, with the names of the paper's algorithm 2 in brackets."""
 
     directions: int = 16
     """Perturbations an iteration, each tried in both signs [N]."""
@@ -34,7 +34,8 @@ class Search:
     noise: float = 0.03
     """Standard deviation of the perturbations [nu]."""
     alive_bonus: float = 0.0
-    """What the environment pays for each step in which the body has not fallen; taken off, as in the paper, section 4.1."""
+    """What the environment pays for each step in which the body has not fallen. This is taken off, as in the paper,
+    section 4.1."""
     horizon: int = 1000
     """Steps an episode at the start of the search."""
     growth: float = 0.0
@@ -107,7 +108,7 @@ def play(env: gym.Env, policy: Floats, seed: int, limit: int, discrete: bool = F
 
 
 def iterate(env: gym.Env, state: State, search: Search, seed: int) -> float:
-    """One iteration of algorithm 2 (V2-t); returns the mean return of its episodes."""
+    """Do one iteration of algorithm 2 (V2-t) and return the mean return of its episodes."""
     rng = np.random.default_rng((seed, state.iteration))
     deltas = rng.standard_normal((search.directions, *state.weights.shape))
     starts = rng.integers(2**30, size=search.directions)

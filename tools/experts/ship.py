@@ -33,7 +33,7 @@ class Choice:
     numbers: list[int]
     returns: list[float]
     medium: int
-    """The place in `numbers` of the one that is halfway to the expert; where none is, the expert alone is shipped."""
+    """The place in `numbers` of the one that is halfway to the expert. Where none is, the expert alone is shipped."""
 
 
 def choose(rough: Sequence[float], measure: Callable[[int], float], random: float) -> Choice:
@@ -62,7 +62,7 @@ def choose(rough: Sequence[float], measure: Callable[[int], float], random: floa
 
 
 def mean_return(env: gym.Env, task: str, policy: Policy | None, episodes: int) -> float:
-    """The mean return over so many episodes, the same for every policy; without a policy, of random actions."""
+    """The mean return of a policy, or of random actions, over so many episodes, which are the same for every policy."""
     totals = []
     env.action_space.seed(SEED)
     for episode in range(episodes):
