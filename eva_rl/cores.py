@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 GUARD = 'put what a script runs below `if __name__ == "__main__":`, because a worker process imports the script first'
 
@@ -64,6 +65,15 @@ def refuse_while_imported() -> None:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing looks at itself
         raise SystemExit(f"error: A worker process works instead of waiting for its work: {GUARD}.")
+
+
+def end_with_parent() -> None:
+    """End this worker process when the process that started it is gone, even killed without a word.
+
+    A pool's worker holds both ends of the queue that it waits at, and so would wait there for ever.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager

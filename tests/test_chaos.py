@@ -52,3 +52,28 @@ def test_times_tell_no_files_apart_and_numbers_do(tmp_path):
         (place / "result.json").write_text(json.dumps({"seconds": {"train": seconds}, "loss": loss}))
         digests.append(chaos.contents(place))
     assert digests[0] == digests[1] != digests[2]
+
+
+POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from eva_rl.cores import end_with_parent
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), end_with_parent)
+    pool.submit(time.sleep, 0).result()
+    Path("begun").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_workers_of_a_process_that_is_killed_end_with_it(tmp_path, number):
+    (tmp_path / "pool.py").write_text(POOL)
+    process = chaos.start(["pool.py"], tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None, (tmp_path / "output.txt").read_text()
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait()
+    assert chaos.left_over(process.pid, tmp_path) == []

@@ -60,7 +60,7 @@ ACTIONS: dict[str, list[list[str]]] = {
     "collect": [["eva_rl.collect", f"task={TASK}", "episodes=4", "workers=1"]],
     "pretrain": [_BASE],
     "finetune": [_BASE, _RUN],
-    "grid": [_BASE, [*_TUNE, "-m", "adapter=lora,none"]],
+    "grid": [_BASE, [_TUNE[0], "-m", *_TUNE[1:], "adapter=lora,none"]],
     "merge": [_BASE, _RUN, ["eva_rl.merge", "run=run", "output=merged"]],
     "report": [_BASE, _RUN, ["eva_rl.report", "run"]],
     "convert": [["-c", LOGS], ["eva_rl.convert", "source=logs", "dataset=mine/logs-v0", "overwrite=true"]],

@@ -26,7 +26,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 import eva_rl
-from eva_rl.cores import GUARD, available_cores, one_core_each, refuse_while_imported
+from eva_rl.cores import GUARD, available_cores, end_with_parent, one_core_each, refuse_while_imported
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError
 from eva_rl.files import make_folder, replacing, write_arrays
@@ -123,10 +123,7 @@ def _collect(missing: Sequence[Recipe], workers: int) -> None:
     total = sum(recipe.episodes for recipe in missing)
     workers = min(workers or available_cores(), max(len(jobs), 1))
     with tqdm(total=total, initial=total - len(jobs), desc="collect", unit="episode", disable=not missing) as bar:
-        # Ctrl-C reaches every process of the terminal; the parent alone answers it.
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("forkserver"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-        )
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _begin_worker)
         try:
             unfinished = {recipe: sum(r == recipe for r, _ in jobs) for recipe in missing}
             for recipe in missing:
@@ -148,6 +145,13 @@ def _collect(missing: Sequence[Recipe], workers: int) -> None:
                 shutil.rmtree(recipe.staging, ignore_errors=True)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal; the parent alone answers it
+    end_with_parent()
 
 
 def _staged(recipe: Recipe, episode: int) -> Path:
