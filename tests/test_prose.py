@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.prose import Prose, docstrings, measure, pages, sentences
+from tools.prose import Prose, docstrings, measure, modules, of_docstrings, pages, sentences
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in pages()])
 def test_a_page_is_written_in_short_sentences(page: str):
     assert measure(sentences((ROOT / page).read_text())).too_long() == []
+
+
+@pytest.mark.parametrize("room", sorted({path.parent.relative_to(ROOT).as_posix() for path in modules()}))
+def test_the_docstrings_of_a_room_are_written_in_short_sentences(room: str):
+    of_modules = (of_docstrings(path) for path in modules() if path.parent == ROOT / room)
+    assert sum(of_modules, Prose(0, 0, 0, 0)).too_long() == []
 
 
 def test_the_readme_is_short():

@@ -96,6 +96,16 @@ def docstrings(source: str) -> Iterator[str]:
             yield "\n".join("" if line in {"Args:", "Returns:", "Raises:", "Yields:"} else line for line in lines)
 
 
+def of_docstrings(module: Path) -> Prose:
+    """The prose of a module's docstrings."""
+    return measure(sentence for text in docstrings(module.read_text()) for sentence in sentences(text))
+
+
+def modules() -> list[Path]:
+    """What is documented by its docstrings."""
+    return [path for folder in ("eva_rl", "envs") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
 def pages() -> list[Path]:
     """README, CONTRIBUTING and the pages of the documentation."""
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -107,9 +117,7 @@ def main() -> None:
     rows = [(path.name, measure(sentences(path.read_text()))) for path in files]
     if not given:
         rows.append(("README and docs", sum((prose for _, prose in rows), Prose(0, 0, 0, 0))))
-        modules = [p for folder in ("eva_rl", "envs") for p in sorted((ROOT / folder).rglob("*.py"))]
-        texts = (text for path in modules for text in docstrings(path.read_text()))
-        rows.append(("docstrings", measure(sentence for text in texts for sentence in sentences(text))))
+        rows.append(("docstrings", sum((of_docstrings(path) for path in modules()), Prose(0, 0, 0, 0))))
     width = max(len(name) for name, _ in rows)
     print(f"{'':<{width}}  sentences  words each  over {LONG}  semicolons a hundred")
     for name, prose in rows:
