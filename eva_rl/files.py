@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 UMASK = os.umask(0)
 """The permissions that new files do without here."""
 os.umask(UMASK)
+
+
+FULL = (errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else []))
+"""Why the system takes no more of a file: the disk, the user's share of it, or the largest file is full."""
 
 
 @contextmanager
@@ -47,11 +52,26 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException as error:
         if (scratch / "old").exists():
             os.replace(scratch / "old", target)
-        if "No space left on device" in str(error):  # an OSError, or the words of a library that has its own kind
+        if any(
+            os.strerror(number) in str(error) for number in FULL
+        ):  # an OSError, or the words of a library's own kind
             raise UserError(f"There is no space left for '{target}': free some, or write elsewhere.") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Look whether so many bytes can be written below a folder, for libraries that crash where they can't be.
+
+    Raises:
+        OSError: of one of the numbers in `FULL`, if they can't be.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    elif shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 class InUseError(UserError):

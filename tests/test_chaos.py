@@ -24,13 +24,13 @@ with alone_in(Path("run")):
 def test_a_program_that_a_signal_ends_leaves_whole_files_and_can_run_again(tmp_path, name):
     endless = chaos.start(["-c", WRITES.format(count=100_000)], tmp_path)
     while not (tmp_path / "run" / "result.json").exists():
-        assert endless.poll() is None, (tmp_path / "output.txt").read_text()
+        assert endless.poll() is None, chaos.said(tmp_path)
         time.sleep(0.02)
     after = float(np.random.default_rng(sum(map(ord, name))).uniform(0, 0.2))
     assert chaos.interrupt(endless, after, chaos.SIGNALS[name])
     assert len(json.loads((tmp_path / "run" / "result.json").read_text())["much"]) == 2000
     again = chaos.start(["-c", WRITES.format(count=2)], tmp_path)
-    assert again.wait() == 0, (tmp_path / "output.txt").read_text()
+    assert again.wait() == 0, chaos.said(tmp_path)
     assert chaos.left_over(again.pid, tmp_path) == []
     assert json.loads((tmp_path / "run" / "result.json").read_text())["number"] == 1
 
@@ -72,7 +72,7 @@ def test_the_workers_of_a_process_that_is_killed_end_with_it(tmp_path, number):
     (tmp_path / "pool.py").write_text(POOL)
     process = chaos.start(["pool.py"], tmp_path)
     while not (tmp_path / "begun").exists():
-        assert process.poll() is None, (tmp_path / "output.txt").read_text()
+        assert process.poll() is None, chaos.said(tmp_path)
         time.sleep(0.02)
     process.send_signal(number)
     process.wait()

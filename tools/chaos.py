@@ -3,9 +3,9 @@
     python -m tools.chaos --moments 100 --seed 0       # `make chaos`
     python -m tools.chaos --moments 5 --actions collect report
 
-Each action is a command on a small task. It runs once whole. Then it starts again, once for each moment, on the files it started from, and one of
-these happens. A signal ends it at a random time (SIGKILL, SIGTERM, SIGINT, or SIGINT twice). The disk takes no file beyond a random
-size. Or the command is given twice at once. Then the command is given again.
+Each action is a command on a small task. It runs once whole. Then it starts again, once for each moment, on the files it started from,
+and something happens. A signal ends it at a random time (SIGKILL, SIGTERM, SIGINT, or SIGINT twice). The disk has a random number of
+bytes left (a tmpfs, which root alone can mount). Or the command is given twice at once. Then it is given again, unless it ended well.
 
 What counts as found: the last command fails. Its files differ from those of the whole run, but for times and TensorBoard's events. A process
 outlives its command, or a lock or a half-written file is left. A full disk or a second process ends in anything but success or one sentence.
@@ -18,14 +18,14 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ SIGNALS: dict[str, tuple[int, ...]] = {
     "SIGINT twice": (signal.SIGINT, signal.SIGINT),
 }
 FULL, TWICE = "full disk", "two at once"
-KINDS = (*SIGNALS, FULL, TWICE)
+KINDS = (*SIGNALS, *([FULL] if os.geteuid() == 0 else []), TWICE)
 GRACE = 60.0
 """Seconds that a command may take to end after a signal."""
 TRAIN = ["model=tiny", "steps=6", "training.batch_size=4", "training.checkpoint_every=2", "device=cpu", "resume=true"]
@@ -70,21 +70,12 @@ TIMES = ("seconds", "peak_memory_mib", "dataset_permalink", "creation_date", "da
 """What differs from one run to the next in JSON files."""
 
 
-def start(words: Sequence[str], place: Path, largest: int | None = None) -> subprocess.Popen[bytes]:
-    """A command of the project in a folder, with a process group and a datasets' root of its own.
-
-    largest: bytes of the largest file that it may write.
-    """
+def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
+    """A command of the project in a folder, with a process group and a datasets' root of its own."""
     environment = os.environ | {"MINARI_DATASETS_PATH": str(place / "datasets"), "PYTHONHASHSEED": "0"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, *(["-m", *words] if words[0].startswith("eva_rl.") else words)]
-
-    def prepare() -> None:
-        _heed_interrupts()
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-    with (place / "output.txt").open("ab") as output:
+    with place.with_suffix(".txt").open("ab") as output:
         return subprocess.Popen(
             command,
             cwd=place,
@@ -92,7 +83,7 @@ def start(words: Sequence[str], place: Path, largest: int | None = None) -> subp
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=prepare,
+            preexec_fn=_heed_interrupts,
         )
 
 
@@ -125,11 +116,13 @@ def left_over(group: int, place: Path) -> list[str]:
         if not (alive := _alive(group)):
             break
         time.sleep(0.1)
-    found = [f"process {pid}" for pid in alive]
-    for path in sorted(place.rglob("*")):
-        if path.name == ".lock" or path.name.endswith(".lock") or path.suffix == ".tmp":
-            found.append(f"file {path.relative_to(place)}")
-    return found
+    return [f"process {pid}" for pid in alive] + unfinished(place)
+
+
+def unfinished(place: Path) -> list[str]:
+    """Files that only a running command may have."""
+    files = sorted(path for path in place.rglob("*") if path.suffix in (".lock", ".tmp") or path.name == ".lock")
+    return [f"file {path.relative_to(place)}" for path in files]
 
 
 def _alive(group: int) -> list[int]:
@@ -149,12 +142,7 @@ def contents(place: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = path.relative_to(place).as_posix()
-        if (
-            name == "output.txt"
-            or "events.out" in name
-            or "/hparams/" in name
-            or any(p.startswith(".") for p in path.parts)
-        ):
+        if "events.out" in name or "/hparams/" in name or any(p.startswith(".") for p in path.parts):
             continue
         content = path.read_bytes()
         if path.suffix == ".json":
@@ -175,55 +163,85 @@ def made(words: Sequence[str], place: Path) -> float:
     """Give a command that nothing happens to; how many seconds it took."""
     began = time.monotonic()
     if code := start(words, place).wait():
-        raise RuntimeError(f"{' '.join(words)} ended with {code}: {_said(place)}")
+        raise RuntimeError(f"{' '.join(words)} ended with {code}: {said(place)}")
     return time.monotonic() - began
 
 
-def _said(place: Path) -> str:
-    return (place / "output.txt").read_text()[-600:]
+def said(place: Path) -> str:
+    """The end of what the commands in a folder printed."""
+    return place.with_suffix(".txt").read_text(errors="replace")[-600:]
 
 
-def happens(
-    kind: str, words: Sequence[str], place: Path, seconds: float, rng: np.random.Generator
-) -> tuple[str, list[str]]:
-    """Let one thing happen to a command: what it was, and what was found wrong."""
-    said = (place / "output.txt").stat().st_size if (place / "output.txt").exists() else 0
-    if kind in SIGNALS:
-        after = float(rng.uniform(0, seconds))
-        process = start(words, place)
-        try:
-            there = interrupt(process, after, SIGNALS[kind])
-        except RuntimeError as error:
-            return f"{kind} after {after:.2f} s", [str(error)]
-        wrong = [found for found in left_over(process.pid, place) if found.startswith("process")]
-        return f"{kind} after {after:.2f} s{'' if there else ' (it had ended)'}", wrong
-    largest = int(10 ** rng.uniform(2, 6)) if kind == FULL else None
-    processes = [start(words, place, largest) for _ in range(2 if kind == TWICE else 1)]
+def interrupted(kind: str, words: Sequence[str], place: Path, after: float) -> tuple[int, list[str]]:
+    """Send a command signals after so many seconds: its exit status, and what was found wrong."""
+    process = start(words, place)
+    try:
+        interrupt(process, after, SIGNALS[kind])
+    except RuntimeError as error:
+        return process.returncode, [str(error)]
+    return process.returncode, [found for found in left_over(process.pid, place) if found.startswith("process")]
+
+
+def side_by_side(count: int, words: Sequence[str], place: Path) -> tuple[int, list[str]]:
+    """Give a command so many times at once: the best exit status, and what was found wrong."""
+    output = place.with_suffix(".txt")
+    before = output.stat().st_size if output.exists() else 0
+    processes = [start(words, place) for _ in range(count)]
     codes = [process.wait() for process in processes]
     wrong = [found for process in processes for found in left_over(process.pid, place) if found.startswith("process")]
-    with (place / "output.txt").open(errors="replace") as file:
-        file.seek(said)
-        if any("Traceback" in line for line in file) or min(codes) < 0:
-            wrong.append(f"ended with {codes}: {_said(place)}")
-    if kind == TWICE and all(codes):
-        wrong.append(f"neither of two at once succeeded: {_said(place)}")
-    return f"{kind}{'' if largest is None else f', {largest} bytes'}", wrong
+    text = output.read_bytes()[before:].decode(errors="replace")
+    if "Traceback" in text or min(codes) < 0:
+        wrong.append(f"ended with {codes}: {text[-900:]}")
+    if count > 1 and all(codes):
+        wrong.append(f"none of {count} at once succeeded: {text[-900:]}")
+    return min(codes), wrong
 
 
 def moment(
     action: str, expected: dict[str, str], place: Path, seconds: float, rng: np.random.Generator
 ) -> tuple[str, list[str]]:
     """Let something happen to an action, and give it again: what it was, and what was found wrong."""
-    words = ACTIONS[action][-1]
-    what, wrong = happens(KINDS[rng.integers(len(KINDS))], words, place, seconds, rng)
-    again = start(words, place)
-    if code := again.wait():
-        return what, [*wrong, f"given again it ended with {code}: {_said(place)}"]
-    wrong += left_over(again.pid, place)
+    words, kind = ACTIONS[action][-1], str(rng.choice(KINDS))
+    what = kind
+    if kind in SIGNALS:
+        after = float(rng.uniform(0, seconds))
+        what = f"{kind} after {after:.2f} s"
+        code, wrong = interrupted(kind, words, place, after)
+    elif kind == TWICE:
+        code, wrong = side_by_side(2, words, place)
+    else:
+        left = int(10 ** rng.uniform(3, 6.5))
+        what = f"{kind} after {left} bytes"
+        resize(place, left)
+        code, wrong = side_by_side(1, words, place)
+        resize(place, None)
+    if code:
+        code = start(words, place).wait()
     now = contents(place)
-    return what, wrong + [
-        f"differs: {path}" for path in sorted(now.keys() | expected) if now.get(path) != expected.get(path)
-    ]
+    wrong += [f"differs: {path}" for path in sorted(now.keys() | expected) if now.get(path) != expected.get(path)]
+    if code and (now != expected or "already" not in said(place)):  # what it makes may have been whole before
+        wrong.append(f"given again it ended with {code}: {said(place)}")
+    return what, wrong
+
+
+def resize(place: Path, left: int | None) -> None:
+    """Leave so many bytes on the tmpfs at this folder, or plenty."""
+    found = os.statvfs(place)
+    size = 2**31 if left is None else (found.f_blocks - found.f_bfree) * found.f_frsize + left
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
+
+@contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """A tmpfs at this folder, where there is a right to mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2G", "tmpfs", str(place)]
+    if not (can := FULL in KINDS and not subprocess.run(mount, check=False).returncode):
+        print("No tmpfs can be mounted here: no disk will be full.", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if can:
+            subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def campaign(action: str, moments: range, seed: int) -> int:
@@ -232,20 +250,22 @@ def campaign(action: str, moments: range, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place, needed = Path(folder, "place"), Path(folder, "needed")
         place.mkdir()
-        for words in ACTIONS[action][:-1]:
-            made(words, place)
-        shutil.copytree(place, needed)
-        seconds = made(ACTIONS[action][-1], place)
-        expected = contents(place)
-        for number in moments:
-            shutil.rmtree(place)
-            shutil.copytree(needed, place)
-            what, wrong = moment(
-                action, expected, place, seconds, np.random.default_rng((seed, list(ACTIONS).index(action), number))
-            )
-            bad += bool(wrong)
-            for sentence in wrong:
-                print(f"{action} {number}: {what}: {sentence}", flush=True)
+        with mounted(place):
+            for words in ACTIONS[action][:-1]:
+                made(words, place)
+            shutil.copytree(place, needed)
+            seconds = made(ACTIONS[action][-1], place)
+            expected, usual = contents(place), set(unfinished(place))
+            for number in moments:
+                for path in place.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.copytree(needed, place, dirs_exist_ok=True)
+                rng = np.random.default_rng((seed, list(ACTIONS).index(action), number))
+                what, wrong = moment(action, expected, place, seconds, rng)
+                wrong += sorted(set(unfinished(place)) - usual)
+                bad += bool(wrong)
+                for sentence in wrong:
+                    print(f"{action} {number}: {what}: {sentence}", flush=True)
     print(f"{action}: {len(moments)} moments of {seconds:.1f} s, {bad} with something wrong", flush=True)
     return bad
 

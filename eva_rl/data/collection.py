@@ -29,7 +29,7 @@ import eva_rl
 from eva_rl.cores import GUARD, available_cores, end_with_parent, one_core_each, refuse_while_imported
 from eva_rl.envs import find_task
 from eva_rl.errors import UserError
-from eva_rl.files import make_folder, replacing, write_arrays
+from eva_rl.files import check_space, make_folder, replacing, write_arrays
 from eva_rl.seeding import episode_rng, episode_seed
 
 EXPERT_ACTION = "expert_action"
@@ -260,10 +260,33 @@ def write_whole(dataset_id: str, buffers: Iterable[EpisodeBuffer], about: Mappin
             # Minari asks for an author, an address, a permalink and an environment; data made on the spot have none.
             warnings.filterwarnings("ignore", message=".*(is set to None|env_spec is None)")
             # Minari asks for a list, and takes any iterable.
-            dataset = minari.create_dataset_from_buffers(dataset_id, cast("list[EpisodeBuffer]", buffers), **described)
+            each = cast("list[EpisodeBuffer]", _that_fit(buffers, folder))
+            dataset = minari.create_dataset_from_buffers(dataset_id, each, **described)
             dataset.storage.update_metadata({**about, "eva_rl_version": eva_rl.__version__})
         os.replace(folder / "root" / dataset_id / "data", folder / "data")
         shutil.rmtree(folder / "root")
+
+
+def _that_fit(buffers: Iterable[EpisodeBuffer], folder: Path) -> Iterator[EpisodeBuffer]:
+    """The episodes, each after a look whether the disk has space for it, since HDF5 crashes on a full one."""
+    for buffer in buffers:
+        content = (
+            buffer.observations,
+            buffer.actions,
+            buffer.rewards,
+            buffer.terminations,
+            buffer.truncations,
+            buffer.infos,
+        )
+        check_space(folder, 2**16 + 5 * _size(content) // 4)  # HDF5's own notes; chunks that are not filled
+        yield buffer
+
+
+def _size(value: Any) -> int:
+    """Bytes of the arrays in nested dicts and tuples."""
+    if isinstance(value, dict | tuple):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return 0 if value is None else np.asarray(value).nbytes
 
 
 def _buffers(recipe: Recipe) -> tuple[list[EpisodeBuffer], bool]:
