@@ -3,12 +3,19 @@
     python -m tools.chaos --moments 100 --seed 0       # `make chaos`
     python -m tools.chaos --moments 5 --actions collect report
 
-Each action is a command on a small task. It runs once whole. Then it starts again, once for each moment, on the files it started from, and one of
-these happens. A signal ends it at a random time (SIGKILL, SIGTERM, SIGINT, or SIGINT twice). The disk takes no file beyond a random
-size. Or the command is given twice at once. Then the command is given again.
+Each action is a command on a small task. It runs once whole. Then it starts again, once for each moment, on the files
+that it started from, and one of these happens:
 
-What counts as found: the last command fails. Its files differ from those of the whole run, but for times and TensorBoard's events. A process
-outlives its command, or a lock or a half-written file is left. A full disk or a second process ends in anything but success or one sentence.
+- A signal ends it at a random time (SIGKILL, SIGTERM, SIGINT, or SIGINT twice).
+- The disk takes no file beyond a random size.
+- The command is given twice at once.
+
+Then the command is given again. These count as found:
+
+- The last command fails, or its files differ from those of the whole run, but for times and TensorBoard's events.
+- A process outlives its command, or a lock or a half-written file is left.
+- On a full disk, or beside a second process, a command ends in anything but success or one sentence.
+
 `--first` makes one moment again.
 """
 
@@ -172,7 +179,7 @@ def _timeless(content: object) -> object:
 
 
 def made(words: Sequence[str], place: Path) -> float:
-    """Give a command that nothing happens to; how many seconds it took."""
+    """Give a command that nothing happens to, and return how many seconds it took."""
     began = time.monotonic()
     if code := start(words, place).wait():
         raise RuntimeError(f"{' '.join(words)} ended with {code}: {_said(place)}")
@@ -186,7 +193,7 @@ def _said(place: Path) -> str:
 def happens(
     kind: str, words: Sequence[str], place: Path, seconds: float, rng: np.random.Generator
 ) -> tuple[str, list[str]]:
-    """Let one thing happen to a command: what it was, and what was found wrong."""
+    """Let one thing happen to a command, and return what it was and what was found wrong."""
     said = (place / "output.txt").stat().st_size if (place / "output.txt").exists() else 0
     if kind in SIGNALS:
         after = float(rng.uniform(0, seconds))
@@ -213,7 +220,7 @@ def happens(
 def moment(
     action: str, expected: dict[str, str], place: Path, seconds: float, rng: np.random.Generator
 ) -> tuple[str, list[str]]:
-    """Let something happen to an action, and give it again: what it was, and what was found wrong."""
+    """Let something happen to an action and give it again. Return what it was and what was found wrong."""
     words = ACTIONS[action][-1]
     what, wrong = happens(KINDS[rng.integers(len(KINDS))], words, place, seconds, rng)
     again = start(words, place)
@@ -227,7 +234,10 @@ def moment(
 
 
 def campaign(action: str, moments: range, seed: int) -> int:
-    """So many moments of an action, all in a folder of one name, since files state it; in how many something was wrong."""
+    """Make so many moments of an action, and return in how many something was wrong.
+
+    All are in a folder of one name, since files state it.
+    """
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         place, needed = Path(folder, "place"), Path(folder, "needed")
