@@ -5,9 +5,9 @@
     python -m benchmarks.eva_init --model llama-1b --device cuda
 
 `small` is the shipped base. `paper` is the 12-million-parameter Decision Transformer of EVA's experiment, with random
-weights. It has fewer windows in a batch, so that a batch of either has about as many tokens. Batches are windows of
-real trajectories of a task the base has not seen, collected on first use. When the list ends, peft goes through it
-again.
+weights. It has fewer windows in a batch, so that batches of both have about the same number of tokens. Batches are
+windows of real trajectories of a task the base has not seen, collected on first use. When the list ends, peft goes
+through it again.
 
 Every measurement is a process of its own: load, warm up, initialise once. The engines take turns, and medians are
 reported. `captured` is the variance that A's rows hold of all rows of all batches, in the worst and in the mean layer.

@@ -6,7 +6,7 @@ It needs torch, peft and transformers alone. `python -m benchmarks.eva_init --mo
 
 `llama-1b` has the form of a model of 1.2 billion parameters, `llama-tiny` the same in small. Weights are random, from a
 config. Batches are token ids whose frequencies fall as in texts (Zipf's law). All linear layers but the output's have
-an adapter. After the cap, peft is stopped at its first forward pass, and then has no result to be judged.
+an adapter. When the cap is over, peft is stopped at its next forward pass, and then has no result to be judged.
 
 `captured` is as in `eva_init`, over all rows of all batches, for two layers of the first, the middle and the last
 block. One of the two reads as many numbers as the model is wide, the other as many as the feed-forward layer is. The

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers --tasks metaworld/cw10 --demonstrations 1 5 40 --seconds 45
 
-BC, TD3+BC and Decision Transformer are as d3rlpy ships them, with its own scaler of observations. Its transformer
-has its scaler of returns, too, by 1/1000 as in its own reproduction scripts. Each trains from scratch, for so many
+BC, TD3+BC and Decision Transformer are as d3rlpy ships them, with its own scaler of observations. The transformer also
+has d3rlpy's scaler of returns, by 1/1000 as in its own reproduction scripts. Each trains from scratch, for so many
 seconds of one core's time. Goals, simulators, demonstrations and the return that is asked for (`auto`) are those of
 `python -m eva_rl.finetune`.
 

@@ -8,8 +8,8 @@
 - d3rlpy: its Decision Transformer of that size, as it is run (`update`), where it is installed.
 
 All have dropout 0.1, AdamW and clipping by the global norm. The arithmetic of a step is 6 multiplications and additions
-a weight of the trunk and token. Its share of the peak is its speed over that of the best of a few large matrix products
-in the same type, timed in the same run. Figures are medians of the repeats, all in turn.
+for each weight of the trunk and each token. The share of the peak is this arithmetic a second, over that of the best of
+a few large matrix products in the same type, timed in the same run. Figures are medians of the repeats, all in turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from eva_rl.training import autocast
 TASK = "metaworld/push-back-v3"
 BATCH_SIZES = {"small": 64, "paper": 32}
 TOKENS = ("return", "state", "action")
-"""Theirs, so that ours has as many."""
+"""Those of the others, which our model takes too, so that all have as many."""
 LONGEST = 200  # steps of an episode
 STEPS = 3
 """Optimiser steps of one timing."""

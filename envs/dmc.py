@@ -41,8 +41,8 @@ ACTION_REPEATS = {  # those of PlaNet (Hafner et al. 2019, https://arxiv.org/abs
 
 HELD_OUT = ("cartpole-swingup", "reacher-easy", "walker-walk")
 """The first task's body is trained on with another aim (the cart-pole balances). The second has a new body with
-familiar dynamics (two more motors on a plane, like the point mass). The third has a new body that walks, as only the
-cheetah and hopper do."""
+familiar dynamics (two more motors on a plane, like the point mass). The third has a new body that walks, like none
+of those trained on but the cheetah and hopper."""
 
 
 class DMControl(Domain):

@@ -68,7 +68,7 @@ def refuse_while_imported() -> None:
 
 
 def end_with_parent() -> None:
-    """End this worker process when the process that started it is gone, even killed without a word.
+    """End this worker process when the process that started it is gone, even if it was killed without a word.
 
     A pool's worker holds both ends of the queue that it waits at, and so would wait there for ever.
     """

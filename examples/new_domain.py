@@ -1,4 +1,7 @@
-"""A domain of your own, complete once in `envs/`: walk to a goal on a line. Try `python examples/new_domain.py`."""
+"""A domain of your own, complete once copied to `envs/`: walk to a goal on a line.
+
+Try it with `python examples/new_domain.py`.
+"""
 
 import gymnasium as gym
 import numpy as np

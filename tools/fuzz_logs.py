@@ -13,7 +13,7 @@ Episode = dict[str, np.ndarray]
 
 
 def episodes() -> list[Episode]:
-    """Three short ones: observations (T, 3), actions (T, 2), rewards (T,)."""
+    """Three short episodes: observations (T, 3), actions (T, 2), rewards (T,)."""
     rng = np.random.default_rng(0)
     shapes = {"observations": (3,), "actions": (2,), "rewards": ()}
     return [{name: rng.normal(size=(length, *shape)) for name, shape in shapes.items()} for length in (5, 7, 6)]

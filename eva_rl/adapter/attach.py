@@ -54,7 +54,7 @@ class Adapter:
     initial: dict[str, tuple[Tensor, Tensor]]
     """A and B, as they were at the start, of the layers whose base weight lost their product then."""
     companion: Any = None
-    """What else takes part in training, see `eva_rl.training.Companion`. None: nothing does."""
+    """What else takes part in training (see `eva_rl.training.Companion`), or None if nothing does."""
     own_form: bool = False
     """Whether LoRA's factors may be none of peft's, so that they are saved multiplied out."""
 
@@ -85,8 +85,8 @@ def attach(
     """Wrap `model` in place with the adapter that `config` describes, and leave only the adapter trainable.
 
     Args:
-        batches: the new task's data, each batch as `forward` takes it. Initialisations that need data read them. Or a
-            whole `TaskData`.
+        batches: the new task's data, each batch as `forward` takes it, or a whole `TaskData`. Initialisations that need
+            data read them.
         token_mask: see `eva_init`. None: a Hugging Face batch's attention masks and labels say which tokens count.
         fresh_modules: names of modules that the base never trained. They are trained in full and saved with the
             adapter.
@@ -96,7 +96,7 @@ def attach(
         **more: what else `TaskData` holds. `loss` gives the loss of a batch, for initialisations that look at
             gradients. `few` is how many batches an initialisation without a rule of its own takes. `progress` says
             whether to show a bar. `forward` runs the model on a batch. It should send through each layer the rows that
-            training will, as EVA's directions are those of the rows. By default, a mapping is given by its keys, a
+            training will, as EVA's directions are those of these rows. By default, a mapping is given by its keys, a
             tuple or list by position, and anything else as one argument. `strict` says whether to raise an error where
             EVA has no directions for a layer. Otherwise the layer keeps peft's usual initialisation, and a warning
             names it.

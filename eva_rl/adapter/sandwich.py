@@ -99,7 +99,7 @@ class SandwichConfig(LoraConfig):
     sides: bool = False
     """Whether L and R are trained, too."""
     landing: float | None = None
-    """How strongly L and R are drawn to orthonormality, see `Landing`. None: not at all."""
+    """How strongly L and R are drawn to orthonormality (see `Landing`), or None for not at all."""
     step: float = 0.0
     """The rate of the first step of full fine-tuning, for `lora_sb`."""
 

@@ -86,9 +86,9 @@ def plain(model: nn.Module, config: PeftConfig, data: TaskData) -> tuple[PeftMod
 
 @contextmanager
 def _fitting() -> Iterator[None]:
-    """Goes around peft alone: what peft raises is a mistake in the config.
+    """Turns what peft raises into a `UserError`, as it is a mistake in the config.
 
-    What the user's functions raise is theirs.
+    This goes around calls of peft alone: what the user's functions raise is theirs.
     """
     try:
         yield

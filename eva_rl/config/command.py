@@ -77,7 +77,7 @@ class _Command:
             self._interrupted(str(interruption), in_grid)
 
     def task(self, config: DictConfig) -> None:
-        """Do one run, called by Hydra with what it composed."""
+        """Do one run. Hydra calls this with what it composed."""
         self.composed = True
         in_grid = HydraConfig.get().mode == RunMode.MULTIRUN
         if in_grid:  # a launcher's own would be unknown to processes started here

@@ -11,7 +11,10 @@ from hydra.types import RunMode
 
 
 def run_folder(run_dir: str | None, what: str = "run", how: str | None = None) -> Path:
-    """Where a run writes: `run_dir`, or `runs/<what>/<how>-<date>`, as TensorBoard then names it (in a multirun a folder for each job)."""
+    """Where a run writes: `run_dir`, or `runs/<what>/<how>-<date>`, as TensorBoard then names it.
+
+    In a multirun without `run_dir`, each job has a folder of its own in the multirun's.
+    """
     if run_dir is not None:
         folder = Path(run_dir)
     elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:

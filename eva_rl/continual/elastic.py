@@ -17,7 +17,7 @@ class Elastic(Idle):
     """The penalty strength / 2 sum_i F_i (theta_i - theta*_i)^2 as a companion of training, see `eva_rl.training.Companion`.
 
     F sums the diagonal Fisher information of all past tasks, and theta* are the weights after the last of them. A
-    penalty for each task would need a copy of the weights for each. Huszar 2018 (arXiv 1712.03847) shows why one will
+    penalty for each task would need a copy of the weights for each. Huszar (2018, arXiv 1712.03847) shows why one will
     do.
     """
 

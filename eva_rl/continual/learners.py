@@ -56,7 +56,7 @@ class Lessons:
     ewc: float
     seed: int
     folder: Path
-    """The run's. A learner writes what it knows after each task below it."""
+    """The run's folder, below which a learner writes what it knows after each task."""
 
     def beginner(self, number: int) -> DecisionTransformer:
         """A copy of the base, with the vector of its task that is nearest to this one, where it has such vectors."""

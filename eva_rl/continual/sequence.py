@@ -1,4 +1,4 @@
-"""Tasks one after the other: learn one, score all, write, and go on from what is written if the run is interrupted."""
+"""Tasks one after the other: learn one, score all, write. An interrupted run goes on from what is written."""
 
 from __future__ import annotations
 

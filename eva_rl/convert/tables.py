@@ -1,4 +1,4 @@
-"""Folders of .npz, .npy, .csv or .parquet files: one file for each episode, or a column that says which episode it is.
+"""Folders of .npz, .npy, .csv or .parquet files: one file for each episode, or a column that tells episodes apart.
 
 - .npz: an array (T, ...) for each column.
 - .npy: a table, or a folder for each episode with a file for each column. The columns of a table are the fields of a

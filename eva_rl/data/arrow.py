@@ -1,7 +1,7 @@
 """Episodes of Minari's Arrow and Parquet storage, whole.
 
-Minari 0.5.4 takes each batch of rows from pyarrow for an episode, but pyarrow hands out 32,768 rows at most. Minari
-also can't read infos of one number a step. Here a folder is an episode, whatever its batches.
+Minari 0.5.4 takes each batch of rows that pyarrow hands out to be an episode, but such a batch has 32,768 rows at most.
+Minari also can't read infos of one number a step. Here a folder is an episode, whatever its batches.
 """
 
 from __future__ import annotations

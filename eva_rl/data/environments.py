@@ -152,11 +152,12 @@ def _of_right_types(spec: EnvSpec, wrappers: Sequence[WrapperSpec]) -> bool:
 def approved(spec: EnvSpec, dataset_id: str, trust: bool = False) -> EnvSpec:
     """The specification, as far as it may be made.
 
-    The environment must be registered under its id with that very entry point, or be a task of this project's domains.
-    Of its wrappers, only those that do nothing but change what is seen and done are kept.
+    The environment must be registered under its id, with the very entry point that the specification names, or be a
+    task of this project's domains. Of its wrappers, only those that do nothing but change what is seen and done are
+    kept. The others are left out with a warning.
 
-    If the entry point belongs to an installed package that builds on gymnasium, that package is imported, so that it
-    registers its environments. Nothing else is imported.
+    If the id is not registered yet, and the entry point belongs to an installed package that builds on gymnasium, that
+    package is imported, so that it registers its environments. Nothing else is imported.
 
     Raises:
         UserError: for any other environment, unless it is trusted.

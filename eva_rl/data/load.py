@@ -29,10 +29,10 @@ def load_dataset(
 ) -> Trajectories:
     """The episodes of the Minari dataset `dataset_id`, packed.
 
-    The dataset is downloaded first if it is not in the local root. If `demonstrations` is given, only the first so many
-    episodes are taken. If their observations take more than `IN_MEMORY` bytes, the episodes are packed on disk, once,
-    and mapped into memory. The words of texts are numbered as these episodes have them, and large pictures are reduced
-    (see `eva_rl.prepared`).
+    The dataset is downloaded first if it is not in the local root. If `demonstrations` is given, only the first
+    `demonstrations` episodes are taken. If their observations take more than `IN_MEMORY` bytes, the episodes are packed
+    on disk, once, and mapped into memory. The words of texts are numbered as these episodes have them, and large
+    pictures are reduced (see `eva_rl.prepared`).
 
     expert_labels: predict what the expert would have done without the noise, where the dataset says.
 

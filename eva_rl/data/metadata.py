@@ -55,7 +55,7 @@ def metadata_of(dataset_id: str) -> dict[str, Any]:
 
 
 def _is_count(value: object) -> bool:
-    """Whether this number counts something; no dataset has 2^53 steps, from where floats skip numbers."""
+    """Whether this number counts something. No dataset has 2^53 steps, from where on floats skip numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53 and value == int(value)
 
 

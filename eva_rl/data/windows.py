@@ -24,7 +24,7 @@ JOINED = 2 * 2**30
 
 
 class WindowSampler:
-    """Draws batches of windows: a task uniformly, then a window of one of its transitions, each equally likely.
+    """Draws batches of windows: a task uniformly, then a window of one of its transitions, all of these equally likely.
 
     A window is any run of `context` consecutive steps that overlaps an episode, cut to the episode. Windows that hang
     over the beginning start at step 0 and are shorter, as histories are early in a rollout. Windows that hang over the

@@ -22,7 +22,7 @@ class Compared:
     """What they are compared by, such as `success_rate`."""
     mean: float
     low: float | None
-    """The lower end of the 95 % interval. `high` is the upper one. Both are None where there are too few runs."""
+    """The lower end of the 95 % interval. `high` is the upper end. Both are None where runs are too few."""
     high: float | None
     interquartile_mean: float
     runs: int

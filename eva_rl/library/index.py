@@ -244,7 +244,8 @@ class Library:
 
         Args:
             data: trajectories, or observations as the environment gives them, with a leading axis of n, in any order.
-            transitions: how many to look at, from the first on. By default, all of them, or 2000 where there are more.
+            transitions: how many to look at, from the first on. By default, all. Of more than 2000, only 2000 are
+                looked at, evenly spread.
             interface: the name of the one that the adapters act through. By default, the first that has such
                 observations.
 

@@ -128,7 +128,7 @@ def rank(
 def _deviation(losses: Tensor, known: float) -> float:
     """The standard deviation of one observation's loss.
 
-    It combines the losses given with the task's own deviation, which counts for `PRIOR` of them.
+    The losses given are pooled with what is known of the task's own spread, which counts as much as `PRIOR` of them.
     """
     n = len(losses)
     own = float(losses.var()) if n > 1 else 0.0

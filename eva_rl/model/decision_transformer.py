@@ -160,8 +160,8 @@ class DecisionTransformer(ActionModel):
         The parts go through the trunk together.
 
         Args:
-            all_tokens: False where layers whose other outputs nobody reads compute the states alone. None: False
-                while training, else True.
+            all_tokens: whether all tokens go through every layer. If False, layers whose other outputs nobody reads
+                compute the states alone. None: False while training, else True.
         """
         all_tokens = not self.training if all_tokens is None else all_tokens
         layouts: dict[tuple[str, ...], list[Batch]] = {}

@@ -63,8 +63,8 @@ class ActingPolicy:
 
         Args:
             target_return: what to ask for, in the task's undiscounted reward. This is a number, one for each episode,
-                or a word that `python -m eva_rl.evaluate` takes as `target_return`. With None, it is what the policy
-                asks for unless told.
+                or a word that `python -m eva_rl.evaluate` takes as `target_return`. With None, it is
+                `typical_return`, which that command also asks for unless told.
 
         Raises:
             UserError: if that is no return, or nothing is known of the task's and none was given.

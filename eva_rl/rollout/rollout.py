@@ -90,8 +90,8 @@ def rollout(
         interface: which the environments' spaces must fit.
         finished: receives return, length and successes of the episodes that have ended, by their jobs' numbers, even if
             the rollout breaks off.
-        max_steps: where episodes are cut and scored, with a warning. None: where the environment's own time limit ends
-            them.
+        max_steps: the number of steps after which episodes that go on are cut and scored, with a warning. None: the
+            environment's own time limit ends them.
         longest: the same, where there is no such limit either.
 
     Raises:

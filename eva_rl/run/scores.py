@@ -13,7 +13,7 @@ from eva_rl.run.intervals import Estimate, mean, proportion
 SCORES = ("success_rate", "success_at_end", "episode_return", "normalized_score")
 RATES = SCORES[:2]
 Scores = dict[str, Estimate | None]
-"""Scores by name. None where the environment does not define one, its scale is missing, or nothing was rolled out."""
+"""Scores by name. None where the environment does not define a score, its scale is missing, or nothing was played."""
 
 
 class Played(Protocol):

@@ -52,9 +52,10 @@ def read_results(folders: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
 
 
 def pack(folder: Path) -> list[str]:
-    """Add the finished runs below a folder to its `runs.jsonl`, or to a nearer one if there is one.
+    """Add the finished runs below a folder to its `runs.jsonl`, which is made if it is not there.
 
-    Runs' folders stay as they are. A report and `resume=true` need no more of them than the row.
+    If a folder in between has a `runs.jsonl`, a run is added to the nearest of these. Runs' folders stay as they are. A
+    report and `resume=true` need no more of them than the row.
 
     Returns:
         A sentence for each file.

@@ -27,7 +27,7 @@ class Allocator:
     put_on: Callable[[PeftModel], Any] | None = None
     """After the start: changes the LoRA that was made, and gives what takes part in training, see `eva_rl.training.Companion`."""
     on_all: Callable[[nn.Module], Any] | None = None
-    """The same for a model whose weights are all trained. None: the allocator is for LoRA alone."""
+    """The same for a model whose weights are all trained, or None if the allocator is for LoRA alone."""
 
 
 class Idle:

@@ -58,11 +58,11 @@ class LayerResult:
     total: float
     """The sum of all S^2, candidates or not."""
     rows: float
-    """How many rows were seen, or with weights the sum of these."""
+    """How many rows were seen, or the sum of their weights where they have weights."""
     batches: int
     """Batches taken in, by this process."""
     converged_after: int | None
-    """Batches until the components had converged, at the rank the layer has. None: they had not."""
+    """Batches until the components had converged, at the rank the layer has, or None if they had not."""
     captured: float
     """How much variance this process's components are expected to capture, as a share of what the best would, see
     `EvaSettings`. This is claimed of rows like those seen, and not of what no batch has shown."""

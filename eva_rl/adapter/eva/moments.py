@@ -134,10 +134,13 @@ class Moments(ABC):
         return torch.cat([basis, new], 1)
 
     def _center(self, streams: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Subtract the batch's mean from the rows, and return which are finite and the row (A, d) that makes up for it.
+        """Subtract the batch's mean from the rows, for which a correction makes up.
 
         The scatter of all rows is the sum of that of the rows so far, that of the centred batch, and the outer product
-        of this correction with itself. See Chan, Golub & LeVeque (1979), and eq. 4 of Ross et al. (2008).
+        of the correction with itself. See Chan, Golub & LeVeque (1979), and eq. 4 of Ross et al. (2008).
+
+        Returns:
+            Which streams are finite (A,), and the correction (A, d).
         """
         if weights is None:
             mass = torch.full_like(self.mass[streams], rows.shape[1])  # (A,)
@@ -173,7 +176,7 @@ class Moments(ABC):
         return found
 
     def _expect(self, streams: Tensor, quotients: Tensor, values: Tensor, before: Tensor) -> Tensor:
-        """(A, k): the share of the best j components' variance that the first j will hold once all data are seen.
+        """(A, k): the share of the best j components' variance that the present j will hold once all data are seen.
 
         On the data so far, the components of a batch ago hold `sum(quotients)` where the present ones hold
         `sum(values)`. The last batch moved the covariance by D n / (N + n), with D the difference between batch and

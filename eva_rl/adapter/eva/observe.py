@@ -69,8 +69,8 @@ def _eager(model: nn.Module) -> AbstractContextManager:
 def masked_rows(masks: Tensor | Sequence[Tensor] | None, room: Room = lambda name, count: None) -> Rows:
     """Rows of a layer's input (..., d) where the mask (...) is True.
 
-    They are a copy, whatever the model does to the input. If there are several masks, a layer's is the one of its
-    input's shape. Inputs (n, d) may also be all tokens in one row after another.
+    They are a copy, so that nothing the model does to its input changes them. If there are several masks, a layer's is
+    the one of its input's shape. Inputs (n, d) may also hold all tokens one after another, a row each.
     """
     masks = (masks,) if isinstance(masks, Tensor) else masks
     indices: dict[torch.Size | None, Tensor] = {

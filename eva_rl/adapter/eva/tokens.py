@@ -61,10 +61,11 @@ def shapes(batch: Any) -> Any:
 class TokenRows:
     """Chooses the rows that count by what a language model's batch says of its tokens: attention masks and labels.
 
-    Tokens are chosen by `attention_mask`, (B, T). In a decoder, `labels` of the mask's shape must not be `ignored`
-    either. In an encoder-decoder model, the attention mask chooses the encoder's rows, and also those of what the
-    encoder gave the decoder. `decoder_attention_mask` and `labels` choose the decoder's. Without masks, all rows count.
-    All rows also count in layers whose inputs have another shape, and a warning tells of these layers.
+    Tokens are chosen by `attention_mask`, (B, T). In a decoder, tokens whose labels are `ignored` are left out too, if
+    `labels` has the mask's shape. In an encoder-decoder model, the attention mask chooses the encoder's rows, and also
+    those of what the encoder gave the decoder. `decoder_attention_mask` and `labels` choose the decoder's. Without
+    masks, all rows count. All rows also count in layers whose inputs have another shape, and a warning tells of these
+    layers.
 
     peft's functions for language models choose the same rows, where they can.
     """
