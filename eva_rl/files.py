@@ -55,23 +55,34 @@ def replacing(target: Path) -> Iterator[Path]:
         if any(
             os.strerror(number) in str(error) for number in FULL
         ):  # an OSError, or the words of a library's own kind
-            raise UserError(f"There is no space left for '{target}': free some, or write elsewhere.") from error
+            raise no_space(target) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Look whether so many bytes can be written below a folder, for libraries that crash where they can't be.
+    """Look whether so many bytes can be written below a folder, for libraries that fail badly where they can't be.
 
     Raises:
-        OSError: of one of the numbers in `FULL`, if they can't be.
+        UserError: if they can't be.
     """
-    if hasattr(os, "posix_fallocate"):
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-    elif shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            return
+        full = shutil.disk_usage(folder).free < size
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        full = True
+    if full:
+        raise no_space(folder)
+
+
+def no_space(path: Path) -> UserError:
+    return UserError(f"There is no space left for '{path}': free some, or write elsewhere.")
 
 
 class InUseError(UserError):

@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all."""
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +10,7 @@ from typing import Literal
 import pytest
 
 from eva_rl.errors import UserError
-from eva_rl.files import from_json, make_folder, read_json, replacing, write_json, write_text
+from eva_rl.files import check_space, from_json, make_folder, read_json, replacing, write_json, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -179,3 +181,20 @@ def test_a_value_of_another_type_is_refused_by_its_place(change, place):
     content = {"inner": {"size": 1.0}, "kind": "a", "rates": {}} | change
     with pytest.raises(TypeError, match=place):
         from_json(Outer, content)
+
+
+def test_a_full_disk_is_found_out_before_a_library_writes(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    check_space(tmp_path, 2**20)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match="There is no space left for"):
+        check_space(tmp_path, 1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_takes_no_more_is_told_as_no_space(tmp_path, number):
+    with pytest.raises(UserError, match="There is no space left for"), replacing(tmp_path / "model"):
+        raise RuntimeError(f"a library's words: {os.strerror(number)}")

@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eva_rl.files import check_space, make_folder
 from eva_rl.run.result import RunResult, flat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+
+SPARE = 2**19
+"""Bytes that must be free before something is logged."""
 
 
 class TensorBoard:
@@ -19,13 +24,21 @@ class TensorBoard:
     def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
+        self.run_dir = make_folder(run_dir)
+        self._check()
         self.writer = SummaryWriter(str(run_dir))
 
+    def _check(self) -> None:
+        """Find a full disk out here: TensorBoard writes in a thread, whose error nobody would catch."""
+        check_space(self.run_dir, SPARE)
+
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._check()
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
 
     def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
+        self._check()
         for name, figure in figures.items():
             self.writer.add_figure(name, figure, step)
 
@@ -34,10 +47,12 @@ class TensorBoard:
         # protobuf makes the class when it is imported.
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+        self._check()
         image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
         _add(self.writer, Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def text(self, name: str, markdown: str) -> None:
+        self._check()
         self.writer.add_text(name, markdown)
 
     def hparams(self, result: RunResult) -> None:
@@ -68,6 +83,7 @@ def write_hparams(folder: Path, results: Sequence[RunResult]) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
+    check_space(make_folder(folder), SPARE)
     made = [flat(result.settings) for result in results]
     values = {name: [own[name] for own in made if name in own] for name in sorted(set().union(*made))}
     numeric = {name for name, own in values.items() if all(isinstance(value, int | float) for value in own)}
