@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TOKENS = ("return", "state", "action", "reward")
 """The kinds of tokens that a step may have."""
+NOISE = (0.0, 0.1, 0.3)
+"""Of the episodes that are collected where nothing else is said, see `PretrainConfig.noise`."""
 FILM_STEPS = 500
 """Steps of a film that nobody asked for."""
 FILM_EVERY = 10
@@ -364,6 +366,8 @@ class PretrainConfig:
     weights: dict[str, float] | None = None
     temperature: float = 3.0
     demonstrations: int = 40
+    noise: tuple[float, ...] = NOISE
+    """Standard deviations of the action noise of the collected episodes, taken in turn, in units of half the action range."""
     labels: str = "actions"
     std_floor: float = 1.5
     tokens: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from eva_rl.config.folder import run_folder
-from eva_rl.settings import ADAMW, NO_ALLOCATOR, FinetuneConfig
+from eva_rl.settings import ADAMW, NO_ALLOCATOR, NOISE, FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ AS_BEFORE = {
     "mirror": False,
     "filter": "all",
     "task_vectors": False,
+    "noise": NOISE,
     "start_from": None,
 }
 """Settings that runs of former versions did not have, and the value at which a run is one of those."""

@@ -42,7 +42,7 @@ def _build(schema: type, values: dict[str, Any], prefix: str) -> Any:
 
 BEFORE = {"mirror": False, "filter": "all"}
 """What the settings of an earlier run mean that are not in its file, where today's default is another."""
-ADDED = frozenset({"allocator", "library", "optimizer", "task_vectors", "tracker"})
+ADDED = frozenset({"allocator", "library", "noise", "optimizer", "task_vectors", "tracker"})
 """Settings that the files of earlier runs do not have."""
 
 

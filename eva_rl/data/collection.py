@@ -31,6 +31,7 @@ from eva_rl.envs import find_task
 from eva_rl.errors import UserError
 from eva_rl.files import check_space, make_folder, replacing, write_arrays
 from eva_rl.seeding import episode_rng, episode_seed
+from eva_rl.settings import NOISE
 
 EXPERT_ACTION = "expert_action"
 """What the expert would have done, without the noise: an entry of every step's info in a collected dataset."""
@@ -42,7 +43,7 @@ class Recipe:
 
     task: str
     episodes: int = 40
-    noise: tuple[float, ...] = (0.0, 0.1, 0.3)
+    noise: tuple[float, ...] = NOISE
     """Standard deviations of the Gaussian noise added to the expert's actions, in units of half the action range.
     Episodes take them in turn."""
     seed: int = 0

@@ -15,6 +15,7 @@ from eva_rl.data.load import score_scale_of
 from eva_rl.envs import expand_tasks, find_task
 from eva_rl.errors import UserError
 from eva_rl.interface import interface_name
+from eva_rl.settings import NOISE
 
 MINARI = "minari/"
 DEMONSTRATIONS = 40
@@ -47,12 +48,14 @@ class TaskSource:
         return collect([Recipe(self.task, DEMONSTRATIONS if demonstrations is None else demonstrations, seed=seed)])[0]
 
 
-def datasets(sources: Sequence[TaskSource], demonstrations: int, seed: int) -> list[str]:
+def datasets(
+    sources: Sequence[TaskSource], demonstrations: int, seed: int, noise: tuple[float, ...] = NOISE
+) -> list[str]:
     """The Minari ids of these tasks' trajectories.
 
-    Those that are not there are collected together.
+    Those that are not there are collected together, with action noise of these scales in turn.
     """
-    collected = [Recipe(s.task, demonstrations, seed=seed) for s in sources if s.dataset_id is None]
+    collected = [Recipe(s.task, demonstrations, noise, seed=seed) for s in sources if s.dataset_id is None]
     ids = iter(collect(collected))
     return [next(ids) if source.dataset_id is None else source.dataset_id for source in sources]
 

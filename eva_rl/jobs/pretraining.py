@@ -135,7 +135,7 @@ def gather(asked: Asked, group: Processes) -> Sequence[Trajectories]:
     """Each task's trajectories, collected where they are missing."""
     config, expert = asked.config, asked.config.labels == "expert"
     with group.first_alone():
-        ids = datasets(asked.sources, config.demonstrations, config.seed)
+        ids = datasets(asked.sources, config.demonstrations, config.seed, config.noise)
         found = [
             load_dataset(id, source.task, expert_labels=expert) for id, source in zip(ids, asked.sources, strict=True)
         ]
