@@ -268,6 +268,8 @@ def test_a_folder_of_settings_may_refer_to_other_settings(tmp_path):
     "settings",
     [
         {"peft_type": "os.system"},
+        {"peft_type": ["LORA"]},
+        {"peft_type": {"x": 1}},
         {"peft_type": "XLORA", "adapters": {"a": "elsewhere"}},
         {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "stranger/tokenizer"},
         {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "stranger"},

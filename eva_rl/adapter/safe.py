@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from eva_rl.errors import UserError
@@ -31,9 +32,9 @@ def check_adapter_config(folder: Path) -> None:
     path = folder / "adapter_config.json"
     settings = read_json(path)
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind not in {known.value for known in PeftType} or kind in OTHER_FILES:
+    if not isinstance(kind, str) or kind not in {known.value for known in PeftType} or kind in OTHER_FILES:
         raise UserError(
-            f"'{path}' describes an adapter of the kind '{kind}' where one of peft's for linear layers, such as 'LORA', was expected."
+            f"The 'peft_type' in '{path}' must be one of peft's for linear layers, such as 'LORA', got {json.dumps(kind)}."
         )
     if settings.get("megatron_config"):
         raise UserError(
