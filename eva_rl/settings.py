@@ -72,8 +72,8 @@ class ModelConfig:
         tokens = interface.tokens or self.tokens
         if tokens != tuple(kind for kind in self.tokens if kind in tokens) or "state" not in tokens:
             raise UserError(
-                f"tokens={list(tokens)} was given for the interface '{interface.name}' where some of the model's {list(self.tokens)} "
-                "were expected, in that order and with 'state'."
+                f"tokens of the interface '{interface.name}' must be some of the model's {list(self.tokens)}, in that order and with "
+                f"'state', got {list(tokens)}."
             )
         return tokens
 
@@ -204,8 +204,8 @@ class EvaChoices:
     def __post_init__(self) -> None:
         if not self.rho >= 1 or not 0 < self.tau <= 1 or self.max_batches < 1:
             raise UserError(
-                f"EVA was given rho={self.rho}, tau={self.tau}, max_batches={self.max_batches}, where rho >= 1, "
-                "0 < tau <= 1 and max_batches >= 1 were expected."
+                f"EVA needs rho >= 1, 0 < tau <= 1 and max_batches >= 1, got rho={self.rho}, tau={self.tau}, "
+                f"max_batches={self.max_batches}."
             )
         for name, choices in EVA_CHOICES.items():
             if getattr(self, name) not in choices:
@@ -421,8 +421,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.network not in ("base", "fresh", "mlp") or (self.network != "base" and self.trainable != "all"):
             raise UserError(
-                f"adapter.network={self.network} was given with adapter.trainable={self.trainable} where base was expected, or fresh "
-                "or mlp with all weights trainable."
+                "adapter.network must be base, or fresh or mlp with adapter.trainable=all, got "
+                f"adapter.network={self.network} with adapter.trainable={self.trainable}."
             )
         if self.trainable not in ("adapter", "interface", "all", "none"):
             raise UserError(f"adapter.trainable must be adapter, interface, all or none, got {self.trainable}.")

@@ -242,7 +242,7 @@ def test_dylora_draws_every_rank_from_the_seed_and_the_step_alone():
 def test_what_cannot_be_cut_to_a_rank_is_refused(tmp_path):
     model = make_model()
     save_adapter(attached("prilora", model), tmp_path / "adapter", "toy")
-    with pytest.raises(UserError, match="to be cut to rank 2"):
+    with pytest.raises(UserError, match="What is cut to rank 2"):
         truncate(tmp_path / "adapter", 2, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
 

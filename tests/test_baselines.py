@@ -117,7 +117,7 @@ def test_discrete_actions_are_cloned_too(run, base, make_dataset, dataset):
 def test_an_adapter_on_a_network_that_is_not_the_base_is_refused(run, base):
     status, _, err = run("finetune", f"task={TASK}", "adapter=lora", "adapter.network=mlp", f"base={base}")
     assert status == 1
-    assert "adapter.network=mlp was given with adapter.trainable=adapter" in sentence(err)
+    assert "got adapter.network=mlp with adapter.trainable=adapter" in sentence(err)
     assert not Path("runs").exists()
 
 
@@ -125,5 +125,5 @@ def test_a_cloned_network_is_no_base(run, base):
     assert run("finetune", f"task={TASK}", "adapter=bc", f"base={base}", "run_dir=run", *QUICK)[0] == 0
     status, _, err = run("finetune", f"task={TASK}", "adapter=lora", "base=run/model", "run_dir=next")
     assert status == 1
-    assert "base=run/model is a network cloned from scratch" in sentence(err)
+    assert "got run/model, a network cloned from scratch" in sentence(err)
     assert not Path("next/result.json").exists()

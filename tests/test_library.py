@@ -208,7 +208,7 @@ def test_an_emptied_library_takes_adapters_of_another_base(library, tuned, tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "add, list, which, remove"),
+        ([], "Known are 'add', 'list', 'remove', 'which'."),
         (["ad"], "Did you mean 'add'"),
         (["list", "library=nowhere"], "is no library"),
         (["add", "library=lib"], "'run' is not set"),
@@ -294,7 +294,7 @@ def test_processes_that_add_at_once_lose_nothing(tuned):
     [
         ("{", "can't be read as JSON"),
         ('{"format": 3}', "no index of a library"),
-        ('{"format": "x", "base": "b", "base_sha256": "s", "entries": []}', "format 'x'"),
+        ('{"format": "x", "base": "b", "base_sha256": "s", "entries": []}', "got 'x'"),
     ],
 )
 def test_a_damaged_index_is_refused(library, text, said):

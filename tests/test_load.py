@@ -165,7 +165,7 @@ def test_a_folder_of_datasets_is_no_dataset_and_is_kept(make_dataset, datasets_r
     monkeypatch.setattr(minari, "download_dataset", fail)
     make_dataset("mine/hammer-v3/expert-v0")
     with pytest.raises(
-        UserError, match=r"'mine/hammer-v3' is a folder of datasets.*name one.*mine/hammer-v3/expert-v0"
+        UserError, match=r"got 'mine/hammer-v3', a folder of datasets.*name one.*mine/hammer-v3/expert-v0"
     ):
         load_dataset("mine/hammer-v3", "mine")
     assert len(load_dataset("mine/hammer-v3/expert-v0", "mine").lengths) == 4

@@ -196,7 +196,7 @@ MADE = "${oc.create:{_target_: os.mkdir, path: ran}}"
 @pytest.mark.parametrize("nested", [lambda text: text, lambda text: [{"a": text}]])
 def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, target, nested):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="where a value was expected"):
+    with pytest.raises(UserError, match="must be plain values"):
         instantiate({"_target_": target, "_partial_": True, "betas": nested(MADE), "r": nested(MADE)})
     assert not (tmp_path / "ran").exists()
 
@@ -204,11 +204,11 @@ def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, ta
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"hydra": {"callbacks": {"c": CALL}}}, "_target_=os.mkdir was given in"),
-        ({"hydra": {"launcher": {"_target_": "hydra.utils.get_method", "path": "os"}}}, "_target_=hydra.utils"),
+        ({"hydra": {"callbacks": {"c": CALL}}}, "torch.optim.AdamW, got os.mkdir"),
+        ({"hydra": {"launcher": {"_target_": "hydra.utils.get_method", "path": "os"}}}, "got hydra.utils"),
         ({"hydra": {"callbacks": MADE}}, "${oc.create:"),
-        ({"hydra": {"callbacks": "${x}"}}, "is set in"),
-        ({"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"}, "is set in"),
+        ({"hydra": {"callbacks": "${x}"}}, "must hold plain values"),
+        ({"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"}, "must hold plain values"),
         (
             {
                 "hydra": {
@@ -217,15 +217,15 @@ def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, ta
                     }
                 }
             },
-            "_target_=hydra_plugins",
+            "got hydra_plugins",
         ),
         ({"optimizer": {"config": {"betas": f"\\{MADE}"}}}, "${oc.create:"),
         ({"adapter": {"config": {"r": f"${{share:1,{MADE}}}"}}}, "${share:1"),
         ({"adapter": {"start": "eva_rl.adapter.starts.${x}"}}, "for start"),
-        ({"hydra": {"sweeper": {"params": {"adapter.start": "os.system"}}}}, "adapter.start=os.system is set in"),
+        ({"hydra": {"sweeper": {"params": {"adapter.start": "os.system"}}}}, "got os.system"),
         ({"hydra": {"searchpath": ["file://elsewhere"]}}, "hydra.searchpath"),
-        ({"adapter": {"config": CALL}}, "_target_=os.mkdir was given in"),
-        ({"adapter": {"start": "os.system"}}, "adapter.start=os.system is set in"),
+        ({"adapter": {"config": CALL}}, "torch.optim.AdamW, got os.mkdir"),
+        ({"adapter": {"start": "os.system"}}, "got os.system"),
     ],
 )
 @pytest.mark.parametrize("flag", [["--config-dir", "run"], ["--config-dir=run"], ["-cd", "run"]])
@@ -247,7 +247,7 @@ def test_linked_folders_of_settings_are_looked_through(tmp_path):
     (tmp_path / "run/adapter").symlink_to("../other")
     (tmp_path / "other/back").symlink_to("../run")  # a circle
     (tmp_path / "other/mine.yaml").write_text(json.dumps({"config": CALL}))
-    with pytest.raises(UserError, match=r"_target_=os.mkdir was given in"):
+    with pytest.raises(UserError, match=r"torch.optim.AdamW, got os.mkdir"):
         check_config_folders(["--config-dir", str(tmp_path / "run")])
 
 

@@ -45,7 +45,7 @@ def check_config_folders(words: Sequence[str]) -> None:
             check_targets(settings, f" in '{path}'", OF_HYDRA)
             if called := next((text for text in texts(settings) if _calls(text)), None):
                 raise UserError(
-                    f"{called[:200]} is set in '{path}' where a value was expected: write it out, or name another setting as in ${{seed}}."
+                    f"'{path}' must hold plain values, got {called[:200]}: write it out, or name another setting as in ${{seed}}."
                 )
             _check_foreign(settings, path, words)
 
@@ -67,13 +67,13 @@ def _check_foreign(settings: Any, path: Path, words: Sequence[str]) -> None:
         return
     for key, value in settings.items():
         if key in ("hydra", "callbacks", "start") and (text := next((t for t in texts(value) if "${" in t), None)):
-            raise UserError(f"{text[:200]} is set in '{path}' for {key} where a value was expected: write it out.")
+            raise UserError(f"'{path}' must hold plain values for {key}, got {text[:200]}: write it out.")
         if key == "searchpath" and value:
             raise UserError(f"hydra.searchpath={value} is set in '{path}': name that folder with --config-dir instead.")
         ours = value is None or (isinstance(value, str) and value.startswith(STARTS))
         if str(key).rpartition(".")[2] == "start" and not ours and f"adapter.start={value}" not in words:
             raise UserError(
-                f"adapter.start={value} is set in '{path}' where a function of {STARTS[:-1]} was expected: add "
-                f"adapter.start={value} to the command line if you trust it."
+                f"adapter.start in '{path}' must be a function of {STARTS[:-1]}, got {value}: add adapter.start={value} to the command "
+                "line if you trust it."
             )
         _check_foreign(value, path, words)

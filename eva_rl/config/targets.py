@@ -24,7 +24,7 @@ def instantiate(config: dict[str, Any]) -> Any:
     check_targets(config)
     if left := next((text for text in texts(config) if "${" in text), None):
         raise UserError(
-            f"{left[:200]} was given for {config.get('_target_')} where a value was expected: write it out, without ${{."
+            f"The settings of {config.get('_target_')} must be plain values, got {left[:200]}: write it out, without ${{."
         )
     try:
         return hydra.utils.instantiate(config, _convert_="all")  # plain lists: peft writes its config as JSON
@@ -51,7 +51,7 @@ def check_targets(settings: Any, where: str = "", also: re.Pattern[str] | None =
                 isinstance(value, str) and (TARGET.fullmatch(value) or (also and also.fullmatch(value)))
             ):
                 raise UserError(
-                    f"_target_={value} was given{where} where a config class of peft, such as peft.LoraConfig, or an optimiser, such as torch.optim.AdamW, was expected."
+                    f"_target_{where} must be a config class of peft, such as peft.LoraConfig, or an optimiser, such as torch.optim.AdamW, got {value}."
                 )
             check_targets(value, where, also)
     elif isinstance(settings, list | tuple):

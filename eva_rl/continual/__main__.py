@@ -183,13 +183,11 @@ def _interface(config: ContinualConfig, base: Base, sources: list[TaskSource]) -
 
     interfaces = {source.interface for source in sources}
     if not isinstance(base.model, DecisionTransformer):
-        raise UserError(
-            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
-        )
+        raise UserError(f"base must be a pretrained transformer, got {config.base}, a network cloned from scratch.")
     if len(interfaces) > 1 or not interfaces <= base.model.interfaces.keys():
         raise UserError(
-            f"The tasks act through {', '.join(sorted(interfaces))}, where one interface of the base was expected: "
-            f"{', '.join(sorted(base.model.interfaces))}."
+            f"The tasks must act through one interface of the base, {' or '.join(sorted(base.model.interfaces))}, got "
+            f"{' and '.join(sorted(interfaces))}."
         )
     interface = interfaces.pop()
     for source in sources:

@@ -118,7 +118,7 @@ def _download(dataset_id: str) -> None:
     hint = did_you_mean(dataset_id, local) if local else "There are no local datasets."
     if below := datasets_below(dataset_id):
         raise UserError(
-            f"'{dataset_id}' is a folder of datasets in {get_dataset_path()} where the id of one was expected: name one of those in it, "
+            f"A dataset must be named by its id, got '{dataset_id}', a folder of datasets in {get_dataset_path()}: name one of "
             f"{', '.join(below[:5])}{' and others' if len(below) > 5 else ''}."
         )
     path = get_dataset_path(dataset_id)

@@ -246,9 +246,7 @@ def earlier_result(asked: Asked, base: Base) -> RunResult | None:
     """
     config, folder = asked.config, asked.run.folder
     if not isinstance(base.model, DecisionTransformer):
-        raise UserError(
-            f"base={config.base} is a network cloned from scratch where a pretrained transformer was expected."
-        )
+        raise UserError(f"base must be a pretrained transformer, got {config.base}, a network cloned from scratch.")
     if not config.resume:
         return None
     earlier = read_earlier(folder, asked.run.protocol, base.sha256)

@@ -111,7 +111,7 @@ class Library:
         except TypeError as error:
             raise UserError(f"'{path}' is no index of a library ({in_one_line(error)}).") from error
         if index.format != FORMAT:
-            raise UserError(f"'{path}' is of the format '{index.format}' where '{FORMAT}' was expected.")
+            raise UserError(f"The format of '{path}' must be '{FORMAT}', got '{index.format}'.")
         if wrong := next((entry.name for entry in index.entries if not NAME.fullmatch(entry.name)), None):
             raise UserError(f"'{path}' names an adapter '{wrong[:100]}', which is no name of one.")
         return index

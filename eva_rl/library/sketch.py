@@ -85,8 +85,8 @@ def make_sketch(model: DecisionTransformer, interface: str, trajectories: Trajec
     spec = model.interfaces[interface]
     if trajectories.observations.shape[1] != spec.observation_size or len(trajectories.observations) < 4:
         raise UserError(
-            f"The demonstrations of '{trajectories.task}' hold {len(trajectories.observations)} observations of "
-            f"{trajectories.observations.shape[1]} numbers, where at least 4 of {spec.observation_size} were expected."
+            f"The demonstrations of '{trajectories.task}' must hold at least 4 observations of {spec.observation_size} numbers, got "
+            f"{len(trajectories.observations)} of {trajectories.observations.shape[1]}."
         )
     seen, kept = _parted(trajectories)
     row = trajectories.observations[0]

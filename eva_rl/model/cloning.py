@@ -31,8 +31,8 @@ class CloningConfig:
     def __post_init__(self) -> None:
         if min(self.layers, self.width) < 1 or not 0 <= self.dropout < 1 or self.context != 1:
             raise UserError(
-                f"A network of layers={self.layers}, width={self.width}, dropout={self.dropout}, context={self.context} was asked "
-                "for where positive sizes, a dropout in [0, 1) and a context of 1 were expected."
+                "A cloned network must have positive sizes, a dropout in [0, 1) and a context of 1, got "
+                f"layers={self.layers}, width={self.width}, dropout={self.dropout}, context={self.context}."
             )
 
 

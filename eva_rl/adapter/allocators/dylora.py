@@ -83,8 +83,8 @@ def truncate(folder: Path, rank: int, output: Path) -> Path:
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA" or settings.get("rank_pattern") or not 1 <= rank <= settings["r"]:
         raise UserError(
-            f"'{folder}' was given to be cut to rank {rank} where LoRA of one rank for all layers, {settings.get('r')} or less, was "
-            "expected."
+            f"What is cut to rank {rank} must be LoRA of one rank for all layers, at least {rank}, got '{folder}' of rank "
+            f"{settings.get('r')}."
         )
     tensors = load_file(folder / WEIGHTS)
     for name, tensor in tensors.items():

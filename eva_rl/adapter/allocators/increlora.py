@@ -45,8 +45,8 @@ def increlora(
     """
     if not (0 < start <= 1 and 0 <= since < until <= 1 and room >= 1 and orthogonality >= 0):
         raise UserError(
-            f"allocator.config got start={start}, since={since}, until={until}, room={room} where shares, the second less than the "
-            "third, and at least 1 were expected."
+            "allocator.config must have start in (0, 1], 0 <= since < until <= 1, room of at least 1 and orthogonality of at least 0, "
+            f"got start={start}, since={since}, until={until}, room={room}, orthogonality={orthogonality}."
         )
 
     def ranks(model: nn.Module, config: LoraConfig) -> LoraConfig:

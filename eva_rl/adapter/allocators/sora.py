@@ -23,8 +23,8 @@ def sora(threshold: float, steps: int, penalty: float = 0.0, dense: float = 0.0,
     """
     if threshold < 0 or penalty < 0 or not 0 <= dense < 1:
         raise UserError(
-            f"allocator.config got threshold={threshold}, penalty={penalty}, dense={dense} where twice at least 0, and a share below 1 "
-            "were expected."
+            "allocator.config must have threshold and penalty of at least 0 and dense in [0, 1), got "
+            f"threshold={threshold}, penalty={penalty}, dense={dense}."
         )
 
     def put_on(peft_model: nn.Module) -> Gates:
