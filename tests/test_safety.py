@@ -182,7 +182,7 @@ def test_gymnasiums_wrappers_of_what_is_seen_and_done_are_kept(make_dataset, dat
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_runs_settings_make_nothing_but_configs_of_peft(tmp_path, target, nested):
     own = {"_target_": target, "path": str(tmp_path / "ran")}
-    with pytest.raises(UserError, match="where a config class of peft"):
+    with pytest.raises(UserError, match="must be a config class of peft"):
         instantiate({"_target_": "peft.LoraConfig", "r": 2, "eva_config": own} if nested else own)
     assert not (tmp_path / "ran").exists()
 
@@ -208,7 +208,10 @@ def test_a_runs_settings_make_nothing_by_interpolation(tmp_path, monkeypatch, ta
         ({"hydra": {"launcher": {"_target_": "hydra.utils.get_method", "path": "os"}}}, "got hydra.utils"),
         ({"hydra": {"callbacks": MADE}}, "${oc.create:"),
         ({"hydra": {"callbacks": "${x}"}}, "must hold plain values"),
-        ({"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"}, "must hold plain values"),
+        (
+            {"hydra": {"callbacks": "${${x}:{_target_: os.mkdir, path: ran}}"}, "x": "oc.create"},
+            "must hold plain values",
+        ),
         (
             {
                 "hydra": {

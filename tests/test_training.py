@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eva_rl.batch import Batch
@@ -192,6 +193,29 @@ def test_resuming_another_model_is_refused(tmp_path):
     model = make_model(width=32)
     with pytest.raises(UserError, match="another model"):
         train(model, batches, model.loss, STEPS, CONFIG, Saves(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("change", ["rename", "number", "kind", "metadata"])
+def test_a_checkpoint_that_is_not_what_its_checksum_was_made_of_is_passed_over(tmp_path, change):
+    losses, weights = run(tmp_path / "whole")
+    fill(tmp_path / "run", at=9)
+    path = tmp_path / "run" / "step-00000008.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118  not a dict
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    if change == "rename":
+        tensors[name + "x"] = tensors.pop(name)
+    elif change == "number":
+        tensors[name].view(-1)[0] += 1
+    elif change == "kind":
+        tensors[name] = tensors[name].double()
+    else:
+        about["seconds"] = "1e9"
+    save_file(tensors, path, about)
+    with pytest.warns(UserWarning, match=r"step-00000008\.safetensors.*damaged"):
+        resumed_losses, resumed_weights = run(tmp_path / "run", resume=True)
+    assert resumed_losses == losses
+    assert same(resumed_weights, weights)
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])

@@ -135,9 +135,7 @@ def main() -> None:
         return
     if verb not in VERBS:
         hint = did_you_mean(verb, VERBS)
-        sys.exit(
-            f"error: python -m eva_rl.library has no '{verb}'. {hint}"
-        )
+        sys.exit(f"error: python -m eva_rl.library has no '{verb}'. {hint}")
     del sys.argv[1]
     VERBS[verb]()
 

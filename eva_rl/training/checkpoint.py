@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from eva_rl.training.optimizers.state import pack, unpack
 
 BASE = "base_sha256"
 """Of a run's identity: the weights that it adapts, by their hash."""
+SUM = "sha256"
+"""Of a checkpoint's metadata: the checksum of all else that it holds."""
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
 
@@ -109,19 +112,26 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
     if (device := _cuda_device(state.parameters)) is not None:
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     path = folder / f"step-{len(losses):08d}.safetensors"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    about = {
+        "identity": json.dumps(state.identity, allow_nan=False),
+        "optimizer": json.dumps(rest, allow_nan=False),
+        "seconds": str(seconds),
+    }
     with replacing(path) as temporary:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            temporary,
-            metadata={
-                "identity": json.dumps(state.identity, allow_nan=False),
-                "optimizer": json.dumps(rest, allow_nan=False),
-                "seconds": str(seconds),
-            },
-        )
+        save_file(tensors, temporary, metadata={**about, SUM: _checksum(tensors, about)})
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
     return path
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """The SHA-256 of a checkpoint's names, kinds, shapes, numbers and metadata."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
@@ -137,8 +147,12 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-                losses, seconds = tensors["losses"], float(file.metadata()["seconds"])
-                rest = json.loads(file.metadata().get("optimizer", "null"))
+                about = file.metadata() or {}
+                checksum = about.pop(SUM, None)
+                if checksum is not None and checksum != _checksum(tensors, about):  # former versions have none
+                    raise ValueError("its content is not what its checksum was made of")
+                losses, seconds = tensors["losses"], float(about["seconds"])
+                rest = json.loads(about.get("optimizer", "null"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
