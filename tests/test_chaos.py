@@ -35,9 +35,10 @@ def test_a_program_that_a_signal_ends_leaves_whole_files_and_can_run_again(tmp_p
     assert json.loads((tmp_path / "run" / "result.json").read_text())["number"] == 1
 
 
-def test_a_process_and_a_lock_that_are_left_are_found(tmp_path):
+def test_a_process_and_a_lock_that_are_left_are_found(tmp_path, monkeypatch):
     process = chaos.start(["-c", "import time; time.sleep(60)"], tmp_path)
     (tmp_path / ".lock").touch()
+    monkeypatch.setattr(chaos, "LINGER", 0.5)
     found = chaos.left_over(process.pid, tmp_path)
     assert found == [f"process {process.pid}", "file .lock"]
     assert chaos.interrupt(process, 0.0, [signal.SIGKILL])

@@ -40,6 +40,8 @@ FULL, TWICE = "full disk", "two at once"
 KINDS = (*SIGNALS, *([FULL] if os.geteuid() == 0 else []), TWICE)
 GRACE = 60.0
 """Seconds that a command may take to end after a signal."""
+LINGER = 20.0
+"""Seconds in which a worker that is just starting, on a busy machine, finds its parent gone."""
 TRAIN = ["model=tiny", "steps=6", "training.batch_size=4", "training.checkpoint_every=2", "device=cpu", "resume=true"]
 TASK = "gym/Pendulum-v1"
 LOGS = """
@@ -111,10 +113,9 @@ def interrupt(process: subprocess.Popen[bytes], after: float, signals: Sequence[
 
 
 def left_over(group: int, place: Path) -> list[str]:
-    """Processes of this group that still run a moment later, and files that only a running command may have."""
-    for _ in range(50):
-        if not (alive := _alive(group)):
-            break
+    """Processes of this group that still run after `LINGER`, and files that only a running command may have."""
+    until = time.monotonic() + LINGER
+    while (alive := _alive(group)) and time.monotonic() < until:
         time.sleep(0.1)
     return [f"process {pid}" for pid in alive] + unfinished(place)
 
