@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -49,6 +50,10 @@ def metadata_of(dataset_id: str) -> dict[str, Any]:
         for name in ("total_episodes", "total_steps"):
             if name in metadata and not _is_count(metadata[name]):
                 raise TypeError(f"'{name}' in its metadata.json must be a whole number, got {metadata[name]!r}")
+        if metadata.get("total_episodes", 0) > metadata.get(
+            "total_steps", math.inf
+        ):  # Minari makes an array of their numbers
+            raise TypeError("its metadata.json states more episodes than steps")
     except UNREADABLE as error:
         raise unreadable(dataset_id, error) from error
     return metadata
