@@ -46,7 +46,7 @@ bench: $(INSTALLED) ## compare EVA's initialisation with peft's; takes a quarter
 fuzz: $(INSTALLED) ## use 10,000 damaged inputs of each kind; takes hours
 	$(RUN) -m tools.fuzz
 
-chaos: $(INSTALLED) ## kill each command at a hundred random moments; takes hours
+chaos: $(INSTALLED) ## let something go wrong with each command a hundred times; takes hours
 	$(RUN) -m tools.chaos
 
 mutants: $(INSTALLED) ## change the code in a hundred places; do the tests notice? takes hours
