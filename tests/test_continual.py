@@ -194,6 +194,14 @@ def test_forward_transfer_is_measured_against_a_run_of_each_task_alone(run, base
     assert status == 0, err
     assert result_of("run")["forward_transfer"] == pytest.approx(1.0)
     assert result_of("run")["forgetting"] == 0.0
+    perfect = [[[0, 1.0], [4, 1.0]], [[0, 0.0], [4, 1.0]]]
+    Path("alone/result.json").write_text(json.dumps(result | {"curves": perfect}))
+    with pytest.warns(UserWarning, match="There is no forward transfer to measure: trained alone, 'dummy/"):
+        status, _, err = run(
+            "continual.__main__", *settings, "method=told", "reference=alone", "run_dir=run", "resume=true"
+        )
+    assert status == 0, err
+    assert result_of("run")["forward_transfer"] is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.continual.learners import Lessons, learner_of
-from eva_rl.continual.measures import Curve, average_performance, forgetting, forward_transfer
+from eva_rl.continual.measures import Curve, area, average_performance, forgetting, forward_transfer
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, replacing, write_json
 from eva_rl.run import versions
@@ -50,6 +51,13 @@ def run_sequence(lessons: Lessons, facts: Mapping[str, Any], reference: Sequence
         write_json(path, result)  # after the weights: one that is killed in between learns this task again
         print(f"{tasks[number]}: {row[number]:.2f}, mean over the tasks so far {np.mean(row[: number + 1]):.2f}")
     save_picture(lessons.folder / "matrix.png", np.array(matrix), tasks)
+    if reference is not None and (
+        perfect := [t for t, alone in zip(tasks, reference, strict=True) if area(alone) >= 1]
+    ):
+        warnings.warn(
+            f"There is no forward transfer to measure: trained alone, '{perfect[0]}' has the score 1 from the first step on.",
+            stacklevel=2,
+        )
     return result
 
 
