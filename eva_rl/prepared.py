@@ -28,6 +28,8 @@ SMALLEST_IMAGE = 32
 """Pixels a side. Smaller pictures of whole numbers are taken for grids of cells."""
 LARGEST_PICTURE = 128
 """Pixels a side. Larger pictures are reduced to at most so many."""
+MOST_CHANNELS = 4
+"""Channels of a picture that come last. Where the last axis is longer, they come first."""
 LARGE = 2.0**20
 """Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 EPISODES_SEEN = 32
@@ -96,18 +98,26 @@ class Words(gym.spaces.Text, Prepared):
 class Smaller(gym.spaces.Box, Prepared):
     """A Box of bytes whose pictures are reduced: each block of `block` x `block` pixels to its mean.
 
-    The pictures are (height, width) or (height, width, channels). Rows and columns that make up no whole block are left
+    The pictures are (height, width), (height, width, channels) or (channels, height, width). Rows and columns that make up no whole block are left
     out, at the bottom and on the right.
     """
 
     def __init__(self, box: gym.spaces.Box, block: int):
         super().__init__(box.low, box.high, box.shape, np.uint8)
         self.block = block
+        self.channels_first = len(box.shape) == 3 and box.shape[2] > MOST_CHANNELS
+
+    @property
+    def plane(self) -> tuple[int, ...]:
+        """What is reduced at a time: (height, width), or (height, width, channels)."""
+        return self.shape[1:] if self.channels_first else self.shape
 
     @property
     def seen(self) -> tuple[int, ...]:
         """The shape of a reduced picture."""
-        return *(side // self.block for side in self.shape[:2]), *self.shape[2:]
+        height, width, *channels = self.plane
+        reduced = (height // self.block, width // self.block, *channels)
+        return (self.shape[0], *reduced) if self.channels_first else reduced
 
     def numbers(self, observations: Any) -> np.ndarray:
         """Pictures (..., *shape) as (..., *seen) uint8."""
@@ -115,8 +125,8 @@ class Smaller(gym.spaces.Box, Prepared):
         leading = pictures.shape[: pictures.ndim - len(self.shape)]
         if pictures.shape != (*leading, *self.shape) or pictures.dtype != np.uint8:
             raise TypeError(f"an array of {pictures.dtype} of shape {pictures.shape} is no picture of {self}")
-        height, width, *channels = self.seen
-        whole = pictures.reshape(-1, *self.shape)[:, : height * self.block, : width * self.block]
+        height, width, *channels = self.seen[1:] if self.channels_first else self.seen
+        whole = pictures.reshape(-1, *self.plane)[:, : height * self.block, : width * self.block]
         blocks = whole.reshape(-1, height, self.block, width, self.block, *channels)
         sums = blocks.sum((2, 4), dtype=np.uint32)  # (n, height, width, *channels)
         area = self.block**2
@@ -243,11 +253,11 @@ def _reduced(space: gym.Space) -> gym.Space:
     """A picture that is larger than `LARGEST_PICTURE` reduced by the smallest whole factor that does."""
     if not isinstance(space, gym.spaces.Box) or isinstance(space, Prepared):
         return space
-    picture = space.dtype == np.uint8 and len(space.shape) in (2, 3)
-    if not picture or (len(space.shape) == 3 and space.shape[2] > 4):  # channels first
+    if space.dtype != np.uint8 or len(space.shape) not in (2, 3):
         return space
-    block = -(-max(space.shape[:2]) // LARGEST_PICTURE)
-    return Smaller(space, block) if block > 1 and min(space.shape[:2]) // block >= SMALLEST_IMAGE else space
+    sides = Smaller(space, 1).plane[:2]
+    block = -(-max(sides) // LARGEST_PICTURE)
+    return Smaller(space, block) if block > 1 and min(sides) // block >= SMALLEST_IMAGE else space
 
 
 def _without_numbers(space: gym.Space) -> TypeGuard[gym.spaces.Text]:

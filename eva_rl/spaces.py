@@ -111,7 +111,7 @@ def parts_of(space: gym.Space) -> tuple[Part, ...]:
 def _picture(space: gym.spaces.Box, shown: tuple[int, ...]) -> Part:
     height, width, *channels = shown
     channels_last = True
-    if channels and not isinstance(space, Smaller) and _channels_first(shown):
+    if channels and (space.channels_first if isinstance(space, Smaller) else _channels_first(shown)):
         channels, height, width, channels_last = [shown[0]], *shown[1:], False
     shape = (channels[0] if channels else 1, height, width)
     if min(height, width) >= SMALLEST_IMAGE:

@@ -212,7 +212,8 @@ SCREEN = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
         ((257, 200), (85, 66)),
         ((128, 128, 3), (128, 128, 3)),
         ((4, 84, 84), (4, 84, 84)),
-        ((3, 210, 160), (3, 210, 160)),  # channels first: as it is
+        ((3, 210, 160), (3, 105, 80)),  # channels first
+        ((210, 160, 8), (210, 160, 8)),  # too many channels to tell where they are
         ((300, 60), (300, 60)),  # too narrow to be reduced to a picture
     ],
 )
@@ -229,6 +230,14 @@ def test_a_block_becomes_its_mean_in_every_channel_and_along_any_leading_axes():
     blocks = pictures.reshape(2, 3, 105, 2, 80, 2, 3).astype(float).mean((3, 5))
     assert found.dtype == np.uint8
     assert np.abs(found - blocks).max() <= 0.5
+
+
+def test_channels_that_come_first_are_reduced_as_those_that_come_last():
+    pictures = np.random.default_rng(0).integers(256, size=(2, 5, *SCREEN.shape), dtype=np.uint8)
+    first = prepared(gym.spaces.Box(0, 255, (3, 210, 160), np.uint8), list)
+    assert parts_of(first) == (Part("image", (3, 105, 80), channels_last=False),)
+    found = first.numbers(np.moveaxis(pictures, -1, -3))
+    np.testing.assert_array_equal(np.moveaxis(found, -3, -1), prepared(SCREEN, list).numbers(pictures))
 
 
 def test_what_is_no_such_picture_is_told_apart():
