@@ -26,7 +26,7 @@ from eva_rl.adapter.eva.tokens import TokenRows, call
 from eva_rl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # importing peft takes seconds
-    from peft import LoraConfig, PeftModel
+    from peft import EvaConfig, LoraConfig, PeftModel
 
     from eva_rl.adapter.eva.typed import AdapterConfig
 
@@ -115,42 +115,26 @@ def get_eva_state_dict(
     if config is None:
         raise ValueError("peft_config is required if model is not a PeftModel")
     asked = config.eva_config or EvaConfig()
-    own = settings or EvaSettings(
-        rho=asked.rho,
-        tau=max(asked.tau, 1e-9),
-        convergence="components",
-        max_batches=MAX_BATCHES,
-    )
     names = _adapted(model, adapter_name) if wrapped else _targets(model, config)
-    if isinstance(prepare_layer_inputs_fn, Mapping) and not prepare_layer_inputs_fn.keys() <= set(names):
-        unknown = sorted(prepare_layer_inputs_fn.keys() - set(names))
+    if isinstance(prepare_layer_inputs_fn, Mapping) and (
+        unknown := sorted(prepare_layer_inputs_fn.keys() - set(names))
+    ):
         raise ValueError(f"prepare_layer_inputs_fn names modules that are no targets of the adapter: {unknown}")
     ranks = {name: by_pattern(config.rank_pattern, name, config.r) for name in names}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     defaults = _are_defaults(prepare_model_inputs_fn, prepare_layer_inputs_fn)
     ignored = asked.label_mask_value if asked.use_label_mask else None
     tokens = TokenRows(model, ignored) if defaults else None
-
-    def rows(batch: Any, room: Room) -> Rows:
-        prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-
-        def of_layer(arguments: tuple[Any, ...], name: str) -> Tensor:
-            function = _function_for(prepare_layer_inputs_fn, name)
-            if function is None:
-                return arguments[0].reshape(-1, arguments[0].shape[-1]).clone()
-            return function(arguments, prepared, name).clone()
-
-        return of_layer
-
+    rows = tokens or _rows_by(prepare_model_inputs_fn, prepare_layer_inputs_fn, config)
     without = cast("PeftModel", model).disable_adapter() if wrapped else nullcontext()
     with without, tokens.watching() if tokens else nullcontext():
         found = eva_init(
             model,
             _cycled(dataloader, device),
             ranks,
-            own,
+            settings or _as_asked(asked),
             # Another function than the default may choose by the layer's name: then layers that read one tensor have rows of their own.
-            Reading(forward_fn, rows=tokens or rows, share=defaults or prepare_layer_inputs_fn is None),
+            Reading(forward_fn, rows=rows, share=defaults or prepare_layer_inputs_fn is None),
             together=gather_distributed_inputs,
             progress=show_progress_bar,
             strict=strict,
@@ -158,6 +142,30 @@ def get_eva_state_dict(
     whiten = settings is None and asked.whiten
     rows_of = {name: _whitened(layer) if whiten else layer.components for name, layer in found.items()}
     return {name: reader(model, name).shaped(components) for name, components in rows_of.items()}
+
+
+def _as_asked(config: EvaConfig) -> EvaSettings:
+    """This engine's settings for what peft's config asks for."""
+    return EvaSettings(rho=config.rho, tau=max(config.tau, 1e-9), convergence="components", max_batches=MAX_BATCHES)
+
+
+def _rows_by(
+    prepare_model: Callable[[Any, LoraConfig], Any] | None, prepare_layer: PrepareLayer, config: LoraConfig
+) -> Callable[[Any, Room], Rows]:
+    """What chooses a batch's rows by a user's two functions."""
+
+    def rows(batch: Any, room: Room) -> Rows:
+        prepared = batch if prepare_model is None else prepare_model(batch, config)
+
+        def of_layer(arguments: tuple[Any, ...], name: str) -> Tensor:
+            function = _function_for(prepare_layer, name)
+            if function is None:
+                return arguments[0].reshape(-1, arguments[0].shape[-1]).clone()
+            return function(arguments, prepared, name).clone()
+
+        return of_layer
+
+    return rows
 
 
 @torch.no_grad()
