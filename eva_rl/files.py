@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,20 @@ FULL = (errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") 
 """Why the system takes no more of a file: the disk, the user's share of it, or the largest file is full."""
 
 
+PROBE = 2**22
+"""Bytes that `check_space` tries out at most: some network drives write each of them."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that no more can be written, be it the system's own or in the words of a library."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    numbers = {int(number) for number in re.findall(r"(?:errno = |os error )(\d+)", str(error))}  # h5py's and Rust's
+    return bool(numbers & set(FULL)) or os.strerror(errno.ENOSPC) in str(error) or is_full(error.__cause__)
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`.
@@ -52,9 +67,7 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException as error:
         if (scratch / "old").exists():
             os.replace(scratch / "old", target)
-        if any(
-            os.strerror(number) in str(error) for number in FULL
-        ):  # an OSError, or the words of a library's own kind
+        if is_full(error):
             raise no_space(target) from error
         raise
     finally:
@@ -67,18 +80,15 @@ def check_space(folder: Path, size: int) -> None:
     Raises:
         UserError: if they can't be.
     """
-    try:
-        if hasattr(os, "posix_fallocate"):
-            with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            return
-        full = shutil.disk_usage(folder).free < size
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        full = True
-    if full:
+    if shutil.disk_usage(folder).free < size:
         raise no_space(folder)
+    if hasattr(os, "posix_fallocate"):  # what a quota leaves, the disk does not know
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, min(max(size, 1), PROBE))
+        except OSError as error:  # other errors are of file systems that can't tell
+            if error.errno in FULL:
+                raise no_space(folder) from error
 
 
 def no_space(path: Path) -> UserError:

@@ -29,7 +29,7 @@ SMALLEST_IMAGE = 32
 LARGEST_PICTURE = 128
 """Pixels a side. Larger pictures are reduced to at most so many."""
 MOST_CHANNELS = 4
-"""Channels of a picture that come last. Where the last axis is longer, they come first."""
+"""Channels of a picture that is reduced, be they its last axis or its first."""
 LARGE = 2.0**20
 """Numbers up to this one differ, where they mean to, by more than float32 tells apart."""
 EPISODES_SEEN = 32
@@ -105,12 +105,14 @@ class Smaller(gym.spaces.Box, Prepared):
     def __init__(self, box: gym.spaces.Box, block: int):
         super().__init__(box.low, box.high, box.shape, np.uint8)
         self.block = block
-        self.channels_first = len(box.shape) == 3 and box.shape[2] > MOST_CHANNELS
+
+    @property
+    def channels_first(self) -> bool:
+        return len(self.plane) < len(self.shape)
 
     @property
     def plane(self) -> tuple[int, ...]:
-        """What is reduced at a time: (height, width), or (height, width, channels)."""
-        return self.shape[1:] if self.channels_first else self.shape
+        return plane_of(self.shape)
 
     @property
     def seen(self) -> tuple[int, ...]:
@@ -249,13 +251,20 @@ def _alike(space: gym.Space, known: gym.Space) -> bool:
     return isinstance(space, gym.spaces.Box) and (space.shape, space.dtype) == (known.shape, known.dtype)
 
 
+def plane_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What of a picture is reduced at a time: (height, width), or (height, width, channels) where channels come last."""
+    return shape[1:] if len(shape) == 3 and shape[0] <= MOST_CHANNELS < shape[2] else shape
+
+
 def _reduced(space: gym.Space) -> gym.Space:
     """A picture that is larger than `LARGEST_PICTURE` reduced by the smallest whole factor that does."""
     if not isinstance(space, gym.spaces.Box) or isinstance(space, Prepared):
         return space
     if space.dtype != np.uint8 or len(space.shape) not in (2, 3):
         return space
-    sides = Smaller(space, 1).plane[:2]
+    if len(space.shape) == 3 and min(space.shape[0], space.shape[2]) > MOST_CHANNELS:  # who knows where they are
+        return space
+    sides = plane_of(space.shape)[:2]
     block = -(-max(sides) // LARGEST_PICTURE)
     return Smaller(space, block) if block > 1 and min(sides) // block >= SMALLEST_IMAGE else space
 

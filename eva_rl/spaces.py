@@ -16,7 +16,18 @@ import gymnasium as gym
 import numpy as np
 
 from eva_rl.errors import UserError
-from eva_rl.prepared import LONGEST, SMALLEST_IMAGE, Exact, Prepared, Smaller, Words, leaves, members_of, shape_of
+from eva_rl.prepared import (
+    LONGEST,
+    SMALLEST_IMAGE,
+    Exact,
+    Prepared,
+    Smaller,
+    Words,
+    leaves,
+    members_of,
+    plane_of,
+    shape_of,
+)
 
 SUCCESS = ("success", "is_success")
 """The names under which environments say whether a task is solved."""
@@ -395,7 +406,7 @@ def _numbers(fields: Mapping[str, Any]) -> int:
 def _block(fields: Mapping[str, Any]) -> int:
     """The side of the blocks that a picture is reduced by."""
     block, shape = fields["block"], fields["shape"]
-    if type(block) is not int or fields["dtype"] != "uint8" or not 1 <= block <= min(shape[:2]):
+    if type(block) is not int or fields["dtype"] != "uint8" or not 1 <= block <= min(plane_of(tuple(shape))[:2]):
         raise ValueError("a picture of bytes is reduced by blocks of one pixel to its side")
     return block
 

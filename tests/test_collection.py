@@ -426,3 +426,9 @@ def test_success_that_only_some_episodes_mention_is_kept_and_the_others_failed(d
     trajectories = load_dataset(recipe.dataset_id, recipe.task)
     assert trajectories.successes.tolist() == [length % 2 == 0 for length in trajectories.lengths.tolist()]
     assert 0 < minari.load_dataset(recipe.dataset_id).storage.metadata["success_rate"] < 1
+
+
+def test_the_space_of_an_episode_counts_texts_by_their_letters():
+    texts = ["a" * 10] * 100 + ["b" * 1000]
+    assert collection._size({"mission": texts, "at": (np.zeros((101, 2), np.float32), None)}) < 3000
+    assert collection._size(np.array(texts)) == collection._size(texts) == 2000

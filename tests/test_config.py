@@ -289,8 +289,7 @@ def test_the_body_receives_the_typed_settings(command):
         ("task=[1", ["[1"]),
         ("training=3", ["training"]),
         ("model=3", ["model"]),
-        ("adapter=[1,2]", ["adapter"]),
-        ("optimizer=[1,2]", ["optimizer"]),
+        ("optimizer=[1,2]", ["must be one name"]),
         ("run_dir=${nope}", ["nope"]),
     ],
 )

@@ -197,4 +197,27 @@ def test_a_full_disk_is_found_out_before_a_library_writes(tmp_path, monkeypatch)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_what_takes_no_more_is_told_as_no_space(tmp_path, number):
     with pytest.raises(UserError, match="There is no space left for"), replacing(tmp_path / "model"):
-        raise RuntimeError(f"a library's words: {os.strerror(number)}")
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [
+        ("Can't decrement id ref count (file write failed: errno = 28, error message = 'x')", True),
+        (f"Error while serializing: I/O error: File too large (os error {errno.EFBIG})", True),
+        ("the server said 413: File too large", False),
+    ],
+)
+def test_a_librarys_words_for_a_full_disk_are_told_from_others(tmp_path, said, full):
+    with pytest.raises(UserError if full else RuntimeError), replacing(tmp_path / "model"):
+        raise RuntimeError(said)
+
+
+def test_a_file_system_that_cannot_tell_its_space_is_no_full_one(tmp_path, monkeypatch):
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown, raising=False)
+    check_space(tmp_path, 1)
+    with pytest.raises(UserError, match="There is no space left for"):
+        check_space(tmp_path, 2**60)

@@ -16,6 +16,7 @@ from minari.data_collector import EpisodeBuffer
 from eva_rl.data import find_source, interface_of, load_dataset, on_disk
 from eva_rl.data.environments import environment_of
 from eva_rl.data.load import score_scale_of
+from eva_rl.data.metadata import unreadable
 from eva_rl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -231,6 +232,12 @@ def test_totals_that_no_dataset_has_are_a_user_error_that_names_the_folder(make_
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "?"}).replace('"?"', value))
     with pytest.raises(UserError, match="random-v0"):
         load_dataset("mine/random-v0", "mine")
+
+
+def test_too_little_memory_is_no_reason_to_delete_a_dataset():
+    sentence = str(unreadable("pointmaze/UMaze/expert-2-seed0-v0", MemoryError("Unable to allocate 9 GiB")))
+    assert "free memory" in sentence
+    assert "delete" not in sentence
 
 
 @pytest.mark.parametrize("missing", ["main_data.hdf5", "metadata.json"])

@@ -213,7 +213,11 @@ SCREEN = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
         ((128, 128, 3), (128, 128, 3)),
         ((4, 84, 84), (4, 84, 84)),
         ((3, 210, 160), (3, 105, 80)),  # channels first
+        ((1, 210, 160), (1, 105, 80)),
+        ((3, 512, 512), (3, 128, 128)),
         ((210, 160, 8), (210, 160, 8)),  # too many channels to tell where they are
+        ((224, 224, 64), (224, 224, 64)),
+        ((12, 210, 160), (12, 210, 160)),
         ((300, 60), (300, 60)),  # too narrow to be reduced to a picture
     ],
 )
@@ -222,6 +226,7 @@ def test_pictures_of_more_than_128_pixels_a_side_are_reduced_by_a_whole_number(s
     shown = flatten(space, np.zeros(shape, np.uint8))
     assert shown.shape == (np.prod(expected),)
     assert isinstance(space, Smaller) == (shape != expected)
+    assert spaces_from_text(spaces_to_text(space, gym.spaces.Discrete(2)))[0] == space
 
 
 def test_a_block_becomes_its_mean_in_every_channel_and_along_any_leading_axes():

@@ -1,5 +1,6 @@
 """The training loop: same losses after an interruption, schedule, checkpoints, and what it refuses."""
 
+import json
 import math
 import os
 import time
@@ -195,7 +196,7 @@ def test_resuming_another_model_is_refused(tmp_path):
         train(model, batches, model.loss, STEPS, CONFIG, Saves(tmp_path, resume=True))
 
 
-@pytest.mark.parametrize("change", ["rename", "number", "kind", "metadata"])
+@pytest.mark.parametrize("change", ["rename", "number", "kind", "seconds", "identity", "checksum"])
 def test_a_checkpoint_that_is_not_what_its_checksum_was_made_of_is_passed_over(tmp_path, change):
     losses, weights = run(tmp_path / "whole")
     fill(tmp_path / "run", at=9)
@@ -209,8 +210,10 @@ def test_a_checkpoint_that_is_not_what_its_checksum_was_made_of_is_passed_over(t
         tensors[name].view(-1)[0] += 1
     elif change == "kind":
         tensors[name] = tensors[name].double()
+    elif change == "checksum":
+        about["sha257"] = about.pop("sha256")
     else:
-        about["seconds"] = "1e9"
+        about[change] = json.dumps({"seed": 7}) if change == "identity" else "1e9"
     save_file(tensors, path, about)
     with pytest.warns(UserWarning, match=r"step-00000008\.safetensors.*damaged"):
         resumed_losses, resumed_weights = run(tmp_path / "run", resume=True)

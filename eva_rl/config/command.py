@@ -65,13 +65,10 @@ class _Command:
         try:
             with while_read():
                 hydra.main(version_base="1.3", config_path=f"pkg://{self.folder}", config_name=self.name)(self.task)()
-        except (TypeError, ValueError) as error:  # Hydra's answers to `model=[1,2]` and `model=3`
+        except ValueError as error:  # Hydra's answer to `model=3`
             if self.composed:
                 raise
-            why = explain(error, self.schema)
-            if isinstance(error, TypeError):  # "argument of type 'int' is not iterable"
-                why = "what is chosen from a list, such as adapter, model or optimizer, must be one name."
-            sys.exit(f"error: {' '.join(sys.argv[1:])}: {why}")
+            sys.exit(f"error: {' '.join(sys.argv[1:])}: {explain(error, self.schema)}")
         except Exception as error:
             if not (said := mistake(error, self.schema) or of_plugin(error)):
                 raise

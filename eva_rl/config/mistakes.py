@@ -18,9 +18,17 @@ def mistake(error: Exception, schema: type) -> str:
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, schema)
+    if isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list":  # by `model=[1,2]`
+        return "What is chosen from a group, such as adapter, model or optimizer, must be one name."
     if isinstance(error, yaml.YAMLError):
         return f"A config can't be read ({in_one_line(error)}): mend it."
     return refused_path(error)
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module that raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "") if frames else ""
 
 
 def of_plugin(error: Exception) -> str:

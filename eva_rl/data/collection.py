@@ -284,10 +284,13 @@ def _that_fit(buffers: Iterable[EpisodeBuffer], folder: Path) -> Iterator[Episod
 
 
 def _size(value: Any) -> int:
-    """Bytes of the arrays in nested dicts and tuples."""
-    if isinstance(value, dict | tuple):
+    """Bytes of the arrays and texts in nested dicts, tuples and lists."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, dict | tuple | list):
         return sum(map(_size, value.values() if isinstance(value, dict) else value))
-    return 0 if value is None else np.asarray(value).nbytes
+    array = np.asarray(value)
+    return sum(map(_size, array.ravel().tolist())) if array.dtype.kind in "OU" and array.ndim else array.nbytes
 
 
 def _buffers(recipe: Recipe) -> tuple[list[EpisodeBuffer], bool]:

@@ -90,6 +90,8 @@ def unreadable(dataset_id: str, error: Exception) -> UserError:
     Deleting the dataset is advised only where it comes back by itself.
     """
     what = f"The dataset '{dataset_id}' in {get_dataset_path(dataset_id)} can't be read ({in_one_line(error)[:300]})"
+    if isinstance(error, MemoryError):
+        return UserError(f"{what}: free memory, or look for damaged numbers in its metadata.json.")
     if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
         return UserError(f"{what}: another process has it open for writing; wait until that is done.")
     if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_rl.files import check_space, make_folder
+from eva_rl.files import check_space, is_full, make_folder, no_space
 from eva_rl.run.result import RunResult, flat
 
 if TYPE_CHECKING:
@@ -15,7 +17,11 @@ if TYPE_CHECKING:
 
 
 SPARE = 2**19
-"""Bytes that must be free before something is logged."""
+"""Bytes that must be free besides those that are logged."""
+PICTURE = 2**18
+"""Bytes that a figure may take."""
+AGAIN = 10.0
+"""Seconds from one look for space to the next."""
 
 
 class TensorBoard:
@@ -25,12 +31,15 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self.run_dir = make_folder(run_dir)
+        self.looked = -math.inf
         self._check()
         self.writer = SummaryWriter(str(run_dir))
 
-    def _check(self) -> None:
-        """Find a full disk out here: TensorBoard writes in a thread, whose error nobody would catch."""
-        check_space(self.run_dir, SPARE)
+    def _check(self, size: int = 0) -> None:
+        """Find a full disk out here, every now and then: TensorBoard writes in a thread, whose error nobody would catch."""
+        if size or time.monotonic() > self.looked + AGAIN:
+            check_space(self.run_dir, size + SPARE)
+            self.looked = time.monotonic()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
@@ -38,7 +47,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
-        self._check()
+        self._check(PICTURE * len(figures))
         for name, figure in figures.items():
             self.writer.add_figure(name, figure, step)
 
@@ -47,7 +56,7 @@ class TensorBoard:
         # protobuf makes the class when it is imported.
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._check()
+        self._check(len(gif))
         image = Summary.Image(encoded_image_string=gif, width=size[0], height=size[1], colorspace=3)
         _add(self.writer, Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
@@ -69,8 +78,14 @@ class TensorBoard:
     def __enter__(self) -> TensorBoard:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.writer.close()
+        except OSError as error:
+            if kind is None and is_full(error):
+                raise no_space(self.run_dir) from error
+            if kind is None:
+                raise
 
 
 def _add(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:

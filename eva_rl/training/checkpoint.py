@@ -23,6 +23,8 @@ BASE = "base_sha256"
 """Of a run's identity: the weights that it adapts, by their hash."""
 SUM = "sha256"
 """Of a checkpoint's metadata: the checksum of all else that it holds."""
+FORMAT = "eva_rl.training_state.2"
+"""Of checkpoints that have a checksum."""
 KEPT = 2
 """Checkpoints kept: the newest, and one before it should the newest be damaged."""
 
@@ -82,9 +84,11 @@ def check_run(steps: int, folder: Path, resume: bool, identity: Mapping[str, Any
         try:
             with safe_open(path, "pt") as file:
                 before = from_json(dict[str, Any], json.loads((file.metadata() or {}).get("identity", "null")) or now)
-        except (SafetensorError, OSError, ValueError, TypeError):
+            if changed := list(_changes(before, now)):
+                _read(path)  # or is it damage that changed them?
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             continue  # damaged: `load_newest` passes it over, with a warning
-        if changed := list(_changes(before, now)):
+        if changed:
             raise UserError(
                 f"'{folder}' was trained with {', '.join(changed[:4])}: resume with the same settings, or set another run_dir."
             )
@@ -117,12 +121,28 @@ def save(folder: Path, state: TrainingState, losses: Tensor, seconds: float) -> 
         "identity": json.dumps(state.identity, allow_nan=False),
         "optimizer": json.dumps(rest, allow_nan=False),
         "seconds": str(seconds),
+        "format": FORMAT,
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={**about, SUM: _checksum(tensors, about)})
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
     return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A checkpoint's tensors and metadata.
+
+    Raises:
+        ValueError: if they are not what its checksum was made of. Those of former versions have none.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        about = file.metadata() or {}
+    checksum = about.pop(SUM, None)
+    if checksum != (_checksum(tensors, about) if checksum or FORMAT in about.values() else None):
+        raise ValueError("its content is not what its checksum was made of")
+    return tensors, about
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -145,14 +165,9 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[Tensor, float]:
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-                about = file.metadata() or {}
-                checksum = about.pop(SUM, None)
-                if checksum is not None and checksum != _checksum(tensors, about):  # former versions have none
-                    raise ValueError("its content is not what its checksum was made of")
-                losses, seconds = tensors["losses"], float(about["seconds"])
-                rest = json.loads(about.get("optimizer", "null"))
+            tensors, about = _read(path)
+            losses, seconds = tensors["losses"], float(about["seconds"])
+            rest = json.loads(about.get("optimizer", "null"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged ({error}) and passed over.", stacklevel=2)
             continue
