@@ -42,11 +42,18 @@ def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     return ""
 
 
+NO_SPACE = ("ENOSPC", "EDQUOT", "EFBIG")
 REFUSALS = ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EEXIST")
 
 
 def refused_path(error: BaseException) -> str:
-    """A sentence for an error in which the system refuses a file's or folder's name or access to it, else empty."""
+    """A sentence for an error in which the system refuses a file's or folder's name or access to it, or has no space.
+
+    Empty for any other error.
+    """
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in NO_SPACE:
+        what = "" if error.filename is None else f" for '{error.filename}'"
+        return f"There is no space left{what}: free some, or write elsewhere."
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in REFUSALS and error.filename is not None:
         return f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
     return ""

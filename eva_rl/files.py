@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from filelock import FileLock, Timeout
 
-from eva_rl.errors import UserError
+from eva_rl.errors import NO_SPACE, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 
 
-FULL = (errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else []))
+FULL = tuple(getattr(errno, name) for name in NO_SPACE if hasattr(errno, name))
 """Why the system takes no more of a file: the disk, the user's share of it, or the largest file is full."""
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, refused_path
 from eva_rl.files import check_space, from_json, make_folder, read_json, replacing, write_json, write_text
 
 
@@ -221,3 +221,9 @@ def test_a_file_system_that_cannot_tell_its_space_is_no_full_one(tmp_path, monke
     check_space(tmp_path, 1)
     with pytest.raises(UserError, match="There is no space left for"):
         check_space(tmp_path, 2**60)
+
+
+def test_a_full_disk_that_nobody_looked_for_is_a_sentence_at_the_door():
+    sentence = refused_path(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "multirun.yaml"))
+    assert sentence == "There is no space left for 'multirun.yaml': free some, or write elsewhere."
+    assert refused_path(OSError(errno.EIO, "x", "y")) == ""
