@@ -1,7 +1,4 @@
-"""A domain of your own, complete once copied to `envs/`: walk to a goal on a line.
-
-Try it with `python examples/new_domain.py`.
-"""
+"""A domain of your own, once copied to `envs/`: walk to a goal on a line. Run it as `python examples/new_domain.py`."""
 
 import gymnasium as gym
 import numpy as np

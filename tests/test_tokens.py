@@ -78,7 +78,7 @@ def test_a_new_interface_reads_what_those_of_its_kind_of_action_read():
 
 @pytest.mark.parametrize("tokens", [("return",), ("state", "return"), ("state", "reward"), ("word", "state")])
 def test_tokens_that_the_model_does_not_have_in_that_order_are_refused(tokens):
-    with pytest.raises(UserError, match="for the interface 'arm' where some of the model's"):
+    with pytest.raises(UserError, match="tokens of the interface 'arm' must be some of the model's"):
         make_model(replace(ARM, tokens=tokens))
 
 
