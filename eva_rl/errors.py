@@ -46,14 +46,19 @@ NO_SPACE = ("ENOSPC", "EDQUOT", "EFBIG")
 REFUSALS = ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EEXIST")
 
 
+def no_space(path: object = None) -> UserError:
+    """The error for a disk that takes no more, with what was to be written where that is known."""
+    what = "" if path is None else f" for '{path}'"
+    return UserError(f"There is no space left{what}: free some, or write elsewhere.")
+
+
 def refused_path(error: BaseException) -> str:
     """A sentence for an error in which the system refuses a file's or folder's name or access to it, or has no space.
 
     Empty for any other error.
     """
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in NO_SPACE:
-        what = "" if error.filename is None else f" for '{error.filename}'"
-        return f"There is no space left{what}: free some, or write elsewhere."
+        return str(no_space(error.filename))
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in REFUSALS and error.filename is not None:
         return f"'{error.filename}' can't be used ({error.strerror}): name another file or folder."
     return ""

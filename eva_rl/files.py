@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from filelock import FileLock, Timeout
 
-from eva_rl.errors import NO_SPACE, UserError
+from eva_rl.errors import NO_SPACE, UserError, no_space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +89,6 @@ def check_space(folder: Path, size: int) -> None:
         except OSError as error:  # other errors are of file systems that can't tell
             if error.errno in FULL:
                 raise no_space(folder) from error
-
-
-def no_space(path: Path) -> UserError:
-    return UserError(f"There is no space left for '{path}': free some, or write elsewhere.")
 
 
 class InUseError(UserError):

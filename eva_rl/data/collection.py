@@ -149,9 +149,8 @@ def _collect(missing: Sequence[Recipe], workers: int) -> None:
 
 
 def _begin_worker() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the parent alone answers it
+    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_rl.files import check_space, is_full, make_folder, no_space
+from eva_rl.errors import no_space
+from eva_rl.files import check_space, is_full, make_folder
 from eva_rl.run.result import RunResult, flat
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ class TensorBoard:
         try:
             self.writer.close()
         except OSError as error:
-            if kind is None and is_full(error):
+            if kind is not None:
+                return  # the error that ended the run goes on
+            if is_full(error):
                 raise no_space(self.run_dir) from error
-            if kind is None:
-                raise
+            raise
 
 
 def _add(writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
