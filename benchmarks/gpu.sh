@@ -77,24 +77,25 @@ if [ -n "$SMOKE" ]; then
 else
     DEVICE=cuda MODEL=llama-1b LANGUAGE="--ranks 16 --rhos 2 --batches 32 --cap 120"
     PRESETS="small paper" INIT="--ranks 16 --rhos 2 --repeats 1"
-    TASK=metaworld/mt40 DATA=${DATA:-100} PRETRAIN="model=paper steps=${STEPS:-2000} training.batch_size=512 training.precision=bfloat16"
-    TRAINING="--presets small paper --repeats 5" ROLLOUT="--presets small paper --episodes 64 --repeats 1"
+    TASK=metaworld/mt40 DATA=${DATA:-100} PRETRAIN="model=paper steps=${STEPS:-6000} training.batch_size=512 training.precision=bfloat16"
+    TRAINING="--presets small paper --repeats 5" ROLLOUT="--presets small paper --episodes 32 --repeats 1"
 fi
 
 part "init-$MODEL" 200 "$PYTHON" -m benchmarks.language_model --model $MODEL $LANGUAGE --device $DEVICE --results "$WORK/tables"
 gather
 if part collect 120 "$PYTHON" -m eva_rl.collect task=$TASK episodes=$DATA; then
-    part pretrain 200 "$PYTHON" -m eva_rl.pretrain task=$TASK "model.tokens=[state]" labels=expert demonstrations=$DATA \
+    part pretrain 200 "$PYTHON" -m eva_rl.pretrain task=$TASK "model.tokens=[state]" labels=expert task_vectors=true \
+        demonstrations=$DATA \
         device=$DEVICE $PRETRAIN run_dir="$WORK/run" output="$WORK/mt40-paper"
     gather
 fi
 part training 60 "$PYTHON" -m benchmarks.training $TRAINING --device $DEVICE --results "$WORK/tables"
 gather
-part rollout 60 "$PYTHON" -m benchmarks.rollout $ROLLOUT --device $DEVICE --results "$WORK/tables"
+part rollout 100 "$PYTHON" -m benchmarks.rollout $ROLLOUT --device $DEVICE --results "$WORK/tables"
 gather
 if [ -z "$SMOKE" ]; then
     for preset in $PRESETS; do
-        part "init-$preset" 60 "$PYTHON" -m benchmarks.eva_init --preset "$preset" $INIT --device $DEVICE --results "$WORK/tables"
+        part "init-$preset" 100 "$PYTHON" -m benchmarks.eva_init --preset "$preset" $INIT --device $DEVICE --results "$WORK/tables"
     done
 fi
 gather
