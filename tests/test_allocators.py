@@ -53,7 +53,7 @@ def trained(
     return train(model, read, model.loss, steps, TRAINING, Saves(folder, resume), Rules(companion=adapter.companion))
 
 
-@pytest.mark.parametrize("method", ["lora", "eva"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("eva", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ALL)
 def test_it_starts_as_the_base_learns_and_is_loaded_and_merged_as_it_was_saved(name, method, tmp_path):
     model = make_model()
@@ -309,7 +309,7 @@ def test_lisa_moves_the_blocks_that_were_drawn_and_what_is_in_none(tmp_path):
     assert len(set(drawn)) > 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("galore", marks=pytest.mark.slow)])
 def test_lisa_with_all_weights_is_resumed_bit_for_bit(optimizer, tmp_path):
     recipe = Recipe(**configured("lisa", "adapter=full", f"optimizer={optimizer}").optimizer.recipe())
 

@@ -105,10 +105,10 @@ def torch_caller(path: Path) -> Caller:
     ("observations", "actions"),
     [
         ("dict", "one"),
-        ("vector", "parts"),
         *(
             pytest.param(*kinds, marks=pytest.mark.slow)
             for kinds in [
+                ("vector", "parts"),
                 ("vector", "numbers"),
                 ("tuple", "several"),
                 ("grid", "unbounded"),
