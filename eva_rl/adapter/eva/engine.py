@@ -117,14 +117,6 @@ class _Stream:
     def candidates(self) -> int:
         return len(self.captured)
 
-    def worth(self, ranking: str) -> Tensor:
-        """(candidates,) what the components are worth at present."""
-        moments, index = self.moments, self.index
-        values, total = moments.values[index, : self.candidates], float(moments.variance[index])
-        if moments.constant[index]:
-            values, total = torch.zeros_like(values), 0.0
-        return explained(values, float(moments.mass[index]), total, ranking).cpu()
-
 
 class Budget:
     """What the layers' ranks may cost together."""
@@ -448,7 +440,7 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
     """Decide which streams have converged, at the ranks their layers would be given now."""
     subspace = settings.convergence == "subspace"
     measures = [(stream.captured if subspace else stream.cosines).double() for stream in streams]
-    worths = [stream.worth(settings.ranking) for stream in streams]
+    worths = _worths(streams, settings.ranking)
     for stream, seen in zip(streams, peers.any(torch.tensor([s.seen for s in streams])).tolist(), strict=True):
         stream.seen = seen
     if peers.count > 1:
@@ -472,6 +464,23 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
             stream.converged_after = None
         elif not stream.converged:
             stream.converged_after = stream.batches
+
+
+def _worths(streams: Sequence[_Stream], ranking: str) -> list[Tensor]:
+    """For each stream (candidates,): what its components are worth at present.
+
+    A stack is read once, as a GPU is waited for each time.
+    """
+    stacks = {id(stream.moments): stream.moments for stream in streams}
+    read = {key: [t.cpu() for t in (m.values, m.variance, m.mass, m.constant)] for key, m in stacks.items()}
+    worths = []
+    for stream in streams:
+        values, variance, mass, constant = (of[stream.index] for of in read[id(stream.moments)])
+        values, total = values[: stream.candidates], float(variance)
+        if constant:
+            values, total = torch.zeros_like(values), 0.0
+        worths.append(explained(values, float(mass), total, ranking))
+    return worths
 
 
 def _no_room(name: str, count: int) -> None:
@@ -512,7 +521,7 @@ def _share_out(
     leading = [stream.moments.leading(stream.index, stream.candidates) for stream in streams]
     for stream, (_, values) in zip(streams, leading, strict=True):
         stream.moments.values[stream.index, : stream.candidates] = values
-    worths = [stream.worth(settings.ranking) for stream in streams]
+    worths = _worths(streams, settings.ranking)
     given = budget.spent(streams, worths)
     position = {name: i for i, stream in enumerate(streams) for name in stream.group.layers}
     generator = torch.Generator().manual_seed(settings.seed)
