@@ -85,8 +85,7 @@ part "init-$MODEL" 200 "$PYTHON" -m benchmarks.language_model --model $MODEL $LA
 gather
 if part collect 120 "$PYTHON" -m eva_rl.collect task=$TASK episodes=$DATA; then
     part pretrain 200 "$PYTHON" -m eva_rl.pretrain task=$TASK "model.tokens=[state]" labels=expert task_vectors=true \
-        demonstrations=$DATA \
-        device=$DEVICE $PRETRAIN run_dir="$WORK/run" output="$WORK/mt40-paper"
+        demonstrations=$DATA device=$DEVICE $PRETRAIN run_dir="$WORK/run" output="$WORK/mt40-paper"
     gather
 fi
 part training 60 "$PYTHON" -m benchmarks.training $TRAINING --device $DEVICE --results "$WORK/tables"

@@ -466,16 +466,20 @@ def _judge(streams: Sequence[_Stream], budget: Budget, settings: EvaSettings, pe
             stream.converged_after = stream.batches
 
 
+def _stacks(streams: Sequence[_Stream]) -> list[Moments]:
+    """Each of the streams' stacks of statistics once, in the same order in all processes."""
+    return list(dict.fromkeys(stream.moments for stream in streams))
+
+
 def _worths(streams: Sequence[_Stream], ranking: str) -> list[Tensor]:
     """For each stream (candidates,): what its components are worth at present.
 
     A stack is read once, as a GPU is waited for each time.
     """
-    stacks = {id(stream.moments): stream.moments for stream in streams}
-    read = {key: [t.cpu() for t in (m.values, m.variance, m.mass, m.constant)] for key, m in stacks.items()}
+    read = {m: [t.cpu() for t in (m.values, m.variance, m.mass, m.constant)] for m in _stacks(streams)}
     worths = []
     for stream in streams:
-        values, variance, mass, constant = (of[stream.index] for of in read[id(stream.moments)])
+        values, variance, mass, constant = (of[stream.index] for of in read[stream.moments])
         values, total = values[: stream.candidates], float(variance)
         if constant:
             values, total = torch.zeros_like(values), 0.0
@@ -516,7 +520,7 @@ def _share_out(
     peers: Peers,
 ) -> dict[str, LayerResult]:
     angles = [stream.moments.angle(stream.index, stream.rank) for stream in streams]
-    for moments in {id(stream.moments): stream.moments for stream in streams}.values():
+    for moments in _stacks(streams):
         moments.combine(peers)
     leading = [stream.moments.leading(stream.index, stream.candidates) for stream in streams]
     for stream, (_, values) in zip(streams, leading, strict=True):
